@@ -1,0 +1,1 @@
+"""The agent: makes a machine a peer of its mesh by probing, choosing paths and programming WireGuard."""

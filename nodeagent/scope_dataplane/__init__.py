@@ -1,0 +1,1 @@
+"""The dataplane: the processes that carry packets and outlive the agent."""
