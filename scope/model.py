@@ -1,0 +1,425 @@
+"""The words of Scope as frozen values: what every side means by mesh, peer, endpoint, candidate and path.
+
+Nothing here does I/O, reads a clock or draws a random number. Resources on the wire and on disk are
+dictionaries; `scope.resources` turns them into these values at the edge, and inside the program only
+these values are used: no strings for keys, endpoints or prefixes.
+
+Times are seconds (float) unless a name says otherwise; wall-clock times are seconds since the Unix epoch
+and appear in resources only.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import enum
+from dataclasses import dataclass, field
+from ipaddress import (
+    IPv4Address,
+    IPv4Interface,
+    IPv4Network,
+    IPv6Address,
+    IPv6Interface,
+    IPv6Network,
+    ip_address,
+)
+from typing import TypeAlias
+
+IPAddress: TypeAlias = IPv4Address | IPv6Address
+IPInterface: TypeAlias = IPv4Interface | IPv6Interface
+IPNetwork: TypeAlias = IPv4Network | IPv6Network
+
+KEY_BYTES = 32  # X25519 and Ed25519 public keys alike
+
+
+class ConfigError(Exception):
+    """Something only a person can mend: the message says what is wrong, where, and what to change."""
+
+
+class Family(enum.StrEnum):
+    """An address family, by the name its users know."""
+
+    IPV4 = "IPv4"
+    IPV6 = "IPv6"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class PublicKey:
+    """A 32-byte public key: WireGuard (X25519), probe (X25519) or signing (Ed25519). Ordered by raw bytes."""
+
+    raw: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.raw) != KEY_BYTES:
+            raise ValueError(f"a public key is {KEY_BYTES} bytes, not {len(self.raw)}")
+
+    @classmethod
+    def parse(cls, text: str) -> PublicKey:
+        """Read canonical base64 (44 characters). Raises ValueError."""
+        try:
+            raw = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise ValueError(f"not base64: {error}") from None
+        key = cls(raw)
+        if str(key) != text:
+            raise ValueError("not canonical base64: its last character carries stray bits")
+        return key
+
+    def __str__(self) -> str:
+        return base64.b64encode(self.raw).decode()
+
+    def __repr__(self) -> str:
+        return f"PublicKey({self})"
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Secret:
+    """Bytes that have no printable form: private keys and pre-shared keys."""
+
+    raw: bytes
+
+    def __repr__(self) -> str:
+        return "Secret(...)"
+
+    __str__ = __repr__
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An IP and UDP port where a datagram can be sent. IPv4-mapped IPv6 addresses become IPv4."""
+
+    address: IPAddress
+    port: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.port <= 65535:
+            raise ValueError(f"a port is 1 to 65535, not {self.port}")
+        if isinstance(self.address, IPv6Address) and self.address.ipv4_mapped is not None:
+            object.__setattr__(self, "address", self.address.ipv4_mapped)
+
+    @classmethod
+    def parse(cls, text: str) -> Endpoint:
+        """Read `192.0.2.1:51820` or `[2001:db8::1]:51820`. Raises ValueError."""
+        host, colon, port = text.rpartition(":")
+        if not colon or not port.isascii() or not port.isdigit():
+            raise ValueError("an endpoint is ADDRESS:PORT, IPv6 as [ADDRESS]:PORT")
+        if host.startswith("[") and host.endswith("]"):
+            return cls(IPv6Address(host[1:-1]), int(port))
+        return cls(IPv4Address(host), int(port))
+
+    @property
+    def family(self) -> Family:
+        return Family.IPV4 if self.address.version == 4 else Family.IPV6
+
+    def __str__(self) -> str:
+        return f"{self.address}:{self.port}" if self.address.version == 4 else f"[{self.address}]:{self.port}"
+
+
+def endpoint_at(address: str, port: int) -> Endpoint:
+    """The endpoint of a socket address as the kernel gives it (a zone after `%` is cut off)."""
+    return Endpoint(ip_address(address.partition("%")[0]), port)
+
+
+class CandidateKind(enum.StrEnum):
+    """How a candidate is known."""
+
+    HOST = "Host"  # an address of one of the peer's own interfaces
+    REFLEXIVE = "Reflexive"  # what a reflector saw
+    OBSERVED = "Observed"  # what another peer saw
+    STATIC = "Static"  # what the user wrote
+    MAPPED = "Mapped"  # what a port-mapping protocol gave
+    RELAY = "Relay"  # a port on a hub
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An endpoint that might work, with its kind."""
+
+    endpoint: Endpoint
+    kind: CandidateKind
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """A claim: `observer` saw `subject` at `endpoint` at monotonic time `at`."""
+
+    observer: PublicKey
+    subject: PublicKey
+    endpoint: Endpoint
+    at: float
+
+
+class Mapping(enum.StrEnum):
+    """The NAT mapping class of a peer's WireGuard socket (RFC 4787, section 4.1)."""
+
+    NONE = "None"  # the mapping is one of the peer's own addresses
+    ENDPOINT_INDEPENDENT = "EndpointIndependent"
+    ENDPOINT_DEPENDENT = "EndpointDependent"
+    UNKNOWN = "Unknown"  # fewer than two reflector endpoints answered
+
+
+class PathKind(enum.StrEnum):
+    """How a peer is reached."""
+
+    DIRECT = "Direct"
+    RELAYED = "Relayed"
+    NONE = "None"
+
+
+class Role(enum.StrEnum):
+    """What a peer is asked to be; `Auto` leaves the choice to the registry."""
+
+    HUB = "Hub"
+    EDGE = "Edge"
+    AUTO = "Auto"
+
+
+class DeviceKind(enum.StrEnum):
+    """What carries a peer's device."""
+
+    KERNEL = "Kernel"
+    USER_SPACE = "UserSpace"
+
+
+# --- resources ---------------------------------------------------------------------------------------------
+
+
+class Kind(enum.StrEnum):
+    """The kinds a Registry holds."""
+
+    MESH = "ScopeMesh"
+    PEER = "ScopePeer"
+    TOKEN = "JoinToken"  # noqa: S105 - the name of a kind; never served
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Revision:
+    """A point in a registry's history. Numbers are comparable within one `registry` id only."""
+
+    registry: str
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Meta:
+    """What every resource carries. A new resource has uid "", revision 0 and created 0: the registry sets them."""
+
+    name: str
+    uid: str = ""
+    revision: int = 0
+    generation: int = 1  # rises when the spec changes
+    created: float = 0.0  # wall clock
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A Kubernetes status condition. `status` is "True", "False" or "Unknown"."""
+
+    type: str
+    status: str
+    reason: str
+    message: str
+    changed: float = 0.0  # wall clock of the last change of `status`
+
+
+@dataclass(frozen=True, slots=True)
+class Addressing:
+    """The address space of a mesh: at least one of the two prefixes."""
+
+    ipv4: IPv4Network | None = None
+    ipv6: IPv6Network | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timers:
+    """The ladder's upper bounds, in seconds after a peer joined or a path was lost."""
+
+    probe_interval: float = 2.0  # every peer is pinged this often while its path is being searched
+    address_fallback: float = 8.0  # no echo on the preferred family: the other one becomes primary
+    report: float = 16.0  # endpoint and latency of every peer stand in the status
+    connect_back: float = 20.0  # peers that saw no ping connect back to the observed endpoints
+    hub_fallback: float = 60.0  # the pair is declared relayed, or unreachable without a hub
+
+
+@dataclass(frozen=True, slots=True)
+class MeshSpec:
+    """What the user asks of a mesh."""
+
+    addressing: Addressing
+    prefer: Family = Family.IPV6
+    timers: Timers = Timers()
+    listen_port: int = 0  # 0: each agent picks a port and keeps it
+    mtu: int | None = None  # None: Auto, the underlay's MTU less WireGuard's 80 bytes
+    peer_expiry: float = 30 * 86400.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reflector:
+    """Who answers authenticated probes with the endpoint it saw, on which endpoints."""
+
+    probe_key: PublicKey
+    endpoints: tuple[Endpoint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MeshCounts:
+    """Totals over a mesh: peers, and links by path (a pair counts once)."""
+
+    peers: int = 0
+    online: int = 0
+    direct: int = 0
+    relayed: int = 0
+    unreachable: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class MeshStatus:
+    """What the registry says of a mesh."""
+
+    signing_key: PublicKey | None = None  # the registry's Ed25519 key: it signs tombstones
+    reflectors: tuple[Reflector, ...] = ()
+    counts: MeshCounts = MeshCounts()
+    conditions: tuple[Condition, ...] = ()
+    observed_generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """A ScopeMesh: one overlay network with one address space."""
+
+    meta: Meta
+    spec: MeshSpec
+    status: MeshStatus = MeshStatus()
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSpec:
+    """What the user asks of a peer."""
+
+    mesh: str
+    role: Role = Role.AUTO
+    routes: tuple[IPNetwork, ...] = ()  # prefixes offered beyond the peer's own address
+    endpoints: tuple[Endpoint, ...] = ()  # static endpoints
+
+
+@dataclass(frozen=True, slots=True)
+class PeerKeys:
+    """A peer's public keys, bound at enrolment and never changed by a status write."""
+
+    wireguard: PublicKey
+    probe: PublicKey
+    signing: PublicKey
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """How the reporting peer reaches one other peer, for people. At most `MAX_LINKS` are published."""
+
+    peer: str  # name of the ScopePeer
+    path: PathKind
+    endpoint: Endpoint | None = None  # where its datagrams are sent
+    observed: Endpoint | None = None  # where it was seen to send from, when it does not publish that itself
+    latency: float | None = None  # round trip, seconds
+    reason: str = ""  # why not direct
+
+
+@dataclass(frozen=True, slots=True)
+class PeerReport:
+    """The part of a ScopePeer's status that its own agent writes, and nobody else."""
+
+    keys: PeerKeys
+    endpoints: tuple[Candidate, ...] = ()
+    mapping: Mapping = Mapping.UNKNOWN
+    device: DeviceKind | None = None
+    links: tuple[Link, ...] = ()
+    direct: int = 0
+    relayed: int = 0
+    unreachable: int = 0
+    held_addresses: tuple[IPAddress, ...] = ()  # honoured by a rebuilt registry when they are free
+    protocol: int = 1  # highest version of the probe protocol that the agent speaks
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """The signed record of a deliberate removal; `scope.tombstones` makes and checks it."""
+
+    mesh_uid: str
+    peer_uid: str
+    key: PublicKey  # the removed peer's WireGuard key
+    signer: PublicKey  # the registry's signing key, or the removed peer's own
+    signature: bytes  # 64 bytes, Ed25519
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """The part of a ScopePeer's status that the registry side (operator, gateway) writes, and nobody else."""
+
+    addresses: tuple[IPInterface, ...] = ()  # each with its mesh prefix's length
+    role: Role = Role.EDGE
+    online: bool = False
+    last_seen: float = 0.0  # wall clock of the last change of `online`
+    conditions: tuple[Condition, ...] = ()
+    tombstone: Tombstone | None = None  # set: the peer is removed, and kept until `peer_expiry` to say so
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A ScopePeer: a member of a mesh."""
+
+    meta: Meta
+    spec: PeerSpec
+    report: PeerReport | None = None
+    assignment: Assignment = Assignment()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSpec:
+    """A right to join one mesh in one role. Only the hash of its secret is kept."""
+
+    mesh: str
+    secret_hash: bytes  # SHA-256 of the 32 random bytes of the secret
+    role: Role = Role.AUTO
+    expires: float = 0.0  # wall clock
+    single_use: bool = False
+    used_by: tuple[str, ...] = ()  # UIDs of machines (hash of their keys) that joined with it; bounded
+
+
+@dataclass(frozen=True, slots=True)
+class JoinToken:
+    """A join token at rest; `meta.name` is its public id."""
+
+    meta: Meta
+    spec: TokenSpec
+
+
+Resource: TypeAlias = Mesh | Peer | JoinToken
+StatusPart: TypeAlias = MeshStatus | PeerReport | Assignment
+
+
+def kind_of(resource: Resource) -> Kind:
+    """The kind of a resource."""
+    match resource:
+        case Mesh():
+            return Kind.MESH
+        case Peer():
+            return Kind.PEER
+        case JoinToken():
+            return Kind.TOKEN
+
+
+# --- what an agent knows ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """An immutable view of all that is known of one mesh: what `membership` believes.
+
+    `peers` holds every other member that may be spoken to, by WireGuard key: with keys, not removed, not
+    ourselves. `own` is None until our ScopePeer was seen.
+    """
+
+    mesh: Mesh | None = None
+    own: Peer | None = None
+    peers: dict[PublicKey, Peer] = field(default_factory=dict)
+    tombstones: tuple[Tombstone, ...] = ()
+    revision: Revision | None = None

@@ -1,0 +1,1 @@
+"""Registries: where peers learn of each other. One port, several adapters."""
