@@ -1,1 +1,1 @@
-"""What every side of Scope shares: the model, the wire format, the channel, topology and the Registry port."""
+"""What all sides of Scope share: the model, the wire format, the channel, topology, the Registry port."""

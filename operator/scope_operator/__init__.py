@@ -1,1 +1,1 @@
-"""The registry side of Scope: plans addresses, roles and conditions, stores the mesh and serves the gateway."""
+"""The registry side: plans addresses, roles and conditions, stores the mesh and serves the gateway."""
