@@ -1,0 +1,1 @@
+"""The WireGuard room: what the device should be, what it is, the steps between; shells take them."""
