@@ -1,0 +1,21 @@
+# Thin: what a target does is in the script it calls. Each does its own set-up first.
+.PHONY: help demo test lint bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: ## show a mesh come up through real NATs; KEEP=1 leaves the lab standing
+	@KEEP=$(KEEP) hack/demo.sh
+
+test: ## run every test, or a part: make test ARGS="tests/unit -k wire"
+	@hack/test.sh $(ARGS)
+
+lint: ## check style, types and import contracts
+	@hack/lint.sh
+
+bench: ## run the benchmarks, or one of them: make bench BENCH=name
+	@hack/bench.sh $(BENCH)
+
+clean: ## remove what the others made in this tree
+	@hack/clean.sh

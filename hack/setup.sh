@@ -1,0 +1,168 @@
+#!/usr/bin/env bash
+# Makes this machine ready for one purpose: hack/setup.sh demo|test|lint|bench.
+#
+# Installs the system packages that the purpose needs and that are missing (Debian and Ubuntu; elsewhere it says
+# what to install and stops), gets uv (build/uv points to it), and brings .venv to exactly what uv.lock names.
+# When nothing is missing it only looks, and needs no network.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# The oldest uv that reads this lock file and exports it.
+UV_MINIMUM=0.8.0
+UV_HOME="${XDG_CACHE_HOME:-$HOME/.cache}/scope-mesh/$(sed -n 's/^uv==\([0-9.]*\).*/uv-\1/p' hack/uv.txt)"
+# An ordinary user's PATH lacks these on Debian, and the tools that root runs are in them.
+PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
+
+say() { printf '==> %s\n' "$*" >&2; }
+stop() {
+    printf 'setup: %s\n' "$@" >&2
+    exit 1
+}
+
+# Each line of the tables: how to tell that it is here (a command, or a function of this file) | Debian's package
+# | what it is for.
+python_needs() {
+    cat <<'TABLE'
+python3|python3|runs everything
+TABLE
+    command -v uv >/dev/null || cat <<'TABLE'
+python_makes_venvs|python3-venv|makes the environment that uv is installed in
+TABLE
+}
+mesh_needs() {
+    cat <<'TABLE'
+ip|iproute2|builds the network namespaces of the lab
+nft|nftables|makes the NATs of the lab
+conntrack|conntrack|forgets and lists the mappings of the lab's NATs
+ping|iputils-ping|pings through the mesh
+wireguard-go|wireguard-go|is WireGuard where the kernel has none
+TABLE
+}
+kernel_test_needs() {
+    cat <<'TABLE'
+qemu-system-x86_64|qemu-system-x86|runs the virtual machine of the kernel tests
+kernel_with_wireguard|linux-image-KERNEL|is the kernel, with WireGuard, of that virtual machine
+busybox|busybox-static|is the small user space of that virtual machine
+modprobe|kmod|loads the kernel's modules there
+TABLE
+}
+python_makes_venvs() { python3 -c 'import ensurepip, venv' 2>/dev/null; }
+kernel_with_wireguard() {
+    local module
+    for module in /lib/modules/*/kernel/drivers/net/wireguard/wireguard.ko*; do
+        if [[ -e $module && -e /boot/vmlinuz-$(cut -d/ -f4 <<<"$module") ]]; then return 0; fi
+    done
+    return 1
+}
+
+needs() {
+    python_needs
+    case $1 in
+    lint) ;;
+    demo | bench) mesh_needs ;;
+    test) mesh_needs && kernel_test_needs ;;
+    *) stop "unknown purpose '$1': say demo, test, lint or bench" ;;
+    esac
+}
+
+install_packages() { # the lines of what is missing
+    local distribution='' kernel probe package reason packages=()
+    if [[ -r /etc/os-release ]]; then distribution=" $(. /etc/os-release && echo "$ID ${ID_LIKE:-}") "; fi
+    if [[ $distribution == *' ubuntu '* ]]; then kernel=generic; else kernel=$(dpkg --print-architecture 2>/dev/null || echo amd64); fi
+
+    say 'This machine lacks:'
+    while IFS='|' read -r probe package reason; do
+        package=${package/KERNEL/$kernel}
+        packages+=("$package")
+        printf '      %-22s %s\n' "$package" "$reason" >&2
+    done <<<"$1"
+
+    local install=(apt-get install -y --no-install-recommends -o DPkg::Lock::Timeout=300 "${packages[@]}")
+    if [[ $distribution != *' debian '* && $distribution != *' ubuntu '* ]] || ! command -v apt-get >/dev/null; then
+        stop 'only Debian and Ubuntu are set up by this script; the names above are theirs.' \
+            'Install what your system calls these, then run the same command again.'
+    fi
+    local as_root=()
+    if [[ $EUID != 0 ]]; then
+        command -v sudo >/dev/null || stop 'installing them takes root, and sudo is not here. As root, run:' \
+            "  apt-get update && ${install[*]}"
+        as_root=(sudo)
+    fi
+    say "Installing them: ${as_root[*]} ${install[*]}"
+    # A foreign package source that fails is no reason to stop: the install says whether it mattered.
+    "${as_root[@]}" apt-get update -q >&2 || say 'A package source could not be read; going on with the others'
+    "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive "${install[@]}" >&2 ||
+        stop "apt-get could not install these: its reason stands above. Then run the same command again."
+}
+
+missing() { # purpose -> the lines of what is not here
+    local probe package reason
+    while IFS='|' read -r probe package reason; do
+        if [[ $(type -t "$probe") == function ]]; then "$probe" && continue; else command -v "$probe" >/dev/null && continue; fi
+        printf '%s|%s|%s\n' "$probe" "$package" "$reason"
+    done < <(needs "$1")
+}
+
+recent() { # a uv's path -> whether this uv will do
+    local version
+    version=$("$1" --version 2>/dev/null | cut -d' ' -f2) && [[ -n $version ]] &&
+        printf '%s\n%s\n' "$UV_MINIMUM" "$version" | sort -V -C
+}
+
+find_uv() {
+    if UV=$(command -v uv) && recent "$UV"; then return; fi
+    UV=$UV_HOME/bin/uv
+    if recent "$UV"; then return; fi
+    say "Installing uv $(sed -n 's/^uv==\([0-9.]*\).*/\1/p' hack/uv.txt) in $UV_HOME"
+    rm -rf "$UV_HOME"
+    python3 -m venv "$UV_HOME" || stop "python3 cannot make $UV_HOME: install python3-venv"
+    "$UV_HOME/bin/pip" install --disable-pip-version-check --require-hashes --only-binary :all: -r hack/uv.txt >&2 ||
+        stop 'pip could not install uv: its reason stands above. With a uv of your own on the PATH this step is not needed.'
+}
+
+# uv does not read pip's settings: a machine that reaches packages through an index of its own says so there.
+adopt_pip_index() {
+    local index
+    if [[ -n ${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-} ]]; then return; fi
+    index=${PIP_INDEX_URL:-$(python3 -m pip config get global.index-url 2>/dev/null || true)}
+    if [[ -n $index ]]; then export UV_DEFAULT_INDEX=$index; fi
+}
+
+# The lock names the public index, and `uv sync` would go there past the index that this machine is set up with. So
+# the lock is exported (exact versions, and hashes, which hold for the same file from anywhere) and installed as is.
+sync_environment() {
+    local wanted
+    wanted=$(mktemp)
+    trap 'rm -f "$wanted"' RETURN
+    if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        say 'Making .venv'
+        "$UV" venv --quiet --clear .venv >&2 ||
+            stop 'Scope needs Python 3.11 or later, and uv could neither find nor fetch one: install it, then run this again.'
+    fi
+    "$UV" export --quiet --frozen --all-extras --format requirements.txt --output-file "$wanted" >/dev/null
+    if "$UV" pip sync --quiet --offline --python .venv/bin/python "$wanted" 2>/dev/null; then return; fi
+    say 'Installing the Python packages that uv.lock names'
+    adopt_pip_index
+    "$UV" pip sync --python .venv/bin/python "$wanted" >&2 ||
+        stop 'the Python packages could not be installed: the reason stands above.'
+}
+
+purpose=${1:-}
+[[ $(uname -s) == Linux ]] || stop 'Scope runs on Linux: its lab is made of network namespaces. Use a Linux machine or virtual machine.'
+needs "$purpose" >/dev/null
+if [[ $purpose == test && $(uname -m) != x86_64 ]]; then
+    stop 'the kernel and fuzz tests need an x86-64 machine; `make demo` runs here too.'
+fi
+mkdir -p build
+exec 9>build/setup.lock
+flock 9
+
+lacking=$(missing "$purpose")
+if [[ -n $lacking ]]; then
+    install_packages "$lacking"
+    lacking=$(missing "$purpose")
+    [[ -z $lacking ]] || stop 'after the installation these are still missing:' "$lacking"
+fi
+find_uv
+ln -sfn "$UV" build/uv
+sync_environment
