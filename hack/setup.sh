@@ -33,7 +33,7 @@ mesh_needs() {
     cat <<'TABLE'
 ip|iproute2|builds the network namespaces of the lab
 nft|nftables|makes the NATs of the lab
-conntrack|conntrack|forgets and lists the mappings of the lab's NATs
+mount|mount|gives each site of the lab files of its own
 ping|iputils-ping|pings through the mesh
 wireguard-go|wireguard-go|is WireGuard where the kernel has none
 TABLE
@@ -66,9 +66,9 @@ needs() {
 }
 
 install_packages() { # the lines of what is missing
-    local distribution='' kernel probe package reason packages=()
+    local distribution='' kernel=amd64 probe package reason packages=()
     if [[ -r /etc/os-release ]]; then distribution=" $(. /etc/os-release && echo "$ID ${ID_LIKE:-}") "; fi
-    if [[ $distribution == *' ubuntu '* ]]; then kernel=generic; else kernel=$(dpkg --print-architecture 2>/dev/null || echo amd64); fi
+    if [[ $distribution == *' ubuntu '* ]]; then kernel=generic; fi
 
     say 'This machine lacks:'
     while IFS='|' read -r probe package reason; do
@@ -85,10 +85,10 @@ install_packages() { # the lines of what is missing
     local as_root=()
     if [[ $EUID != 0 ]]; then
         command -v sudo >/dev/null || stop 'installing them takes root, and sudo is not here. As root, run:' \
-            "  apt-get update && ${install[*]}"
+            "  apt-get update && ${install[*]}" 'and then the same command again.'
         as_root=(sudo)
     fi
-    say "Installing them: ${as_root[*]} ${install[*]}"
+    say "Installing them: ${as_root[*]:+sudo }${install[*]}"
     # A foreign package source that fails is no reason to stop: the install says whether it mattered.
     "${as_root[@]}" apt-get update -q >&2 || say 'A package source could not be read; going on with the others'
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive "${install[@]}" >&2 ||
@@ -98,7 +98,7 @@ install_packages() { # the lines of what is missing
 missing() { # purpose -> the lines of what is not here
     local probe package reason
     while IFS='|' read -r probe package reason; do
-        if [[ $(type -t "$probe") == function ]]; then "$probe" && continue; else command -v "$probe" >/dev/null && continue; fi
+        if command -v "$probe" >/dev/null && { [[ $(type -t "$probe") != function ]] || "$probe"; }; then continue; fi
         printf '%s|%s|%s\n' "$probe" "$package" "$reason"
     done < <(needs "$1")
 }
@@ -161,7 +161,7 @@ lacking=$(missing "$purpose")
 if [[ -n $lacking ]]; then
     install_packages "$lacking"
     lacking=$(missing "$purpose")
-    [[ -z $lacking ]] || stop 'after the installation these are still missing:' "$lacking"
+    [[ -z $lacking ]] || stop "still missing after the installation: $(cut -d'|' -f1 <<<"$lacking" | paste -sd' ')"
 fi
 find_uv
 ln -sfn "$UV" build/uv
