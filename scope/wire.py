@@ -1,26 +1,85 @@
 """Datagrams of the probe protocol: bytes to messages and back.
 
-(The byte layout goes here.)
+All numbers are big endian. A datagram is a header of 48 bytes, readable by all and authenticated, then the
+sealed body and its tag of 16 bytes (`scope.channel` seals and opens them):
+
+    offset  bytes
+         0      4  magic "SCop"
+         4      1  version, 1
+         5      1  type: 1 INITIAL, 2 SEALED, 3 COOKIE
+         6      2  length of the whole datagram
+         8      8  key id of the sender: start of a hash of its probe key
+        16     12  ticket of the sender
+        28     12  ticket of the receiver; zero in INITIAL
+        40      8  counter
+        48      n  body: empty in COOKIE, one message else
+      48+n     16  tag
+
+The magic, version, type and length stay where they are in every version. Read as little-endian number the
+magic is none of WireGuard's types 1 to 4, and its first two bits are not those of STUN. The magic "SCoh" is
+kept for datagrams that end at a hub.
+
+A message is one byte of type and then:
+
+    1 Ping         transaction u32, has_session u8, received u64, 18 bytes of zeros
+    2 Pong         transaction u32, has_session u8, received u64, observed endpoint
+    3 Nominate     sequence u32, there endpoint, here endpoint
+    4 Nominated    sequence u32
+    5 CallMeMaybe  count u8, then for each candidate: kind u8, endpoint
+    6 Forward      to 32 bytes, length u16, datagram
+    7 Forwarded    sender 32 bytes, length u16, datagram
+    8 Removed      mesh uid, peer uid (each: length u8, UTF-8), key 32, signer 32, signature 64
+
+    endpoint       address 16 bytes (IPv4 as ::ffff:a.b.c.d), port u16: 18 bytes
+
+Bytes after the last field are ignored, so that a later release may append fields; everything else is
+strict. The zeros of a Ping make it as long as the Pong that answers it.
 """
 
 from __future__ import annotations
 
+import enum
+import struct
 from dataclasses import dataclass
-from typing import TypeAlias
+from ipaddress import IPv4Address, IPv6Address
+from typing import TypeAlias, assert_never
 
-from scope.model import Candidate, Endpoint, PublicKey, Tombstone
+from scope.model import KEY_BYTES, Candidate, CandidateKind, Endpoint, PublicKey, Tombstone
 
+MAGIC = b"SCop"
+VERSION = 1
 MAX_CANDIDATES = 16  # what one call-me-maybe carries: host, reflexive and static of two families, with room
 MAX_DATAGRAM = 1232  # IPv6's minimum MTU of 1280 less IPv6 and UDP headers: never fragmented by us
+KEY_ID_BYTES = 8
+TICKET_BYTES = 12  # 2**32 associations of one pair repeat a ticket with a chance of 2**-33
+TAG_BYTES = 16
+SIGNATURE_BYTES = 64
+MAX_UID_BYTES = 63  # a UUID takes 36; 63 is what a Kubernetes label value may hold
+NO_TICKET = bytes(TICKET_BYTES)
+
+_HEADER = struct.Struct(f">4sBBH{KEY_ID_BYTES}s{TICKET_BYTES}s{TICKET_BYTES}sQ")
+HEADER_BYTES = _HEADER.size
+MIN_DATAGRAM = HEADER_BYTES + TAG_BYTES
+MAX_BODY = MAX_DATAGRAM - MIN_DATAGRAM
+_FORWARD = struct.Struct(f">{KEY_BYTES}sH")
+MAX_FORWARDED = MAX_BODY - 1 - _FORWARD.size  # the longest datagram that fits in a Forward
 
 
 class WireError(Exception):
     """A datagram that is not ours, is damaged, or breaks a bound: drop and count it."""
 
 
+class UnknownVersion(WireError):
+    """A datagram of a version that this release does not speak: one side is to be upgraded."""
+
+
+class UnknownMessage(WireError):
+    """An authentic message of a type that this release does not know: its sender is newer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ping:
-    """"Do you hear me?" Padded so that no answer is larger than its question."""
+    """The question "do you hear me?", padded so that no answer is larger."""
 
     transaction: int  # u32, chosen by the asker
     has_session: bool  # the asker's WireGuard holds a live session with the receiver
@@ -55,7 +114,7 @@ class Nominated:
 
 @dataclass(frozen=True, slots=True)
 class CallMeMaybe:
-    """"Punch towards me now": the sender's candidates, at most MAX_CANDIDATES."""
+    """The call "punch towards me now", with at most MAX_CANDIDATES candidates of the sender."""
 
     candidates: tuple[Candidate, ...]
 
@@ -65,7 +124,7 @@ class Forward:
     """Ask a peer or reflector to pass a sealed datagram, unread, to the holder of probe key `to`."""
 
     to: PublicKey
-    datagram: bytes
+    datagram: bytes  # at most MAX_FORWARDED bytes, a datagram of this protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +137,293 @@ class Forwarded:
 
 @dataclass(frozen=True, slots=True)
 class Removed:
-    """A tombstone, passed on from peer to peer."""
+    """A tombstone, passed on from peer to peer. Its signature is still to be verified."""
 
     tombstone: Tombstone
 
 
 Message: TypeAlias = Ping | Pong | Nominate | Nominated | CallMeMaybe | Forward | Forwarded | Removed
+
+
+class _Type(enum.IntEnum):
+    """The first byte of a message. Numbers are never used again for another message."""
+
+    PING = 1
+    PONG = 2
+    NOMINATE = 3
+    NOMINATED = 4
+    CALL_ME_MAYBE = 5
+    FORWARD = 6
+    FORWARDED = 7
+    REMOVED = 8
+
+
+class DatagramType(enum.IntEnum):
+    """How a datagram is sealed, and what may be believed of it."""
+
+    INITIAL = 1
+    SEALED = 2
+    COOKIE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Datagram:
+    """The parts of a datagram, the body still sealed. The header bytes are authenticated with it."""
+
+    type: DatagramType
+    key_id: bytes
+    sender: bytes  # the sender's ticket
+    receiver: bytes  # the receiver's ticket
+    counter: int
+    header: bytes
+    sealed: bytes
+
+
+# --- datagrams ----------------------------------------------------------------------------------------------
+
+
+def pack_header(
+    type_: DatagramType, *, body_bytes: int, key_id: bytes, sender: bytes, receiver: bytes, counter: int
+) -> bytes:
+    """The header of a datagram whose body, before sealing, has `body_bytes` bytes (at most MAX_BODY)."""
+    if not 0 <= body_bytes <= MAX_BODY:
+        raise ValueError(f"a body is at most {MAX_BODY} bytes, not {body_bytes}")
+    return _HEADER.pack(MAGIC, VERSION, type_, MIN_DATAGRAM + body_bytes, key_id, sender, receiver, counter)
+
+
+def unpack_datagram(data: bytes) -> Datagram:
+    """Take a datagram apart. Raises WireError (UnknownVersion for another release's)."""
+    if not is_datagram(data):
+        raise WireError("not a datagram of the probe protocol: its magic or its length is wrong")
+    _, version, number, _, key_id, sender, receiver, counter = _HEADER.unpack_from(data)
+    if version != VERSION:
+        raise UnknownVersion(f"a datagram of version {version}, where this side speaks version {VERSION}")
+    if number not in _DATAGRAM_TYPES:
+        raise WireError(f"no such datagram type: {number}")
+    return Datagram(
+        type=DatagramType(number),
+        key_id=key_id,
+        sender=sender,
+        receiver=receiver,
+        counter=counter,
+        header=data[:HEADER_BYTES],
+        sealed=data[HEADER_BYTES:],
+    )
+
+
+def is_datagram(data: bytes) -> bool:
+    """Whether `data` has the magic, and the length it claims, of this protocol in any version."""
+    return (
+        MIN_DATAGRAM <= len(data) <= MAX_DATAGRAM
+        and data[:4] == MAGIC
+        and int.from_bytes(data[6:8], "big") == len(data)
+    )
+
+
+# --- messages -----------------------------------------------------------------------------------------------
+
+
+def encode_message(message: Message) -> bytes:
+    """The body of a datagram, at most MAX_BODY bytes. Raises ValueError for a value outside its bounds."""
+    match message:
+        case Ping():
+            _require_u32(message.transaction, "transaction")
+            _require_u64(message.received, "received")
+            return _PING.pack(_Type.PING, message.transaction, message.has_session, message.received)
+        case Pong():
+            _require_u32(message.transaction, "transaction")
+            _require_u64(message.received, "received")
+            fixed = _PONG.pack(_Type.PONG, message.transaction, message.has_session, message.received)
+            return fixed + _encode_endpoint(message.observed)
+        case Nominate():
+            _require_u32(message.sequence, "sequence")
+            fixed = _SEQUENCE.pack(_Type.NOMINATE, message.sequence)
+            return fixed + _encode_endpoint(message.there) + _encode_endpoint(message.here)
+        case Nominated():
+            _require_u32(message.sequence, "sequence")
+            return _SEQUENCE.pack(_Type.NOMINATED, message.sequence)
+        case CallMeMaybe():
+            if len(message.candidates) > MAX_CANDIDATES:
+                raise ValueError(f"at most {MAX_CANDIDATES} candidates, not {len(message.candidates)}")
+            listed = b"".join(map(_encode_candidate, message.candidates))
+            return bytes((_Type.CALL_ME_MAYBE, len(message.candidates))) + listed
+        case Forward():
+            return _encode_forward(_Type.FORWARD, message.to, message.datagram)
+        case Forwarded():
+            return _encode_forward(_Type.FORWARDED, message.sender, message.datagram)
+        case Removed():
+            return bytes((_Type.REMOVED,)) + _encode_tombstone(message.tombstone)
+        case _:
+            assert_never(message)
+
+
+def decode_message(body: bytes) -> Message:
+    """The message in an opened body. Raises WireError (UnknownMessage for a type of a later release)."""
+    reader = _Reader(body)
+    number = reader.u8()
+    match number:
+        case _Type.PING:
+            transaction, has_session, received = reader.u32(), reader.flag(), reader.u64()
+            reader.take(_ENDPOINT.size)
+            return Ping(transaction=transaction, has_session=has_session, received=received)
+        case _Type.PONG:
+            transaction, has_session, received = reader.u32(), reader.flag(), reader.u64()
+            observed = reader.endpoint()
+            return Pong(
+                transaction=transaction, observed=observed, has_session=has_session, received=received
+            )
+        case _Type.NOMINATE:
+            return Nominate(sequence=reader.u32(), there=reader.endpoint(), here=reader.endpoint())
+        case _Type.NOMINATED:
+            return Nominated(sequence=reader.u32())
+        case _Type.CALL_ME_MAYBE:
+            count = reader.u8()
+            if count > MAX_CANDIDATES:
+                raise WireError(f"a call-me-maybe with {count} candidates; {MAX_CANDIDATES} are allowed")
+            return CallMeMaybe(candidates=tuple(reader.candidate() for _ in range(count)))
+        case _Type.FORWARD:
+            return Forward(to=reader.key(), datagram=reader.datagram())
+        case _Type.FORWARDED:
+            return Forwarded(sender=reader.key(), datagram=reader.datagram())
+        case _Type.REMOVED:
+            return Removed(
+                tombstone=Tombstone(
+                    mesh_uid=reader.uid(),
+                    peer_uid=reader.uid(),
+                    key=reader.key(),
+                    signer=reader.key(),
+                    signature=reader.take(SIGNATURE_BYTES),
+                )
+            )
+        case _:
+            raise UnknownMessage(f"no such message type: {number}; its sender may run a later release")
+
+
+_DATAGRAM_TYPES = frozenset(int(member) for member in DatagramType)
+_ENDPOINT = struct.Struct(">16sH")
+_PING = struct.Struct(f">BI?Q{_ENDPOINT.size}x")
+_PONG = struct.Struct(">BI?Q")
+_SEQUENCE = struct.Struct(">BI")
+_MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, section 2.5.5.2
+
+_KIND_NUMBERS = {
+    CandidateKind.HOST: 1,
+    CandidateKind.REFLEXIVE: 2,
+    CandidateKind.OBSERVED: 3,
+    CandidateKind.STATIC: 4,
+    CandidateKind.MAPPED: 5,
+    CandidateKind.RELAY: 6,
+}
+_KINDS = {number: kind for kind, number in _KIND_NUMBERS.items()}
+
+
+def _require_u32(value: int, name: str) -> None:
+    if not 0 <= value < 2**32:
+        raise ValueError(f"{name} is a number below 2**32, not {value}")
+
+
+def _require_u64(value: int, name: str) -> None:
+    if not 0 <= value < 2**64:
+        raise ValueError(f"{name} is a number below 2**64, not {value}")
+
+
+def _encode_endpoint(endpoint: Endpoint) -> bytes:
+    packed = endpoint.address.packed
+    return _ENDPOINT.pack(packed if len(packed) == 16 else _MAPPED + packed, endpoint.port)
+
+
+def _encode_candidate(candidate: Candidate) -> bytes:
+    return bytes((_KIND_NUMBERS[candidate.kind],)) + _encode_endpoint(candidate.endpoint)
+
+
+def _encode_forward(number: int, key: PublicKey, datagram: bytes) -> bytes:
+    if len(datagram) > MAX_FORWARDED or not is_datagram(datagram):
+        raise ValueError(f"forwarded is a datagram of the probe protocol, of at most {MAX_FORWARDED} bytes")
+    return bytes((number,)) + _FORWARD.pack(key.raw, len(datagram)) + datagram
+
+
+def _encode_tombstone(tombstone: Tombstone) -> bytes:
+    if len(tombstone.signature) != SIGNATURE_BYTES:
+        raise ValueError(f"a signature is {SIGNATURE_BYTES} bytes, not {len(tombstone.signature)}")
+    return b"".join(
+        (
+            _encode_uid(tombstone.mesh_uid),
+            _encode_uid(tombstone.peer_uid),
+            tombstone.key.raw,
+            tombstone.signer.raw,
+            tombstone.signature,
+        )
+    )
+
+
+def _encode_uid(uid: str) -> bytes:
+    raw = uid.encode()
+    if not 1 <= len(raw) <= MAX_UID_BYTES:
+        raise ValueError(f"a UID is 1 to {MAX_UID_BYTES} bytes of UTF-8, not {len(raw)}")
+    return bytes((len(raw),)) + raw
+
+
+class _Reader:
+    """Takes fields off the front of a body; what is missing or out of bounds raises WireError."""
+
+    __slots__ = ("_data", "_offset")
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._offset = 0
+
+    def take(self, count: int) -> bytes:
+        end = self._offset + count
+        if end > len(self._data):
+            raise WireError(f"a message ends at byte {len(self._data)}, inside a field that ends at {end}")
+        field = self._data[self._offset : end]
+        self._offset = end
+        return field
+
+    def u8(self) -> int:
+        return self.take(1)[0]
+
+    def u32(self) -> int:
+        return int.from_bytes(self.take(4), "big")
+
+    def u64(self) -> int:
+        return int.from_bytes(self.take(8), "big")
+
+    def flag(self) -> bool:
+        value = self.u8()
+        if value > 1:
+            raise WireError(f"a flag is 0 or 1, not {value}")
+        return value == 1
+
+    def key(self) -> PublicKey:
+        return PublicKey(self.take(KEY_BYTES))
+
+    def endpoint(self) -> Endpoint:
+        address, port = _ENDPOINT.unpack(self.take(_ENDPOINT.size))
+        if port == 0:
+            raise WireError("an endpoint with port 0")
+        if address.startswith(_MAPPED):
+            return Endpoint(IPv4Address(address[len(_MAPPED) :]), port)
+        return Endpoint(IPv6Address(address), port)
+
+    def candidate(self) -> Candidate:
+        number = self.u8()
+        kind = _KINDS.get(number)
+        if kind is None:
+            raise WireError(f"no such kind of candidate: {number}")
+        return Candidate(endpoint=self.endpoint(), kind=kind)
+
+    def datagram(self) -> bytes:
+        inner = self.take(int.from_bytes(self.take(2), "big"))
+        if len(inner) > MAX_FORWARDED or not is_datagram(inner):
+            raise WireError("what is to be forwarded is not a datagram of the probe protocol")
+        return inner
+
+    def uid(self) -> str:
+        count = self.u8()
+        if not 1 <= count <= MAX_UID_BYTES:
+            raise WireError(f"a UID is 1 to {MAX_UID_BYTES} bytes, not {count}")
+        try:
+            return self.take(count).decode()
+        except UnicodeDecodeError:
+            raise WireError("a UID is not UTF-8") from None
