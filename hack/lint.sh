@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Checks style, types, import contracts, and that uv.lock fits pyproject.toml. Runs all of them, then fails if one did.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 hack/setup.sh lint || exit
 export PATH="$PWD/.venv/bin:$PATH"
 

@@ -151,7 +151,7 @@ purpose=${1:-}
 [[ $(uname -s) == Linux ]] || stop 'Scope runs on Linux: its lab is made of network namespaces. Use a Linux machine or virtual machine.'
 needs "$purpose" >/dev/null
 if [[ $purpose == test && $(uname -m) != x86_64 ]]; then
-    stop 'the kernel and fuzz tests need an x86-64 machine; `make demo` runs here too.'
+    stop 'the kernel and fuzz tests need an x86-64 machine; make demo runs here too.'
 fi
 mkdir -p build
 exec 9>build/setup.lock

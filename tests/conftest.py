@@ -1,10 +1,16 @@
-"""Rules for the whole run: cheap tests first, and a skipped test is a failure that names itself."""
+"""Rules for the whole run: cheap tests first, the same examples every time, and no skipped test passes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples on every run, so that a failure belongs to the change and not to the draw; no deadline, since
+# how long an example takes says more about the machine than about the code.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("repeatable")
 
 TESTS = Path(__file__).parent
 # What fails fastest runs first; a folder that is not named here runs last.
