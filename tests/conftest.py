@@ -7,8 +7,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-# The same examples on every run, so that a failure belongs to the change and not to the draw. No deadline: how
-# long an example takes says more about the machine than about the code.
+# The same examples on every run, so that a failure belongs to the change and not to the draw. No deadline:
+# how long an example takes says more about the machine than about the code.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("repeatable")
 
