@@ -3,4 +3,5 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 hack/setup.sh demo
-exec hack/as-root.sh .venv/bin/python -m demo ${KEEP:+--keep}
+if [[ ${KEEP:-0} != 0 ]]; then set -- --keep "$@"; fi
+exec hack/as-root.sh .venv/bin/python -m demo "$@"
