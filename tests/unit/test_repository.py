@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,33 @@ def test_every_locked_package_comes_from_the_public_index_with_a_hash() -> None:
                 f"{package['name']}: {file['url']}"
             )
             assert file["hash"].startswith("sha256:"), f"{package['name']}: {file['url']} has no hash"
+
+
+def test_every_package_that_an_extra_brings_is_imported_by_the_product() -> None:
+    declared = {
+        re.split(r"[\[<>=;~! ]", requirement)[0].lower()
+        for extra in PROJECT["project"]["optional-dependencies"].values()
+        for requirement in extra
+    }
+    distributions = packages_distributions()
+    imported = {
+        distribution.lower()
+        for folder in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+        for path in (ROOT / folder).rglob("*.py")
+        for name in imported_roots(path)
+        for distribution in distributions.get(name, [])
+    }
+    assert not declared - imported
+
+
+def imported_roots(path: Path) -> set[str]:
+    roots = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            roots |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            roots.add(node.module.split(".")[0])
+    return roots
 
 
 def test_no_tracked_file_names_a_folder_of_one_persons_machine() -> None:
