@@ -2,7 +2,7 @@
 
 python -m lab list                  every namespace of every lab, and whether its owner lives
 python -m lab enter NAME [COMMAND]  a shell (or a command) in a host or router of a lab
-python -m lab clean                 remove the labs whose owner is gone, and what runs in them
+python -m lab clean [LAB...]        remove the labs (or these) whose owner is gone, and what runs in them
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from lab.hosts import enter_argv
@@ -23,7 +24,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m lab", description="Look after network labs.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("list", help="every namespace of every lab")
-    commands.add_parser("clean", help="remove labs whose owner is gone")
+    clean_parser = commands.add_parser("clean", help="remove labs whose owner is gone")
+    clean_parser.add_argument("only", nargs="*", metavar="LAB", help="default: all of them")
     enter = commands.add_parser("enter", help="run a shell or a command in a host or router")
     enter.add_argument("name", help="a namespace as listed, or the end of its name if only one ends so")
     enter.add_argument("argv", nargs=argparse.REMAINDER, metavar="COMMAND", help="default: your shell")
@@ -36,7 +38,7 @@ def main() -> int:
                     owner = "its owner lives" if _owner_lives(lab) else "its owner is gone"
                     print(f"{lab.name}: {owner}", *names_with(f"{lab.name}-"), sep="\n  ")
             case "clean":
-                for removed in clean():
+                for removed in clean(options.only):
                     print(f"removed {removed}")
             case "enter":
                 return _enter(options.name, options.argv)
@@ -46,9 +48,9 @@ def main() -> int:
     return 0
 
 
-def clean() -> list[str]:
-    """Remove every lab whose owner is gone, with the processes inside; the labs removed."""
-    gone = [lab for lab in _labs() if not _owner_lives(lab)]
+def clean(only: Sequence[str] = ()) -> list[str]:
+    """Remove every lab (or each of these) whose owner is gone, and the processes inside; what it removed."""
+    gone = [lab for lab in _labs() if not _owner_lives(lab) and (not only or lab.name in only)]
     for lab in gone:
         names = names_with(f"{lab.name}-")
         kill_inside(names)

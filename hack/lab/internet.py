@@ -95,10 +95,9 @@ class Lab:
         self._site_numbers = itertools.count(1)
         self._server_numbers = itertools.count(1)
         self._port_numbers = itertools.count(1)
-        self._handled: dict[signal.Signals, signal.Handlers | int] = {}
         self._uplinks: Uplinks | None = None
         atexit.register(self.close)
-        self._handle_signals()
+        _hold_signals(self.prefix)
         try:
             write_owner(self.directory)
             self._build_core()
@@ -176,7 +175,6 @@ class Lab:
         with _Uninterrupted(), contextlib.ExitStack() as last_first:
             self._state = _State.CLOSED
             names = names_with(f"{self.prefix}-")
-            last_first.callback(self._restore_signals)
             last_first.callback(atexit.unregister, self.close)
             last_first.callback(shutil.rmtree, self.directory, ignore_errors=True)
             last_first.callback(remove, names)
@@ -184,6 +182,7 @@ class Lab:
             if self._uplinks:
                 last_first.callback(self._uplinks.close)
             last_first.callback(end, [child for host in self.hosts() for child in host.children()])
+        _release_signals(self.prefix)
 
     def __enter__(self) -> Self:
         return self
@@ -265,19 +264,6 @@ class Lab:
             )
         if name in ("core", "wire") or name in self.sites or name in self.servers:
             raise LabError(f"the lab has a {name} already")
-
-    def _handle_signals(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:
-                self._handled[number] = signal.SIG_DFL
-                signal.signal(number, _leave)
-
-    def _restore_signals(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in self._handled.items():
-                signal.signal(number, handler)
 
 
 class Site:
@@ -571,6 +557,29 @@ def _uplink_routes(interface: str, *, ipv4: object | None, ipv6: bool) -> list[s
 def _note_holder(lab: Lab, host: Host) -> None:
     """Leave word for `lab enter`, which runs in another process."""
     (lab.directory / f"{host.namespace}.holder").write_text(str(host.holder_pid))
+
+
+# The labs of this process that are up, and the signals that end it in an orderly way as long as any is.
+_up: set[str] = set()
+_held: list[signal.Signals] = []
+
+
+def _hold_signals(lab: str) -> None:
+    _up.add(lab)
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _leave)
+            _held.append(number)
+
+
+def _release_signals(lab: str) -> None:
+    _up.discard(lab)
+    if _up or threading.current_thread() is not threading.main_thread():
+        return
+    while _held:
+        signal.signal(_held.pop(), signal.SIG_DFL)
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:
