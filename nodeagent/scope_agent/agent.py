@@ -1,0 +1,670 @@
+"""The whole agent, sans-IO: inputs in, outputs out, and the order in which its rooms speak.
+
+`receive(input, now)`, `handle_timer(now)`, `get_timer()`, `outputs()`. Datagrams leave at once. For the
+device, the registry and the disk at most one batch is in flight; the next is planned from the newest views,
+so a slow registry never delays an endpoint. Level-triggered: every plan compares the whole of what should be
+with the whole of what is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Set
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+from scope.channel import Channel, Confirmed, Hello, NotACorrespondent, Received
+from scope.model import (
+    DeviceKind,
+    IPInterface,
+    Mapping,
+    PathKind,
+    Peer,
+    PeerReport,
+    PublicKey,
+    Snapshot,
+    Tombstone,
+)
+from scope.registry.port import Fact, Listed, Put
+from scope.wire import Forward, Forwarded, Message, Removed, WireError
+from scope_agent.desired import (
+    DeviceSettings,
+    Identity,
+    desired_device,
+    is_news,
+    is_urgent,
+    report,
+)
+from scope_agent.inputs import (
+    Applied,
+    CommandArrived,
+    Courier,
+    DatagramArrived,
+    DeviceBatch,
+    DeviceObserved,
+    DiskState,
+    FactArrived,
+    Failed,
+    Input,
+    InterfacesChanged,
+    Leg,
+    ListAgain,
+    Observe,
+    Output,
+    Reply,
+    SaveState,
+    Send,
+    Socket,
+    Target,
+    TrafficMoved,
+    Via,
+    WriteReport,
+)
+from scope_agent.membership import Membership
+from scope_agent.paths.candidates import contains
+from scope_agent.paths.core import Call, Outgoing, Paths, PathsView, PeerReading
+from scope_agent.wireguard.device import (
+    AddPeer,
+    DesiredDevice,
+    ObservedDevice,
+    ObservedPeer,
+    RemovePeer,
+    SetEndpoint,
+)
+from scope_agent.wireguard.plan import count_drift, plan_device
+
+MAX_BATCH = 64  # actions between two looks at the device: endpoints never wait for a thousand peers
+SESSION_VALID = 180.0  # WireGuard's REJECT_AFTER_TIME
+OBSERVE_BUSY = 0.05  # while a handshake is awaited or a path is in doubt
+OBSERVE_TRAFFIC = 0.25  # while traffic flows: a path that swallows it is suspect after 0.5 s
+OBSERVE_IDLE = 10.0  # foreign changes to an idle device are put right within so long
+OBSERVE_SHARE = 50.0  # a look that took t seconds is followed by t times this of not looking
+REPORT_URGENT = 0.05  # endpoints and mapping: others wait for them; bursts still make one write
+REPORT_LINKS = 4.0  # links and counts: within the ladder's 16 s, and few writes while a mesh forms
+REPORT_STABLE = 30.0  # the same once our own endpoints have stood for a minute
+SAVE_AFTER = 1.0  # the disk gets one write for a burst of changes
+RETRY_MIN, RETRY_MAX = 1.0, 30.0  # after a failed batch
+GOSSIP_AGAIN = 1.0  # a tombstone is passed on twice: the first datagram may be lost
+FORWARD_PER_SECOND = 50.0  # datagrams passed on for one asker: call-me-maybe for a large mesh
+FORWARD_BURST = 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """What an agent is from its start: the rest is in the ScopeMesh."""
+
+    mesh: str
+    device: str
+    identity: Identity
+    registry_key: PublicKey
+    underlay_mtu: int = 1500
+    fwmark: int = 0
+
+
+class Agent:
+    """One peer. `random` draws from [0, 1); `channel` holds a fresh boot id."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        *,
+        channel: Channel,
+        state: DiskState,
+        random: Callable[[], float],
+        now: float,
+    ) -> None:
+        self._config = config
+        self._channel = channel
+        self._random = random
+        self._started = now
+        own = config.identity.public.wireguard
+        self._membership = Membership(own=own, mesh=config.mesh, registry_key=config.registry_key, now=now)
+        self._paths = Paths(own=own, random=random)
+        self._listen_port = state.listen_port
+        self._interfaces: frozenset[IPInterface] = frozenset()
+        self._out: list[Output] = []
+        # device
+        self._observed: ObservedDevice | None = None
+        self._device_kind: DeviceKind | None = None
+        self._sessions: dict[PublicKey, tuple[float, float]] = {}  # key -> (last handshake, since when, ours)
+        self._agreed: DesiredDevice | None = None
+        self._drift = 0
+        self._device_busy = False
+        self._observing_since: float | None = now
+        self._observe_at: float | None = None
+        self._observe_floor = now
+        self._device_error = ""
+        self._device_retry = RETRY_MIN
+        self._plan_due = False
+        # registry
+        self._written: PeerReport | None = None
+        self._writing: PeerReport | None = None
+        self._report_at: float | None = None
+        self._registry_retry = RETRY_MIN
+        self._registry_error = ""
+        self._published_at = now
+        # disk
+        self._saved = state
+        self._saving: DiskState | None = None
+        self._save_at: float | None = None
+        self._disk_error = ""
+        # gossip and forwarding
+        self._passed: dict[str, tuple[Tombstone, float]] = {}
+        self._known_tombstones: set[str] = {t.peer_uid for t in state.snapshot.tombstones}
+        self._allowance: dict[PublicKey, tuple[float, float]] = {}
+        self._origins: dict[PublicKey, bytes] = {}
+        self._dropped = 0
+        self._snapshot = Snapshot()
+        self._membership.restore(state.snapshot)
+        if state.snapshot.own is not None and state.snapshot.own.report is not None:
+            self._written = state.snapshot.own.report
+        self._paths.restore(state.last_good, now)
+
+    # --- the five verbs ------------------------------------------------------------------------------------
+
+    def receive(self, event: Input, now: float) -> None:
+        """Take one input."""
+        match event:
+            case DatagramArrived(data, leg):
+                self._datagram(data, leg, now)
+            case FactArrived(fact):
+                self._membership.receive(fact, now)
+                self._note_own_report(fact)
+                self._snapshot_changed(now)
+            case InterfacesChanged(addresses, blocked):
+                self._interfaces = self._usable(addresses - blocked)
+                self._paths.set_interfaces(self._interfaces, self._listen_port, now)
+                self._snapshot_changed(now)
+            case DeviceObserved(device, kind, wall):
+                self._device_observed(device, kind, wall, now)
+            case Applied(target):
+                self._applied(target, now)
+            case Failed():
+                self._failed(event, now)
+            case TrafficMoved():
+                self._observe_soon(now, OBSERVE_TRAFFIC)
+            case CommandArrived(number, command):
+                self._out.append(Reply(number, self._answer(command, now)))
+            case _:
+                assert_never(event)
+        self._collect(now)
+
+    def handle_timer(self, now: float) -> None:
+        """Do what is due."""
+        self._paths.handle_timer(now)
+        self._plan_due = True
+        if self._membership.wants_list(now):
+            self._out.append(ListAgain())
+        for uid, (tombstone, at) in list(self._passed.items()):
+            if now >= at:
+                del self._passed[uid]
+                self._pass_on(tombstone, now)
+        self._collect(now)
+
+    def get_timer(self) -> float | None:
+        """When `handle_timer` wants to run next."""
+        times = [
+            self._paths.get_timer(),
+            self._membership.get_timer(),
+            self._observe_at if self._observing_since is None and not self._device_busy else None,
+            self._report_at if self._writing is None else None,
+            self._save_at if self._saving is None else None,
+            *(at for _, at in self._passed.values()),
+        ]
+        return min((t for t in times if t is not None), default=None)
+
+    def outputs(self) -> list[Output]:
+        """What is to be performed now, in order."""
+        out, self._out = self._out, []
+        return out
+
+    # --- what the shell may ask ----------------------------------------------------------------------------
+
+    @property
+    def listen_port(self) -> int:
+        """WireGuard's UDP port."""
+        return self._listen_port
+
+    @property
+    def removed(self) -> bool:
+        """Whether our own ScopePeer was deliberately removed."""
+        return self._membership.removed_self()
+
+    def snapshot(self) -> Snapshot:
+        """What is believed of the mesh."""
+        return self._snapshot
+
+    def paths(self, now: float) -> PathsView:
+        """All paths."""
+        return self._paths.view(now)
+
+    # --- datagrams -----------------------------------------------------------------------------------------
+
+    def _datagram(self, data: bytes, leg: Leg, now: float) -> None:
+        try:
+            opened = self._channel.open(data)
+        except WireError:
+            self._dropped += 1
+            return
+        source = leg.endpoint if isinstance(leg, Socket) else None
+        match opened:
+            case Hello(sender, cookie):
+                self._send(_back(leg, sender), cookie, now)
+            case Confirmed(sender):
+                self._paths.confirmed(sender, source, now)
+            case Received(sender, message, origin):
+                self._message(sender, message, leg, origin=origin, now=now)
+            case _:
+                assert_never(opened)
+
+    def _message(self, sender: PublicKey, message: Message, leg: Leg, *, origin: bytes, now: float) -> None:
+        if self._origins.get(sender) != origin:
+            self._origins[sender] = origin
+            self._greet(sender, leg, now)
+        match message:
+            case Forward(to, datagram):
+                self._forward(sender, to, datagram, now)
+            case Forwarded(asker, datagram):
+                if not isinstance(leg, Via):  # one hop of carrying: what is carried carries nothing
+                    self._datagram(datagram, Via(carrier=sender, to=asker), now)
+            case Removed(tombstone):
+                if self._membership.bury(tombstone):
+                    self._snapshot_changed(now)
+            case _:
+                source = leg.endpoint if isinstance(leg, Socket) else None
+                self._paths.receive(sender, message, source, origin=origin, now=now)
+
+    def _greet(self, sender: PublicKey, leg: Leg, now: float) -> None:
+        """A peer that was away may have missed removals."""
+        for tombstone in self._snapshot.tombstones[-MAX_BATCH:]:
+            if sender in self._peer_keys():
+                self._seal_and_send(sender, Removed(tombstone), _back(leg, sender), now)
+
+    def _forward(self, asker: PublicKey, to: PublicKey, datagram: bytes, now: float) -> None:
+        tokens, at = self._allowance.get(asker, (FORWARD_BURST, now))
+        tokens = min(FORWARD_BURST, tokens + (now - at) * FORWARD_PER_SECOND)
+        endpoint = self._paths.endpoint_of(to, now)
+        if tokens < 1.0 or endpoint is None or to not in self._peer_keys():
+            self._dropped += 1
+            return
+        self._allowance[asker] = (tokens - 1.0, now)
+        self._seal_and_send(to, Forwarded(asker, datagram), Socket(endpoint), now)
+
+    def _seal_and_send(self, to: PublicKey, message: Message, leg: Leg, now: float) -> None:
+        try:
+            data = self._channel.seal(to, message)
+        except (NotACorrespondent, ValueError):
+            self._dropped += 1
+            return
+        self._send(leg, data, now)
+
+    def _send(self, leg: Leg, data: bytes, now: float) -> None:
+        match leg:
+            case Socket():
+                self._out.append(Send(leg, data))
+            case Courier():
+                if self._membership.registration().connected:
+                    self._out.append(Send(leg, data))
+            case Via(carrier, to):
+                endpoint = self._paths.endpoint_of(carrier, now)
+                if endpoint is not None:
+                    self._seal_and_send(carrier, Forward(to, data), Socket(endpoint), now)
+            case _:
+                assert_never(leg)
+
+    def _call(self, call: Call, now: float) -> None:
+        """Over carriers that answer, else over the gateway."""
+        carriers = self._paths.carriers(call.to, now)
+        legs: list[Leg] = [Via(carrier, call.to) for carrier in carriers] or [Courier(call.to)]
+        for leg in legs:
+            self._seal_and_send(call.to, call.message, leg, now)
+
+    # --- membership ----------------------------------------------------------------------------------------
+
+    def _peer_keys(self) -> dict[PublicKey, PublicKey]:
+        """Probe key -> WireGuard key of the peers."""
+        return {p.report.keys.probe: key for key, p in self._snapshot.peers.items() if p.report is not None}
+
+    def _snapshot_changed(self, now: float) -> None:
+        before, snapshot = self._snapshot, self._membership.snapshot()
+        if snapshot is before:
+            return
+        for tombstone in snapshot.tombstones:
+            if tombstone.peer_uid not in self._known_tombstones:
+                self._known_tombstones.add(tombstone.peer_uid)
+                self._passed[tombstone.peer_uid] = (tombstone, now + GOSSIP_AGAIN)
+                self._pass_on(tombstone, now)
+        self._snapshot = snapshot
+        mesh = snapshot.mesh
+        if mesh is not None and mesh.spec.listen_port and mesh.spec.listen_port != self._listen_port:
+            self._listen_port = mesh.spec.listen_port
+            self._paths.set_interfaces(self._interfaces, self._listen_port, now)
+        reflectors = {r.probe_key for r in mesh.status.reflectors} if mesh is not None else set()
+        self._channel.set_correspondents(frozenset(reflectors | self._peer_keys().keys()))
+        self._interfaces = self._usable(self._interfaces)
+        self._paths.set_snapshot(snapshot, now)
+        self._adopt(now, new=snapshot.peers.keys() - before.peers.keys())
+        self._plan_due = True
+        self._save_soon(now)
+
+    def _pass_on(self, tombstone: Tombstone, now: float) -> None:
+        for key, pair in self._paths.view(now).pairs.items():
+            peer = self._snapshot.peers.get(key)
+            if peer is None or peer.report is None or pair.endpoint is None or key == tombstone.key:
+                continue
+            self._seal_and_send(peer.report.keys.probe, Removed(tombstone), Socket(pair.endpoint), now)
+
+    def _usable(self, addresses: frozenset[IPInterface]) -> frozenset[IPInterface]:
+        """Our own addresses that the underlay may use: not the mesh's."""
+        mesh = self._snapshot.mesh
+        prefixes = (mesh.spec.addressing.ipv4, mesh.spec.addressing.ipv6) if mesh is not None else ()
+        return frozenset(a for a in addresses if not contains([p for p in prefixes if p is not None], a.ip))
+
+    # --- the device ----------------------------------------------------------------------------------------
+
+    def _device_observed(self, device: ObservedDevice, kind: DeviceKind, wall: float, now: float) -> None:
+        first = self._observed is None
+        cost = now - self._observing_since if self._observing_since is not None else 0.0
+        self._observing_since = None
+        self._observe_floor = now + min(cost * OBSERVE_SHARE, OBSERVE_IDLE)
+        self._device_kind = kind
+        readings = {key: self._read(key, peer, wall, now) for key, peer in device.peers.items()}
+        self._sessions = {key: value for key, value in self._sessions.items() if key in device.peers}
+        self._observed = device
+        if first:
+            self._adopt(now, new=device.peers.keys())
+        self._paths.observe(readings, now)
+        if self._agreed is not None and not self._device_busy:
+            drift = count_drift(self._agreed, device)
+            self._drift += drift
+            if drift:
+                self._agreed = None
+        self._observe_at = None
+        self._observe_soon(now, OBSERVE_BUSY if self._paths.busy() else OBSERVE_IDLE)
+        self._plan_due = True
+
+    def _read(self, key: PublicKey, peer: ObservedPeer, wall: float, now: float) -> PeerReading:
+        known = self._sessions.get(key)
+        stamp = peer.last_handshake or 0.0
+        fresh = known is not None and stamp != known[0] and stamp > 0.0
+        if known is None:
+            age = wall - stamp if stamp > 0.0 else SESSION_VALID
+            known = (stamp, now - max(age, 0.0))
+        elif fresh:
+            known = (stamp, now)
+        self._sessions[key] = known
+        return PeerReading(
+            tx=peer.tx,
+            rx=peer.rx,
+            endpoint=peer.endpoint,
+            handshake=fresh,
+            session=now - known[1] < SESSION_VALID,
+        )
+
+    def _adopt(self, now: float, *, new: Set[PublicKey]) -> None:
+        """What an earlier agent left working stays as it is."""
+        if self._observed is None or now - self._started > SESSION_VALID:
+            return
+        for key in self._snapshot.peers.keys() & self._observed.peers.keys() & new:
+            peer = self._observed.peers[key]
+            stamp, since = self._sessions[key]
+            if peer.endpoint is not None and peer.allowed_ips:
+                session = stamp > 0.0 and now - since < SESSION_VALID
+                self._paths.adopt(key, peer.endpoint, session=session, now=now)
+
+    def _observe_soon(self, now: float, delay: float) -> None:
+        at = max(now + delay, self._observe_floor)
+        if self._observe_at is None or at < self._observe_at:
+            self._observe_at = at
+
+    def _plan_device(self, now: float) -> None:
+        if (
+            not self._plan_due
+            or self._device_busy
+            or self._observed is None
+            or self._observing_since is not None
+        ):
+            return
+        self._plan_due = False
+        settings = DeviceSettings(
+            self._config.device,
+            listen_port=self._listen_port,
+            underlay_mtu=self._config.underlay_mtu,
+            fwmark=self._config.fwmark,
+        )
+        view = self._paths.view(now)
+        desired = desired_device(self._snapshot, view, identity=self._config.identity, settings=settings)
+        if desired is None:
+            return
+        if self.removed:
+            desired = replace(desired, peers={})
+        actions = plan_device(desired, self._observed)
+        if not actions:
+            self._agreed = desired
+            return
+        batch = actions[:MAX_BATCH]
+        self._agreed = None
+        self._device_busy = True
+        self._out.append(DeviceBatch(batch))
+        for action in batch:
+            if isinstance(action, SetEndpoint | AddPeer):
+                self._paths.settled(action.key, now)
+            elif isinstance(action, RemovePeer):
+                self._sessions.pop(action.key, None)
+
+    # --- batches -------------------------------------------------------------------------------------------
+
+    def _applied(self, target: Target, now: float) -> None:
+        match target:
+            case Target.DEVICE:
+                self._device_busy = False
+                self._device_error, self._device_retry = "", RETRY_MIN
+                self._observing_since = now  # the shell looks after each batch
+            case Target.REGISTRY:
+                self._written, self._writing = self._writing, None
+                self._registry_error, self._registry_retry = "", RETRY_MIN
+            case Target.DISK:
+                if self._saving is not None:
+                    self._saved, self._saving = self._saving, None
+                self._disk_error = ""
+            case _:
+                assert_never(target)
+
+    def _failed(self, failed: Failed, now: float) -> None:
+        match failed.target:
+            case Target.DEVICE:
+                self._device_busy, self._device_error = False, failed.error
+                if (
+                    failed.port_taken
+                    and self._snapshot.mesh is not None
+                    and not self._snapshot.mesh.spec.listen_port
+                ):
+                    self._listen_port = pick_port(self._random)
+                    self._paths.set_interfaces(self._interfaces, self._listen_port, now)
+                    self._save_soon(now)
+                self._observing_since = None
+                self._observe_floor = now + self._device_retry
+                self._observe_at = self._observe_floor
+                self._device_retry = min(2 * self._device_retry, RETRY_MAX)
+            case Target.REGISTRY:
+                self._writing, self._registry_error = None, failed.error
+                self._report_at = now + self._registry_retry * (0.5 + self._random())
+                self._registry_retry = min(2 * self._registry_retry, RETRY_MAX)
+            case Target.DISK:
+                self._saving, self._disk_error = None, failed.error
+                self._save_at = now + RETRY_MAX
+            case _:
+                assert_never(failed.target)
+
+    def _collect(self, now: float) -> None:
+        """Turn what the rooms want into outputs."""
+        for out in self._paths.outputs():
+            match out:
+                case Outgoing(to, message, endpoint, ttl):
+                    self._seal_and_send(to, message, Socket(endpoint, ttl), now)
+                case Call():
+                    self._call(out, now)
+                case _:
+                    assert_never(out)
+        self._plan_device(now)
+        if self._observe_at is not None and now >= self._observe_at:
+            if self._observing_since is None and not self._device_busy:
+                self._observing_since = now
+                self._observe_at = None
+                self._out.append(Observe())
+        elif self._paths.busy():
+            self._observe_soon(now, OBSERVE_BUSY)
+        self._plan_report(now)
+        self._plan_save(now)
+
+    def _note_own_report(self, fact: Fact) -> None:
+        """What the registry holds of us, when it is not what we wrote, is what the next report is compared to."""
+        if self._writing is not None:
+            return
+        resources = (
+            fact.resources if isinstance(fact, Listed) else (fact.resource,) if isinstance(fact, Put) else ()
+        )
+        for resource in resources:
+            if isinstance(resource, Peer) and resource.report is not None:
+                if resource.report.keys.wireguard == self._config.identity.public.wireguard:
+                    self._written = resource.report
+
+    def _plan_report(self, now: float) -> None:
+        own = self._snapshot.own
+        if own is None or self._writing is not None or not self._listen_port or self._observed is None:
+            return
+        wanted = report(
+            self._snapshot, self._paths.view(now), identity=self._config.identity, device=self._device_kind
+        )
+        if not is_news(wanted, self._written):
+            self._report_at = None
+            return
+        urgent = is_urgent(wanted, self._written)
+        if urgent:
+            self._published_at = now
+        calm = now - self._published_at > 60.0 and now - self._started > 60.0
+        delay = (
+            REPORT_URGENT
+            if urgent
+            else (REPORT_STABLE if calm else REPORT_LINKS) * (0.8 + 0.4 * self._random())
+        )
+        if self._report_at is None or (urgent and self._report_at > now + delay and not self._registry_error):
+            self._report_at = now + delay
+        if now >= self._report_at and self._membership.registration().connected:
+            self._report_at = None
+            self._writing = wanted
+            self._out.append(WriteReport(own.meta.name, own.meta.uid, wanted))
+        elif now >= self._report_at:
+            self._report_at = now + RETRY_MIN
+
+    def _save_soon(self, now: float) -> None:
+        if self._save_at is None:
+            self._save_at = now + SAVE_AFTER
+
+    def _plan_save(self, now: float) -> None:
+        if self._saving is not None:
+            return
+        if self._paths.last_good() != self._saved.last_good:
+            self._save_soon(now)
+        if self._save_at is None or now < self._save_at:
+            return
+        self._save_at = None
+        state = DiskState(self._snapshot, last_good=self._paths.last_good(), listen_port=self._listen_port)
+        if state != self._saved:
+            self._saving = state
+            self._out.append(SaveState(state))
+
+    # --- status --------------------------------------------------------------------------------------------
+
+    def _answer(self, command: str, now: float) -> dict[str, object]:
+        if command != "status":
+            return {"ok": False, "error": f"unknown command {command!r}; this agent knows: status"}
+        return {"ok": True, "status": self.status(now)}
+
+    def status(self, now: float) -> dict[str, object]:
+        """What `scopectl status` shows: plain JSON values."""
+        view = self._paths.view(now)
+        own, registration = self._snapshot.own, self._membership.registration()
+        conditions = [
+            {"type": kind, "message": message}
+            for kind, message in (
+                ("Device", self._device_error),
+                ("Registry", self._registry_error),
+                ("Disk", self._disk_error),
+                ("Removed", "this peer was removed from the mesh" if self.removed else ""),
+            )
+            if message
+        ]
+        return {
+            "mesh": self._config.mesh,
+            "peer": own.meta.name if own is not None else None,
+            "addresses": [str(a.ip) for a in own.assignment.addresses] if own is not None else [],
+            "device": {
+                "name": self._config.device,
+                "kind": self._device_kind,
+                "listenPort": self._listen_port,
+                "drift": self._drift,
+            },
+            "registry": {
+                "connected": registration.connected,
+                "since": round(now - registration.since, 1),
+                "reason": registration.reason,
+            },
+            "mapping": view.mapping,
+            "endpoints": [{"endpoint": str(c.endpoint), "kind": c.kind} for c in view.candidates],
+            "reflector": _reflector_text(view, now),
+            "peers": [
+                self._peer_status(key, peer, view, now)
+                for key, peer in sorted(self._snapshot.peers.items(), key=lambda item: item[1].meta.name)
+            ],
+            "dropped": self._dropped,
+            "conditions": conditions,
+        }
+
+    def _peer_status(self, key: PublicKey, peer: Peer, view: PathsView, now: float) -> dict[str, object]:
+        pair = view.pairs.get(key)
+        seen = self._observed.peers.get(key) if self._observed is not None else None
+        session = self._sessions.get(key)
+        endpoint = pair.endpoint if pair is not None and pair.path is not PathKind.NONE else None
+        return {
+            "name": peer.meta.name,
+            "addresses": [str(a.ip) for a in peer.assignment.addresses],
+            "path": pair.path if pair is not None else PathKind.NONE,
+            "endpoint": str(endpoint) if endpoint is not None else None,
+            "family": endpoint.family if endpoint is not None else None,
+            "rttMs": round(pair.rtt * 1000, 1) if pair is not None and pair.rtt is not None else None,
+            "lastHandshakeSeconds": (
+                round(now - session[1], 1) if session is not None and session[0] > 0.0 else None
+            ),
+            "rx": seen.rx if seen is not None else 0,
+            "tx": seen.tx if seen is not None else 0,
+            "online": peer.assignment.online,
+            "mapping": peer.report.mapping if peer.report is not None else Mapping.UNKNOWN,
+            "sinceSeconds": round(now - pair.since, 3) if pair is not None else None,
+            "reason": pair.reason if pair is not None else "",
+        }
+
+
+def pick_port(random: Callable[[], float]) -> int:
+    """A port of one's own: below the ephemeral and NodePort ranges, and below those that hubs relay on."""
+    return 20000 + int(random() * 6000)
+
+
+def _back(leg: Leg, sender: PublicKey) -> Leg:
+    """The way back to who sent over `leg`."""
+    match leg:
+        case Socket(endpoint):
+            return Socket(endpoint)
+        case Via(carrier):
+            return Via(carrier, sender)
+        case Courier():
+            return Courier(sender)
+        case _:
+            assert_never(leg)
+
+
+def _reflector_text(view: PathsView, now: float) -> str:
+    if not view.reflectors_known:
+        return "none known yet"
+    if view.reflectors_silent_since is None:
+        return "answering"
+    return f"no reflector answers for {now - view.reflectors_silent_since:.0f} s"

@@ -1,0 +1,191 @@
+"""What goes into the agent and what comes out: two closed unions of frozen values.
+
+`run` turns the world into inputs and performs outputs; `agent` sees nothing else of the world. A datagram
+leaves by a leg: WireGuard's own UDP port, a carrier that both sides reach, or the gateway's courier.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping as MappingOf
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from scope.model import DeviceKind, Endpoint, IPInterface, PeerReport, PublicKey, Snapshot
+from scope.registry.port import Fact
+from scope_agent.wireguard.device import Action, ObservedDevice
+
+
+@dataclass(frozen=True, slots=True)
+class Socket:
+    """WireGuard's own UDP port, to an endpoint. `ttl` bounds the hops of an opener, None is the default."""
+
+    endpoint: Endpoint
+    ttl: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Via:
+    """A carrier (reflector or peer, by probe key) that passes a sealed datagram on to probe key `to`."""
+
+    carrier: PublicKey
+    to: PublicKey
+
+
+@dataclass(frozen=True, slots=True)
+class Courier:
+    """The gateway's event stream, to (or from: then unknown, None) probe key `to`."""
+
+    to: PublicKey | None
+
+
+Leg: TypeAlias = Socket | Via | Courier
+
+
+class Target(enum.StrEnum):
+    """What an agent programs; each has at most one batch in flight."""
+
+    DEVICE = "device"
+    REGISTRY = "registry"
+    DISK = "disk"
+
+
+@dataclass(frozen=True, slots=True)
+class DiskState:
+    """The last good snapshot, what worked last, and the port: all that a restart needs to need nobody."""
+
+    snapshot: Snapshot
+    last_good: dict[PublicKey, Endpoint] = field(default_factory=dict)  # by WireGuard key
+    listen_port: int = 0
+
+
+# --- inputs -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class FactArrived:
+    """A registry adapter learned something."""
+
+    fact: Fact
+
+
+@dataclass(frozen=True, slots=True)
+class DatagramArrived:
+    """A datagram of the probe protocol came in over `leg` (a Socket leg's endpoint is its source)."""
+
+    data: bytes
+    leg: Leg
+
+
+@dataclass(frozen=True, slots=True)
+class InterfacesChanged:
+    """All addresses of all interfaces that may carry the underlay, at once; `blocked` must never be used."""
+
+    addresses: frozenset[IPInterface]
+    blocked: frozenset[IPInterface] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceObserved:
+    """The device as it is; `wall` is the wall clock of the reading, to age handshakes once after a start."""
+
+    device: ObservedDevice
+    kind: DeviceKind
+    wall: float
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """A batch was performed in full."""
+
+    target: Target
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A batch stopped with `error`; what was done of it is in the next observation."""
+
+    target: Target
+    error: str
+    retry: bool = True
+    port_taken: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TrafficMoved:
+    """The device's own counters moved: someone uses the mesh now."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandArrived:
+    """Somebody asks over the local socket; the answer is a Reply with the same number."""
+
+    number: int
+    command: str
+
+
+Input: TypeAlias = (
+    FactArrived
+    | DatagramArrived
+    | InterfacesChanged
+    | DeviceObserved
+    | Applied
+    | Failed
+    | TrafficMoved
+    | CommandArrived
+)
+
+
+# --- outputs ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a sealed datagram at once; nobody waits for it. `leg` is a Socket or a Courier."""
+
+    leg: Socket | Courier
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBatch:
+    """At most MAX_BATCH actions for the device, in order, then one observation."""
+
+    actions: tuple[Action, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Observe:
+    """Read the device and answer with DeviceObserved."""
+
+
+@dataclass(frozen=True, slots=True)
+class WriteReport:
+    """Write our part of our own ScopePeer's status."""
+
+    name: str
+    uid: str
+    report: PeerReport
+
+
+@dataclass(frozen=True, slots=True)
+class SaveState:
+    """Replace the last good snapshot on disk."""
+
+    state: DiskState
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The answer to a command: plain JSON values."""
+
+    number: int
+    value: MappingOf[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ListAgain:
+    """Ask the registry for a complete list: many peers seem to be gone."""
+
+
+Output: TypeAlias = Send | DeviceBatch | Observe | WriteReport | SaveState | Reply | ListAgain

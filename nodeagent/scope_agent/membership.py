@@ -1,0 +1,225 @@
+"""Who is a member: registry facts, the snapshot from disk and tombstones become one Snapshot.
+
+The registry advises, the agent decides what to believe:
+
+- a peer that is put is believed, unless a tombstone names its uid or key;
+- a removal is believed on a DELETED event; on a tombstone signed by the registry or by the peer itself; or
+  when a complete list, not older than the last one seen, holds the mesh and our own ScopePeer but not the
+  peer. Where a list would remove more than MANY peers and a tenth of the mesh, it takes a second list, at
+  least 30 s later, that says the same;
+- a revision that goes backwards, or another registry id, is a restore: nothing is removed for ten minutes,
+  and no tombstone is forgotten.
+
+Tombstones are kept for good measure on disk and passed on to peers, so an old snapshot brings nobody back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from scope.model import Kind, Mesh, Peer, PublicKey, Revision, Snapshot, Tombstone
+from scope.registry.port import Deleted, Disconnected, Fact, Listed, Put
+from scope.tombstones import verify_tombstone
+
+MANY = 3  # so few peers may vanish at once without a second look
+SECOND_LIST_AFTER = 30.0
+RESTORE_PATIENCE = 600.0
+MAX_TOMBSTONES = 4096  # 200 bytes each; the oldest go first, long after their peers' expiry
+
+
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """Whether the registry is heard, for status."""
+
+    connected: bool
+    since: float
+    reason: str = ""
+
+
+class Membership:
+    """The membership room. `own` is our WireGuard key, `mesh` the mesh's name."""
+
+    def __init__(self, *, own: PublicKey, mesh: str, registry_key: PublicKey, now: float) -> None:
+        self._own = own
+        self._mesh_name = mesh
+        self._registry_key = registry_key
+        self._mesh: Mesh | None = None
+        self._own_peer: Peer | None = None
+        self._peers: dict[str, Peer] = {}  # by uid
+        self._tombstones: dict[str, Tombstone] = {}  # by uid of the removed peer
+        self._revision: Revision | None = None
+        self._doubted: tuple[frozenset[str], float] | None = None
+        self._patient_until = float("-inf")
+        self._registration = Registration(connected=False, since=now, reason="not asked yet")
+        self._snapshot = Snapshot()
+        self._relist_at: float | None = None
+
+    # --- inputs --------------------------------------------------------------------------------------------
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take the last good snapshot from disk."""
+        self._mesh, self._own_peer, self._revision = snapshot.mesh, snapshot.own, snapshot.revision
+        self._peers = {peer.meta.uid: peer for peer in snapshot.peers.values()}
+        self._tombstones = {t.peer_uid: t for t in snapshot.tombstones}
+        self._rebuild()
+
+    def receive(self, fact: Fact, now: float) -> None:
+        """Take one fact of the registry."""
+        match fact:
+            case Disconnected(reason):
+                if self._registration.connected or self._registration.reason != reason:
+                    self._registration = Registration(connected=False, since=now, reason=reason)
+                return
+            case Listed():
+                self._registered(now)
+                self._listed(fact, now)
+            case Put(resource, revision):
+                self._registered(now)
+                self._advance(revision, now)
+                if isinstance(resource, Mesh | Peer):
+                    self._put(resource)
+            case Deleted(last, revision):
+                self._registered(now)
+                self._advance(revision, now)
+                if isinstance(last, Peer):
+                    self._peers.pop(last.meta.uid, None)
+        self._rebuild()
+
+    def bury(self, tombstone: Tombstone) -> bool:
+        """Take a tombstone that a peer passed on; True when it was news and its signature holds."""
+        if tombstone.peer_uid in self._tombstones or self._mesh is None:
+            return False
+        if tombstone.mesh_uid != self._mesh.meta.uid or not self._is_signed(tombstone):
+            return False
+        self._keep(tombstone)
+        self._rebuild()
+        return True
+
+    # --- views ---------------------------------------------------------------------------------------------
+
+    def snapshot(self) -> Snapshot:
+        """What is believed now; the same object until it changes."""
+        return self._snapshot
+
+    def registration(self) -> Registration:
+        """Whether the registry is heard."""
+        return self._registration
+
+    def wants_list(self, now: float) -> bool:
+        """Whether a second list is due to confirm that many peers are gone; asked once."""
+        if self._relist_at is None or now < self._relist_at:
+            return False
+        self._relist_at = None
+        return True
+
+    def get_timer(self) -> float | None:
+        """When `wants_list` turns true."""
+        return self._relist_at
+
+    def removed_self(self) -> bool:
+        """Whether our own ScopePeer carries a tombstone: we are to leave."""
+        own = self._own_peer
+        if own is not None and own.assignment.tombstone is not None:
+            return True
+        return any(t.key == self._own for t in self._tombstones.values())
+
+    # --- inside --------------------------------------------------------------------------------------------
+
+    def _registered(self, now: float) -> None:
+        if not self._registration.connected:
+            self._registration = Registration(connected=True, since=now)
+
+    def _advance(self, revision: Revision, now: float) -> bool:
+        """Take a revision; False when it goes backwards."""
+        before = self._revision
+        self._revision = revision
+        if before is None or (before.registry == revision.registry and before.number <= revision.number):
+            return True
+        self._patient_until = now + RESTORE_PATIENCE
+        self._doubted = None
+        return False
+
+    def _listed(self, listed: Listed, now: float) -> None:
+        forward = self._advance(listed.revision, now)
+        if listed.kind is Kind.MESH:
+            for resource in listed.resources:
+                if isinstance(resource, Mesh):
+                    self._put(resource)
+            return
+        present = {resource.meta.uid for resource in listed.resources}
+        for resource in listed.resources:
+            if isinstance(resource, Peer):
+                self._put(resource)
+        if not listed.complete or not forward or now < self._patient_until or self._mesh is None:
+            return
+        if self._own_peer is None or self._own_peer.meta.uid not in present:
+            return
+        self._believe_absence(frozenset(self._peers.keys() - present), now)
+
+    def _believe_absence(self, gone: frozenset[str], now: float) -> None:
+        many = len(gone) > MANY and len(gone) * 10 > len(self._peers)
+        if many:
+            if self._doubted is None or self._doubted[0] != gone:
+                self._doubted = (gone, now)
+                self._relist_at = now + SECOND_LIST_AFTER
+                return
+            if now - self._doubted[1] < SECOND_LIST_AFTER:
+                return
+        self._doubted = None
+        for uid in gone:
+            del self._peers[uid]
+
+    def _put(self, resource: Mesh | Peer) -> None:
+        if isinstance(resource, Mesh):
+            if resource.meta.name == self._mesh_name:
+                self._mesh = resource
+            return
+        if resource.spec.mesh != self._mesh_name:
+            return
+        tombstone = resource.assignment.tombstone
+        if (
+            tombstone is not None
+            and tombstone.peer_uid == resource.meta.uid
+            and self._is_signed(tombstone, resource)
+        ):
+            self._keep(tombstone)
+        if resource.report is not None and resource.report.keys.wireguard == self._own:
+            self._own_peer = resource
+            return
+        self._peers[resource.meta.uid] = resource
+
+    def _is_signed(self, tombstone: Tombstone, peer: Peer | None = None) -> bool:
+        """Whether the registry, or the removed peer itself, signed."""
+        peer = peer or self._peers.get(tombstone.peer_uid)
+        report = peer.report if peer is not None else None
+        if report is not None and report.keys.wireguard != tombstone.key:
+            return False
+        own_key = report.keys.signing if report is not None else None
+        return verify_tombstone(tombstone, registry=self._registry_key, peer=own_key)
+
+    def _keep(self, tombstone: Tombstone) -> None:
+        self._tombstones.setdefault(tombstone.peer_uid, tombstone)
+        while len(self._tombstones) > MAX_TOMBSTONES:
+            del self._tombstones[next(iter(self._tombstones))]
+
+    def _rebuild(self) -> None:
+        buried = {t.key for t in self._tombstones.values()}
+        peers: dict[PublicKey, Peer] = {}
+        for uid, peer in self._peers.items():
+            if uid in self._tombstones or peer.assignment.tombstone is not None or peer.report is None:
+                continue
+            key = peer.report.keys.wireguard
+            if key in buried or key == self._own:
+                continue
+            incumbent = peers.get(key)
+            if incumbent is None or (peer.meta.created, uid) < (incumbent.meta.created, incumbent.meta.uid):
+                peers[key] = peer
+        own = self._own_peer
+        self._snapshot = replace(
+            self._snapshot,
+            mesh=self._mesh,
+            own=own,
+            peers=peers,
+            tombstones=tuple(self._tombstones.values()),
+            revision=self._revision,
+        )

@@ -1,0 +1,90 @@
+"""Which endpoints may be candidates, and which of two is better.
+
+A peer can claim any endpoint, so every claim passes `refusal` before a datagram is sent to it. Ranking is by
+ordered tuples, never by weights: private before public, the preferred family before the other one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from ipaddress import IPv4Network, IPv6Network
+
+from scope.model import Candidate, CandidateKind, Endpoint, Family, IPAddress, IPInterface, IPNetwork
+
+# Prefixes that stand for one site: an endpoint in one of them is reached, if at all, without a NAT between.
+_PRIVATE: tuple[IPNetwork, ...] = (
+    IPv4Network("10.0.0.0/8"),
+    IPv4Network("172.16.0.0/12"),
+    IPv4Network("192.168.0.0/16"),
+    IPv6Network("fc00::/7"),
+)
+_SHARED = IPv4Network("100.64.0.0/10")  # RFC 6598: between a carrier's NAT and its customers
+MAX_PUBLISHED = 16  # host addresses of a multi-homed server, reflexive and static ones, with room
+
+
+def contains(networks: Iterable[IPNetwork], address: IPAddress) -> bool:
+    """Whether any of `networks` holds `address`; families never match each other."""
+    return any(network.version == address.version and address in network for network in networks)
+
+
+def refusal(endpoint: Endpoint, *, mesh: Iterable[IPNetwork], own: frozenset[Endpoint]) -> str | None:
+    """Why `endpoint` can never be a candidate for another peer, in words; None when it may be one."""
+    address = endpoint.address
+    if address.is_loopback:
+        return "loopback"
+    if address.is_unspecified or address.is_multicast or str(address) == "255.255.255.255":
+        return "not a unicast address"
+    if address.is_link_local:
+        return "link-local without a scope"
+    if contains(mesh, address):
+        return "inside the mesh's own prefix"
+    if endpoint in own:
+        return "our own endpoint"
+    return None
+
+
+def is_private(address: IPAddress) -> bool:
+    """Whether the address is of a site's own range (RFC 1918, RFC 4193)."""
+    return contains(_PRIVATE, address)
+
+
+def is_shared(address: IPAddress) -> bool:
+    """Whether the address is of the shared range between a carrier's NAT and its customers (RFC 6598)."""
+    return address.version == 4 and address in _SHARED
+
+
+def rank(endpoint: Endpoint, prefer: Family) -> tuple[int, int]:
+    """Lower is better: private before public, then the preferred family."""
+    return (0 if is_private(endpoint.address) else 1, 0 if endpoint.family is prefer else 1)
+
+
+def own_candidates(
+    *,
+    interfaces: frozenset[IPInterface],
+    listen_port: int,
+    static: tuple[Endpoint, ...],
+    reflexive: Iterable[Endpoint],
+    mesh: tuple[IPNetwork, ...],
+) -> tuple[Candidate, ...]:
+    """What a peer publishes of itself, best kinds first, each endpoint once, at most MAX_PUBLISHED."""
+    found: dict[Endpoint, Candidate] = {}
+    hosts = (Endpoint(interface.ip, listen_port) for interface in sorted(interfaces, key=_by_address))
+    for kind, endpoints in (
+        (CandidateKind.STATIC, iter(static)),
+        (CandidateKind.HOST, hosts),
+        (CandidateKind.REFLEXIVE, iter(sorted(reflexive, key=str))),
+    ):
+        for endpoint in endpoints:
+            if refusal(endpoint, mesh=mesh, own=frozenset()) is None and not is_temporary(endpoint):
+                found.setdefault(endpoint, Candidate(endpoint, kind))
+    return tuple(found.values())[:MAX_PUBLISHED]
+
+
+def is_temporary(endpoint: Endpoint) -> bool:
+    """Whether the endpoint's address is one that nobody else can route to (Teredo, 6to4 leftovers)."""
+    address = endpoint.address
+    return address.version == 6 and (address.teredo is not None or address.sixtofour is not None)
+
+
+def _by_address(interface: IPInterface) -> tuple[int, int]:
+    return (interface.version, int(interface.ip))

@@ -1,0 +1,176 @@
+"""Our own mapping, as reflectors see it: the endpoint, and the mapping class.
+
+One ping a refresh interval to one reflector endpoint per family keeps the mapping alive and notices when it
+moves. The class needs the view of two reflector endpoints for the same local socket: the same endpoint from
+both is an endpoint-independent mapping, different ones a dependent one (RFC 4787, section 4.1); with one
+answer it is unknown. A reflector that sees one of our own interface addresses says there is no NAT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from scope.model import Endpoint, Family, IPAddress, Mapping, PublicKey
+
+REFRESH = 20.0  # AWS security groups forget one-way UDP after 30 s; home routers seldom before
+RETRIES = (0.0, 0.1, 0.3, 1.0, 2.0)  # after a start or a network change, until one answer is there
+ANSWER_VALID = 65.0  # three refreshes and a little: one lost ping must not unpublish an endpoint
+MAX_TARGETS = 8  # reflector endpoints asked per family
+PATIENCE = 2.0  # a refresh unanswered for so long: everyone is asked
+
+
+@dataclass(frozen=True, slots=True)
+class ReflectorTarget:
+    """One endpoint of one reflector."""
+
+    probe_key: PublicKey
+    endpoint: Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A ping due to a reflector."""
+
+    target: ReflectorTarget
+    transaction: int
+
+
+@dataclass(slots=True)
+class _Asked:
+    """What is known of one reflector endpoint."""
+
+    pending: dict[int, float] = field(default_factory=dict)
+    seen: Endpoint | None = None
+    at: float = float("-inf")
+
+
+class Reflexive:
+    """Asks reflectors, remembers what they saw. Verbs: set_*, answer, handle_timer, get_timer."""
+
+    def __init__(self) -> None:
+        self._targets: dict[ReflectorTarget, _Asked] = {}
+        self._attempt = 0
+        self._due: float | None = None
+        self._silent_since: float | None = None
+        self._awaited: _Asked | None = None  # the refresher of this round, until it answers
+        self._asked_at = 0.0
+
+    def set_targets(self, targets: tuple[ReflectorTarget, ...], now: float) -> None:
+        """Replace the reflectors; new ones are asked at once."""
+        kept: dict[ReflectorTarget, _Asked] = {}
+        counts: dict[Family, int] = {}
+        for target in targets:
+            family = target.endpoint.family
+            counts[family] = counts.get(family, 0) + 1
+            if counts[family] <= MAX_TARGETS:
+                kept[target] = self._targets.get(target, _Asked())
+        fresh = kept.keys() - self._targets.keys()
+        self._targets = kept
+        if fresh:
+            self.restart(now, forget=False)
+        if not kept:
+            self._due = None
+
+    def restart(self, now: float, *, forget: bool) -> None:
+        """Ask everyone again now; `forget` what was seen when the network changed under us."""
+        if forget:
+            for asked in self._targets.values():
+                asked.seen, asked.at = None, float("-inf")
+        self._attempt = 0
+        self._silent_since = now
+        self._due = now if self._targets else None
+
+    def answer(self, sender: PublicKey, transaction: int, observed: Endpoint, now: float) -> bool:
+        """Take a pong; True when it changed what we know of our mapping."""
+        for target, asked in self._targets.items():
+            if target.probe_key == sender and transaction in asked.pending:
+                del asked.pending[transaction]
+                before = self.endpoints(now), self.mapping_of(target.endpoint.family, now)
+                if asked.seen is not None and asked.seen != observed:
+                    self._forget_family(target.endpoint.family)
+                    self._due = now
+                asked.seen, asked.at = observed, now
+                if self._awaited is asked:
+                    self._awaited, self._due = None, now + REFRESH
+                self._silent_since = None
+                return before != (self.endpoints(now), self.mapping_of(target.endpoint.family, now))
+        return False
+
+    def get_timer(self) -> float | None:
+        """When `handle_timer` wants to run."""
+        return self._due
+
+    def handle_timer(self, now: float, next_transaction: int) -> list[Question]:
+        """The pings due now, numbered upwards from `next_transaction`."""
+        if self._due is None or now < self._due:
+            return []
+        if self._awaited is not None and self._awaited.at < self._asked_at:
+            self._attempt = 0
+        self._awaited = None
+        first_round = self._attempt < len(RETRIES) - 1
+        self._attempt += 1
+        unanswered = any(now - asked.at > REFRESH for asked in self._targets.values())
+        if first_round and unanswered:
+            self._due = now + RETRIES[self._attempt] - RETRIES[self._attempt - 1]
+        else:
+            self._due = now + REFRESH
+        refreshing = not (first_round and unanswered)
+        questions: list[Question] = []
+        refreshed: set[Family] = set()
+        for target, asked in self._by_freshness():
+            if target.endpoint.family in refreshed and not (first_round and now - asked.at > REFRESH):
+                continue
+            refreshed.add(target.endpoint.family)
+            transaction = next_transaction + len(questions)
+            asked.pending = {t: at for t, at in asked.pending.items() if now - at < REFRESH}
+            asked.pending[transaction] = now
+            questions.append(Question(target, transaction))
+            if refreshing:
+                self._awaited, self._asked_at, self._due = asked, now, now + PATIENCE
+        return questions
+
+    def endpoints(self, now: float) -> frozenset[Endpoint]:
+        """The endpoints that reflectors saw lately."""
+        return frozenset(a.seen for a in self._targets.values() if a.seen and now - a.at < ANSWER_VALID)
+
+    def answering(self, now: float) -> tuple[ReflectorTarget, ...]:
+        """Reflectors that answered lately, the latest first."""
+        live = [(a.at, t) for t, a in self._targets.items() if now - a.at < ANSWER_VALID]
+        return tuple(target for _, target in sorted(live, key=lambda pair: -pair[0]))
+
+    def mapping_of(self, family: Family, now: float) -> Mapping:
+        """The mapping class in one family (without regard to our own addresses)."""
+        seen = [
+            a.seen
+            for t, a in self._targets.items()
+            if t.endpoint.family is family and a.seen and now - a.at < 3 * ANSWER_VALID
+        ]
+        if len(seen) < 2:
+            return Mapping.UNKNOWN
+        return Mapping.ENDPOINT_INDEPENDENT if len(set(seen)) == 1 else Mapping.ENDPOINT_DEPENDENT
+
+    def mapping(self, own: frozenset[IPAddress], now: float) -> Mapping:
+        """The mapping class to publish: IPv4's where it is known, since that is where NATs are."""
+        seen = self.endpoints(now)
+        if seen and all(endpoint.address in own for endpoint in seen):
+            return Mapping.NONE
+        for family in (Family.IPV4, Family.IPV6):
+            found = self.mapping_of(family, now)
+            if found is not Mapping.UNKNOWN:
+                return found
+        return Mapping.UNKNOWN
+
+    def silent_since(self) -> float | None:
+        """Since when no reflector has answered; None when one has."""
+        return self._silent_since
+
+    def _forget_family(self, family: Family) -> None:
+        """A mapping moved: what other reflectors saw of the old one says nothing of the new one."""
+        for target, asked in self._targets.items():
+            if target.endpoint.family is family:
+                asked.seen, asked.at = None, float("-inf")
+        self._attempt = 0
+
+    def _by_freshness(self) -> list[tuple[ReflectorTarget, _Asked]]:
+        """Targets in the order of asking: those that answered last first, so that one stays the refresher."""
+        return sorted(self._targets.items(), key=lambda item: (-item[1].at, str(item[0].endpoint)))
