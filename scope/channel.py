@@ -227,10 +227,15 @@ class Channel:
         Its key is used for this one empty body under this one header only, so the counter may stay zero.
         """
         association = correspondent.association
-        if association is not None and association.theirs == datagram.sender:
+        ours = correspondent.offered
+        # The sender of an INITIAL whose ticket stands in our association has only to complete it. The sender of
+        # a SEALED datagram has bound its ticket to another one of ours, so both sides need fresh tickets.
+        if (
+            datagram.type is DatagramType.INITIAL
+            and association is not None
+            and association.theirs == datagram.sender
+        ):
             ours = association.ours
-        else:
-            ours = correspondent.offered
         names = _Names(self._public, correspondent.key, ours, datagram.sender)
         cipher = _cipher(correspondent.agree(self._private), DatagramType.COOKIE, names)
         cookie = self._pack(DatagramType.COOKIE, names, cipher, counter=0, body=b"")

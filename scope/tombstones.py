@@ -1,7 +1,7 @@
 """Makes and checks tombstones: signed records of deliberate removals.
 
 The signature (Ed25519) covers a label and then the mesh's UID, the peer's UID, the peer's WireGuard key and
-the signer's key, each behind its length in two bytes (big endian; UIDs in UTF-8): no two removals share an
+the signer's key, each behind its length in four bytes (big endian; UIDs in UTF-8): no two removals share an
 encoding, and no other signature of the project can be taken for one.
 
 Whose signature counts is for the caller to say, from what it knows of the mesh and never from the tombstone:
@@ -37,16 +37,19 @@ def verify_tombstone(tombstone: Tombstone, *, registry: PublicKey | None, peer: 
     """
     if tombstone.signer not in (registry, peer):
         return False
-    statement = _statement(
-        mesh_uid=tombstone.mesh_uid, peer_uid=tombstone.peer_uid, key=tombstone.key, signer=tombstone.signer
-    )
     try:
+        statement = _statement(
+            mesh_uid=tombstone.mesh_uid,
+            peer_uid=tombstone.peer_uid,
+            key=tombstone.key,
+            signer=tombstone.signer,
+        )
         Ed25519PublicKey.from_public_bytes(tombstone.signer.raw).verify(tombstone.signature, statement)
-    except (InvalidSignature, ValueError):
+    except (InvalidSignature, ValueError):  # ValueError: a UID with lone surrogates, a key that is no point
         return False
     return True
 
 
 def _statement(*, mesh_uid: str, peer_uid: str, key: PublicKey, signer: PublicKey) -> bytes:
     fields = (_LABEL, mesh_uid.encode(), peer_uid.encode(), key.raw, signer.raw)
-    return b"".join(len(field).to_bytes(2, "big") + field for field in fields)
+    return b"".join(len(field).to_bytes(4, "big") + field for field in fields)
