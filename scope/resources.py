@@ -78,8 +78,6 @@ from scope.model import (
 GROUP = "scope.ltgc.cc"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
-AGENT_MANAGER = "scope-agent"  # field manager of a PeerReport
-OPERATOR_MANAGER = "scope-operator"  # field manager of an Assignment and a MeshStatus
 PLURALS = {Kind.MESH: "scopemeshes", Kind.PEER: "scopepeers", Kind.TOKEN: "jointokens"}
 
 MAX_NAME = 253  # a DNS subdomain, the longest name that Kubernetes takes

@@ -1,0 +1,499 @@
+"""Resources: what is read is what was written, and every refusal says where, what and what is allowed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_interface, ip_network
+from typing import cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scope import model, resources
+from scope.model import (
+    Addressing,
+    Assignment,
+    Candidate,
+    CandidateKind,
+    Condition,
+    DeviceKind,
+    Endpoint,
+    Family,
+    JoinToken,
+    Kind,
+    Link,
+    Mesh,
+    MeshCounts,
+    MeshSpec,
+    MeshStatus,
+    Meta,
+    PathKind,
+    Peer,
+    PeerKeys,
+    PeerReport,
+    PeerSpec,
+    PublicKey,
+    Reflector,
+    Resource,
+    Role,
+    Timers,
+    TokenSpec,
+    Tombstone,
+    kind_of,
+)
+from scope.resources import InvalidResource
+
+# --- every value there can be ------------------------------------------------------------------------------
+
+ADDRESSES = st.ip_addresses()
+LABELS = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", fullmatch=True)
+NAMES = st.lists(LABELS, min_size=1, max_size=3).map(".".join)
+UIDS = st.text("abcdef0123456789-", max_size=resources.MAX_UID)
+KEYS = st.binary(min_size=32, max_size=32).map(PublicKey)
+WALL = st.just(0.0) | st.floats(2.0**24, 2.0**35)
+COUNTS = st.integers(0, resources.MAX_COUNT)
+REASONS = st.text(st.characters().filter(str.isprintable), max_size=resources.MAX_REASON)
+ENDPOINTS = st.builds(Endpoint, ADDRESSES, st.integers(1, 65535))
+STATIC = ENDPOINTS.filter(
+    lambda e: not (e.address.is_unspecified or e.address.is_multicast or e.address.is_loopback)
+)
+MILLISECONDS = st.integers(100, 60_000).map(lambda n: n / 1000)
+METAS = st.builds(Meta, NAMES, UIDS, st.integers(0, 10**18), st.integers(0, 2**62), WALL)
+MESH_METAS = st.builds(Meta, LABELS, UIDS, st.integers(0, 10**18), st.integers(0, 2**62), WALL)
+CONDITIONS = st.lists(
+    st.builds(Condition, LABELS, st.sampled_from(("True", "False", "Unknown")), REASONS, REASONS, WALL),
+    max_size=4,
+).map(tuple)
+
+
+@st.composite
+def _prefix(draw: st.DrawFn, parents: tuple[str, ...], lengths: range) -> IPv4Network | IPv6Network:
+    parent = ip_network(draw(st.sampled_from(parents)))
+    length = draw(st.sampled_from([n for n in lengths if n >= parent.prefixlen]))
+    host = draw(st.integers(0, parent.num_addresses - 1))
+    return ip_network((int(parent.network_address) + host, length), strict=False)
+
+
+IPV4 = _prefix(tuple(map(str, resources.IPV4_RANGES)), resources.IPV4_LENGTHS)
+IPV6 = _prefix(("fc00::/7",), resources.IPV6_LENGTHS)
+ROUTES = _prefix(("10.0.0.0/8", "203.0.113.0/24"), range(8, 33)) | _prefix(("2001:db8::/32",), range(16, 129))
+TIMERS = st.lists(MILLISECONDS, min_size=5, max_size=5).map(lambda steps: Timers(*sorted(steps)))
+MESHES = st.builds(
+    Mesh,
+    MESH_METAS,
+    st.builds(
+        MeshSpec,
+        st.builds(Addressing, IPV4, IPV6) | st.builds(Addressing, IPV4) | st.builds(Addressing, ipv6=IPV6),
+        st.sampled_from(Family),
+        TIMERS,
+        st.integers(0, 65535),
+        st.none() | st.integers(1280, 9000),
+        st.integers(60_000, 3650 * 86_400_000).map(lambda n: n / 1000),
+    ),
+    st.builds(
+        MeshStatus,
+        st.none() | KEYS,
+        st.lists(st.builds(Reflector, KEYS, st.lists(ENDPOINTS, max_size=3).map(tuple)), max_size=3).map(
+            tuple
+        ),
+        st.builds(MeshCounts, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS),
+        CONDITIONS,
+        st.integers(0, 2**62),
+    ),
+)
+LINKS = st.builds(
+    Link,
+    NAMES,
+    st.sampled_from(PathKind),
+    st.none() | ENDPOINTS,
+    st.none() | ENDPOINTS,
+    st.none() | st.integers(0, 600_000_000).map(lambda n: n / 1_000_000),
+    REASONS,
+)
+REPORTS = st.builds(
+    PeerReport,
+    st.builds(PeerKeys, KEYS, KEYS, KEYS),
+    st.lists(st.builds(Candidate, ENDPOINTS, st.sampled_from(CandidateKind)), max_size=16).map(tuple),
+    st.sampled_from(model.Mapping),
+    st.none() | st.sampled_from(DeviceKind),
+    st.lists(LINKS, max_size=16).map(tuple),
+    COUNTS,
+    COUNTS,
+    COUNTS,
+    st.lists(ADDRESSES, max_size=resources.MAX_ADDRESSES).map(tuple),
+    st.integers(1, 255),
+)
+INTERFACES = st.builds(
+    lambda a, n: ip_interface((a, n if a.version == 4 else 4 * n)), ADDRESSES, st.integers(0, 32)
+)
+TOMBSTONES = st.builds(Tombstone, UIDS, UIDS, KEYS, KEYS, st.binary(min_size=64, max_size=64))
+ASSIGNMENTS = st.builds(
+    Assignment,
+    st.lists(INTERFACES, max_size=resources.MAX_ADDRESSES).map(tuple),
+    st.sampled_from(Role),
+    st.booleans(),
+    WALL,
+    CONDITIONS,
+    st.none() | TOMBSTONES,
+)
+PEER_SPECS = st.builds(
+    PeerSpec,
+    LABELS,
+    st.sampled_from(Role),
+    st.lists(ROUTES, max_size=4).map(tuple),
+    st.lists(STATIC, max_size=4).map(tuple),
+)
+PEERS = st.builds(Peer, METAS, PEER_SPECS, st.none() | REPORTS, ASSIGNMENTS)
+TOKENS = st.builds(
+    JoinToken,
+    METAS,
+    st.builds(
+        TokenSpec,
+        LABELS,
+        st.binary(min_size=32, max_size=32),
+        st.sampled_from(Role),
+        WALL,
+        st.booleans(),
+        st.lists(UIDS, max_size=3).map(tuple),
+    ),
+)
+
+
+def _through_json(document: dict[str, object]) -> object:
+    return json.loads(json.dumps(document))
+
+
+@given(MESHES | PEERS | TOKENS)
+def test_what_is_read_is_what_was_written(resource: Resource) -> None:
+    assert resources.parse(_through_json(resources.to_dict(resource))) == resource
+
+
+@given(MESHES | PEERS | TOKENS)
+def test_a_newer_reader_reads_the_same(resource: Resource) -> None:
+    document = cast("dict[str, object]", _through_json(resources.to_dict(resource)))
+    assert resources.parse(document | {"later": 1}, ignore_unknown=True) == resource
+    with pytest.raises(InvalidResource, match="later: unknown field; allowed: apiVersion"):
+        resources.parse(document | {"later": 1})
+
+
+@given(REPORTS | ASSIGNMENTS)
+def test_a_writers_part_of_a_peers_status_travels_alone(part: PeerReport | Assignment) -> None:
+    assert resources.parse_status(Kind.PEER, _through_json(resources.status_to_dict(part))) == part
+
+
+@given(MESHES)
+def test_the_status_of_a_mesh_travels_alone(mesh: Mesh) -> None:
+    assert (
+        resources.parse_status(Kind.MESH, _through_json(resources.status_to_dict(mesh.status))) == mesh.status
+    )
+
+
+def _refusal_if_any(document: object) -> str:
+    try:
+        resources.parse(document)
+    except InvalidResource as error:
+        return str(error)
+    return ""
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(MESHES | PEERS | TOKENS, st.data())
+def test_a_spoilt_document_is_refused_or_read_and_never_crashes(
+    resource: Resource, data: st.DataObject
+) -> None:
+    document = cast("dict[str, object]", _through_json(resources.to_dict(resource)))
+    place: object = document
+    while isinstance(place, dict) and place:
+        name = data.draw(st.sampled_from(sorted(place)))
+        inner = place[name]
+        if not isinstance(inner, dict) or data.draw(st.booleans()):
+            place[name] = data.draw(JSON)
+            break
+        place = inner
+    refusal = _refusal_if_any(document)
+    assert all(line.isprintable() for line in refusal.splitlines())
+
+
+@given(JSON)
+def test_any_json_at_all_is_refused_with_a_sentence(document: object) -> None:
+    with pytest.raises(InvalidResource, match="allowed: "):
+        resources.parse(document)
+
+
+# --- refusals ----------------------------------------------------------------------------------------------
+
+
+def _mesh(**spec: object) -> dict[str, object]:
+    return {
+        "apiVersion": "scope.ltgc.cc/v1alpha1",
+        "kind": "ScopeMesh",
+        "metadata": {"name": "home"},
+        "spec": {"addressing": {"ipv6": "fd5c:be1:7a30::/64"}} | spec,
+    }
+
+
+def _peer(status: Mapping[str, object] | None = None, **spec: object) -> dict[str, object]:
+    return {
+        "apiVersion": "scope.ltgc.cc/v1alpha1",
+        "kind": "ScopePeer",
+        "metadata": {"name": "home.nas"},
+        "spec": {"mesh": "home"} | spec,
+        "status": status,
+    }
+
+
+def _refusal(document: object) -> list[str]:
+    with pytest.raises(InvalidResource) as caught:
+        resources.parse(document)
+    return str(caught.value).splitlines()
+
+
+def test_a_short_mesh_file_gets_the_defaults() -> None:
+    mesh = resources.parse_mesh(_mesh())
+    assert mesh == Mesh(Meta("home"), MeshSpec(Addressing(ipv6=IPv6Network("fd5c:be1:7a30::/64"))))
+    assert kind_of(mesh) is Kind.MESH
+
+
+def test_a_typing_error_is_named_with_what_was_meant() -> None:
+    assert _refusal(_mesh(timers={"reprot": "16s"})) == [
+        "spec.timers.reprot: unknown field; "
+        'allowed: addressFallback, connectBack, hubFallback, probeInterval, report; did you mean "report"?'
+    ]
+
+
+def test_all_problems_of_a_document_are_told_at_once() -> None:
+    document = _mesh(
+        addressing={"ipv4": "10.0.0.1/24", "ipv6": "2001:db8::/64"}, mtu=99, listenPort="51820", prefer="ipv4"
+    ) | {"apiVersion": "v1"}
+    assert _refusal(document) == [
+        'apiVersion: "v1" is not allowed; allowed: scope.ltgc.cc/v1alpha1',
+        'spec.addressing.ipv4: "10.0.0.1/24" has bits set beyond its length; allowed: 10.0.0.0/24',
+        'spec.addressing.ipv6: "2001:db8::/64" is not allowed; '
+        "allowed: a unique local prefix inside fc00::/7 (RFC 4193)",
+        'spec.prefer: "ipv4" is not allowed; allowed: IPv4, IPv6; did you mean "IPv4"?',
+        'spec.listenPort: "51820" is not allowed; allowed: a whole number from 0 to 65535',
+        "spec.mtu: 99 is not allowed; allowed: Auto, or a whole number from 1280 to 9000",
+    ]
+
+
+def test_a_document_with_endless_problems_gets_a_short_answer() -> None:
+    document = _mesh(**{f"field{n}": n for n in range(10_000)})
+    assert len(_refusal(document)) == resources.MAX_PROBLEMS + 1
+
+
+@pytest.mark.parametrize(
+    ("addressing", "refusal"),
+    [
+        ({}, "spec.addressing: no prefix; allowed: ipv4, ipv6 or both"),
+        (None, "spec.addressing: missing; allowed: an object"),
+        ([], "spec.addressing: a list is not allowed; allowed: an object"),
+        ({"ipv4": "203.0.113.0/24"}, "allowed: a prefix inside 10.0.0.0/8, 172.16.0.0/12"),
+        ({"ipv4": "100.0.0.0/8"}, "allowed: a prefix inside 10.0.0.0/8"),
+        ({"ipv4": "10.0.0.0/31"}, "allowed: a length from /8 to /30"),
+        ({"ipv4": "10.0.0.0"}, "its length is missing"),
+        ({"ipv4": "fd00::/64"}, "allowed: a prefix inside 10.0.0.0/8"),
+        ({"ipv4": 10}, "spec.addressing.ipv4: 10 is not allowed; allowed: text"),
+        ({"ipv6": "fd00::/16"}, "allowed: a length from /32 to /120"),
+        ({"ipv6": "fd00::1/64"}, "allowed: fd00::/64"),
+        ({"ipv6": "fd00::%eth0/64"}, "a zone"),
+        ({"ipv5": "fd00::/64", "ipv6": "fd00::/64"}, "spec.addressing.ipv5: unknown field"),
+    ],
+)
+def test_an_address_space_that_cannot_work_is_refused(addressing: object, refusal: str) -> None:
+    [line] = _refusal(_mesh(addressing=addressing))
+    assert refusal in line.replace("a prefix, as 100.64.0.0/16 or fd5c:be1:7a30::/64", "text")
+
+
+@pytest.mark.parametrize(
+    ("timers", "refusal"),
+    [
+        (
+            {"report": 16},
+            'spec.timers.report: 16 is not allowed; allowed: 100ms to 1h; a duration has a unit, as "2s"',
+        ),
+        ({"report": "16"}, "a duration is a whole number with its unit"),
+        ({"report": "0s"}, 'spec.timers.report: "0s" is not allowed; allowed: 100ms to 1h'),
+        ({"probeInterval": "2m"}, "allowed: 100ms to 1m"),
+        ({"report": "30s"}, "spec.timers.connectBack: 20s is before report (30s); allowed: 30s or later"),
+    ],
+)
+def test_timers_are_durations_within_bounds_and_in_order(timers: object, refusal: str) -> None:
+    [line] = _refusal(_mesh(timers=timers))
+    assert refusal in line
+
+
+def test_a_refused_timer_is_not_blamed_twice() -> None:
+    assert len(_refusal(_mesh(timers={"report": "soon", "connectBack": "10s"}))) == 1
+
+
+@pytest.mark.parametrize("name", ["Home", "my_mesh", "-a", "a" * 64, "a.b", "", "a\n", "../etc", 7])
+def test_a_meshs_name_is_a_dns_label(name: object) -> None:
+    [line] = _refusal(_mesh() | {"metadata": {"name": name}})
+    assert line.startswith("metadata.name: ")
+
+
+def test_a_name_in_capitals_gets_its_mending() -> None:
+    [line] = _refusal(_mesh() | {"metadata": {"name": "My_Mesh"}})
+    assert line.endswith('did you mean "my-mesh"?')
+
+
+def test_an_object_as_kubernetes_prints_it_is_read() -> None:
+    metadata = {
+        "name": "home",
+        "uid": "5d1c",
+        "resourceVersion": "17",
+        "generation": 2,
+        "creationTimestamp": "2026-01-31T12:00:00Z",
+        "labels": {"a": "b"},
+        "managedFields": [{"manager": "kubectl"}],
+    }
+    mesh = resources.parse_mesh(_mesh() | {"metadata": metadata, "status": {}})
+    assert mesh.meta == Meta("home", "5d1c", 17, 2, 1769860800.0)
+
+
+@pytest.mark.parametrize(
+    ("route", "refusal"),
+    [
+        ("0.0.0.0/0", "a wider one would swallow the underlay"),
+        ("::/0", "allowed: a length of /16 or more"),
+        ("127.0.0.0/8", "unicast"),
+        ("224.0.0.0/24", "unicast"),
+        ("fe80::/64", "unicast"),
+        ("10.1.2.3/16", "allowed: 10.1.0.0/16"),
+        ("lan", "allowed: a prefix, as"),
+    ],
+)
+def test_a_route_that_would_break_the_mesh_is_refused(route: str, refusal: str) -> None:
+    [line] = _refusal(_peer(routes=["10.9.0.0/16", route]))
+    assert line.startswith("spec.routes[1]: ")
+    assert refusal in line
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["192.0.2.1", "192.0.2.1:0", "2001:db8::1:51820", "0.0.0.0:1", "[fe80::1%e]:1"]
+)
+def test_a_static_endpoint_that_nobody_can_send_to_is_refused(endpoint: str) -> None:
+    [line] = _refusal(_peer(endpoints=[endpoint]))
+    assert line.startswith("spec.endpoints[0]: ")
+
+
+def test_lists_are_bounded() -> None:
+    many = {"links": [{"peer": "a", "path": "Direct"}] * 17, "keys": _KEYS, "endpoints": [_CANDIDATE] * 17}
+    assert _refusal(_peer(many, routes=["10.0.0.0/8"] * 65)) == [
+        "spec.routes: 65 items; allowed: at most 64",
+        "status.endpoints: 17 items; allowed: at most 16",
+        "status.links: 17 items; allowed: at most 16",
+    ]
+
+
+def test_a_report_without_keys_is_no_report() -> None:
+    assert _refusal(_peer({"direct": 1})) == ["status.keys: missing; allowed: an object"]
+
+
+def test_a_report_that_carries_the_registrys_fields_is_refused() -> None:
+    with pytest.raises(InvalidResource, match=r"^status\.addresses: unknown field"):
+        resources.parse_status(Kind.PEER, {"keys": _KEYS, "addresses": ["10.0.0.1/8"]})
+
+
+def test_a_key_in_another_spelling_is_refused() -> None:
+    """One key has one spelling, or a removal by key could be evaded by another."""
+    crooked = "A" * 42 + "B="
+    [line] = _refusal(_peer({"keys": _KEYS | {"probe": crooked}}))
+    assert line == f'status.keys.probe: "{crooked}" is not allowed; allowed: 32 bytes in base64'
+
+
+def test_a_refusal_carries_no_escape_sequence_to_the_terminal() -> None:
+    lines = _refusal(_mesh(**{"\x1b[2J": 1, "prefer": "\x1b[2J"}))
+    assert len(lines) == 2
+    assert all(line.isprintable() for line in lines)
+
+
+def test_a_huge_number_is_refused_without_printing_it() -> None:
+    [line] = _refusal(_mesh(listenPort=10**10_000))
+    assert line == "spec.listenPort: a huge number is not allowed; allowed: a whole number from 0 to 65535"
+
+
+def test_the_kind_is_asked_for() -> None:
+    assert _refusal({}) == ["kind: missing; allowed: ScopeMesh, ScopePeer, JoinToken"]
+    assert _refusal({"kind": "scopemesh"})[0].endswith('did you mean "ScopeMesh"?')
+
+
+# --- sizes, durations, times, overlap ----------------------------------------------------------------------
+
+_KEYS: dict[str, object] = dict.fromkeys(("wireGuard", "probe", "signing"), "A" * 43 + "=")
+_CANDIDATE = {"endpoint": "192.0.2.1:51820", "kind": "Host"}
+
+
+@given(REPORTS)
+def test_a_fitted_report_is_at_most_two_kilobytes_and_keeps_its_first_links(report: PeerReport) -> None:
+    fitted = resources.fit_report(report)
+    assert resources.status_bytes(fitted) <= 2048
+    assert report.links[: len(fitted.links)] == fitted.links
+    assert (fitted.endpoints, fitted.direct, fitted.keys) == (report.endpoints, report.direct, report.keys)
+
+
+def test_sixteen_ordinary_links_fit_whole() -> None:
+    key = PublicKey(bytes(32))
+    links = tuple(
+        Link(f"prod.fra.node-{n:02}", PathKind.DIRECT, Endpoint.parse(f"203.0.113.{n}:51820"), latency=0.0234)
+        for n in range(16)
+    )
+    candidates = tuple(
+        Candidate(Endpoint.parse(f"10.0.0.{n}:51820"), CandidateKind.HOST) for n in range(1, 4)
+    )
+    report = PeerReport(PeerKeys(key, key, key), candidates, links=links, direct=16)
+    assert resources.fit_report(report) == report
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("500ms", 0.5),
+        ("2s", 2.0),
+        ("90s", 90.0),
+        ("1h", 3600.0),
+        ("30d", 2592000.0),
+        ("1h30m", 5400.0),
+        ("0s", 0.0),
+    ],
+)
+def test_durations_have_units(text: str, seconds: float) -> None:
+    assert resources.parse_duration(text) == seconds
+    assert resources.parse_duration(resources.format_duration(seconds)) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "2", "2 s", "-2s", "1.5s", "2S", "1e3s", "9" * 40 + "s", "٢s"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="a duration is"):
+        resources.parse_duration(text)
+
+
+def test_times_are_read_in_any_zone_and_written_in_utc() -> None:
+    assert resources.parse_time("2026-01-31T13:00:00+01:00") == 1769860800.0
+    assert resources.format_time(1769860800.25) == "2026-01-31T12:00:00.25Z"
+
+
+@pytest.mark.parametrize(
+    "text", ["2026-02-30T00:00:00Z", "2026-01-31", "1969-12-31T23:59:59Z", "9999-12-31T23:59:59-23:59"]
+)
+def test_what_is_no_time_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"time|day|offset"):
+        resources.parse_time(text)
+
+
+def test_two_meshes_that_share_addresses_are_noticed() -> None:
+    ours = resources.parse_mesh(_mesh(addressing={"ipv4": "10.1.0.0/16", "ipv6": "fd00::/64"}))
+    wide = resources.parse_mesh(_mesh(addressing={"ipv4": "10.0.0.0/8"}) | {"metadata": {"name": "wide"}})
+    [problem] = resources.overlapping(ours, [ours, wide])
+    assert str(problem) == (
+        "spec.addressing.ipv4: 10.1.0.0/16 overlaps 10.0.0.0/8 of ScopeMesh wide; "
+        "allowed: a prefix that no other mesh uses"
+    )
