@@ -228,8 +228,8 @@ class Channel:
         """
         association = correspondent.association
         ours = correspondent.offered
-        # The sender of an INITIAL whose ticket stands in our association has only to complete it. The sender of
-        # a SEALED datagram has bound its ticket to another one of ours, so both sides need fresh tickets.
+        # Who sends an INITIAL of the ticket in our association has only to complete it. Who sends a SEALED
+        # datagram has bound its ticket to another one of ours, so both sides need fresh tickets.
         if (
             datagram.type is DatagramType.INITIAL
             and association is not None
