@@ -81,15 +81,6 @@ def plan_device(desired: DesiredDevice, observed: ObservedDevice) -> tuple[Actio
     )
 
 
-def plan_psks(psks: dict[PublicKey, Secret], observed: ObservedDevice) -> tuple[SetPsk, ...]:
-    """The plan for a device that something else manages: the pre-shared keys of peers that it knows."""
-    return tuple(
-        SetPsk(key, psks[key])
-        for key in sorted(psks.keys() & observed.peers.keys())
-        if _differ(psks[key], observed.peers[key].psk)
-    )
-
-
 def count_drift(agreed: DesiredDevice, observed: ObservedDevice) -> int:
     """How many facts somebody else changed, given the desired device that the observed one last agreed with.
 

@@ -1,0 +1,6 @@
+"""The WireGuard room's shells: kernel and user-space devices, the probe socket on WireGuard's port."""
+
+from scope_agent.wireguard.shell.device import Device, choose_device
+from scope_agent.wireguard.shell.probe_socket import ProbeSocket, SendResult, open_probe_socket
+
+__all__ = ["Device", "ProbeSocket", "SendResult", "choose_device", "open_probe_socket"]

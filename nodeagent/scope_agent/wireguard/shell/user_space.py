@@ -1,0 +1,283 @@
+"""WireGuard in a process of its own (wireguard-go, boringtun-cli), over its configuration socket.
+
+The process belongs to `scope-wireguard`, which outlives the agent and restarts it from the state file that
+`keep` writes. That the supervisor runs shows by the lock it holds; it ends, with the process, once the state
+file is gone. A service manager may have started it (it waits for the file); otherwise the agent does.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from scope.model import ConfigError, DeviceKind, PublicKey, Secret
+from scope_agent.wireguard import uapi
+from scope_agent.wireguard.device import (
+    Action,
+    AddAddress,
+    AddGuard,
+    AddRoute,
+    ApplyError,
+    CreateDevice,
+    DesiredDevice,
+    ObservedDevice,
+    PortTaken,
+    RemoveAddress,
+    RemoveGuard,
+    RemoveRoute,
+    SetListenPort,
+    SetMtu,
+    SetUp,
+)
+from scope_agent.wireguard.shell.links import Links, failure
+
+PROGRAMS = ("wireguard-go", "boringtun-cli")  # in order of preference
+CONTROL_SOCKETS = Path("/var/run/wireguard")  # fixed by the programs
+
+# A Python and a Go process start in a tenth of this, also on a loaded machine.
+START_TIMEOUT = 10.0
+ANSWER_TIMEOUT = 10.0
+_POLL_INTERVAL = 0.005
+_ANSWER_BYTES = 64 << 20  # 10,000 peers with routes are 6 MB; a process gone wrong must not fill our memory
+
+
+class UserSpaceDevice:
+    """A `scope_agent.wireguard.shell.device.Driver` on a user-space WireGuard process."""
+
+    kind = DeviceKind.USER_SPACE
+
+    def __init__(self, name: str, links: Links, run_dir: Path) -> None:
+        self._name = name
+        self._links = links
+        self._control = CONTROL_SOCKETS / f"{name}.sock"
+        self._state, self._lock = state_path(run_dir, name), lock_path(run_dir, name)
+        self._public_keys: tuple[Secret, PublicKey] | None = None
+        self._supervisor: subprocess.Popen[bytes] | None = None
+
+    def observe(self) -> ObservedDevice:
+        """Read everything; without its process the device does not exist. Raises ApplyError, ConfigError."""
+        facts = self._links.observe()
+        observed = ObservedDevice(
+            self._name, addresses=facts.addresses, routes=facts.routes, guarded=facts.guarded
+        )
+        if facts.link is None or (answer := self._ask_if_running(uapi.GET)) is None:
+            return observed
+        try:
+            said = uapi.parse_device(answer)
+        except uapi.UapiError as error:
+            raise ApplyError(f"Reading peers of {self._name}: {error}") from None
+        return replace(
+            observed,
+            exists=True,
+            up=facts.link.up,
+            mtu=facts.link.mtu,
+            public_key=None if said.private_key is None else self._public_key(said.private_key),
+            listen_port=said.listen_port,
+            fwmark=said.fwmark,
+            peers=said.peers,
+        )
+
+    def apply(self, action: Action) -> None:
+        """Perform one action. Raises ApplyError, ConfigError."""
+        match action:
+            case CreateDevice():
+                self._start()
+            case (
+                SetMtu()
+                | SetUp()
+                | AddAddress()
+                | RemoveAddress()
+                | AddRoute()
+                | RemoveRoute()
+                | AddGuard()
+                | RemoveGuard()
+            ):
+                self._links.apply(action)
+            case _:
+                if isinstance(action, SetListenPort):
+                    _refuse_taken_port(action.port)
+                self._set(uapi.render_action(action), f"{type(action).__name__} on {self._name}")
+
+    def keep(self, desired: DesiredDevice) -> None:
+        """Write the state file, and see that a supervisor stands by to read it. Raises ApplyError."""
+        self._write_state(uapi.render_state(desired))
+        if self._links.find() is not None:
+            self._supervise()
+
+    def delete(self) -> None:
+        """Remove the state file, wait for supervisor and process to end, remove the TUN."""
+        self._state.unlink(missing_ok=True)
+        deadline = time.monotonic() + START_TIMEOUT
+        while _is_locked(self._lock):
+            if time.monotonic() > deadline:
+                raise ApplyError(f"scope-wireguard for {self._name} does not end")
+            time.sleep(_POLL_INTERVAL)
+        self._links.delete()
+        self._lock.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Give the descriptors back; device, process and supervisor stay."""
+        self._links.close()
+
+    def _start(self) -> None:
+        """Start what is not running and wait until it answers."""
+        if not self._state.exists():
+            self._write_state(uapi.BLANK_STATE)
+        self._supervise()
+        deadline = time.monotonic() + START_TIMEOUT
+        while self._ask_if_running(uapi.GET) is None:
+            if time.monotonic() > deadline:
+                raise ApplyError(
+                    f"{self._name} did not start in {START_TIMEOUT:.0f} s; see {self._log_path()}"
+                )
+            time.sleep(_POLL_INTERVAL)
+
+    def _supervise(self) -> None:
+        if _is_locked(self._lock):
+            return
+        if self._supervisor is not None and self._supervisor.poll() is None:
+            return  # started, and about to take the lock
+        with self._log_path().open("ab") as log:
+            # No pipe and no terminal of ours: it lives on when we are gone.
+            self._supervisor = subprocess.Popen(
+                [sys.executable, "-m", "scope_dataplane.wireguard", self._name, "--state", str(self._state)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
+                start_new_session=True,
+            )
+
+    def _log_path(self) -> Path:
+        return self._state.with_suffix(".log")
+
+    def _write_state(self, text: str) -> None:
+        """Replace the file in one step: a reader sees the old or the new one, nobody else sees either."""
+        temporary = self._state.with_suffix(".new")
+        try:
+            self._state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            with open(descriptor, "w") as file:
+                file.write(text)
+            temporary.replace(self._state)
+        except OSError as error:
+            raise ApplyError(f"Writing {self._state}: {error.strerror}") from None
+
+    def _set(self, operation: str, doing: str) -> None:
+        answer = self._ask_if_running(operation)
+        if answer is None:
+            raise ApplyError(f"{doing}: the process behind {self._name} does not run")
+        try:
+            code = uapi.parse_errno(answer)
+        except uapi.UapiError as error:
+            raise ApplyError(f"{doing}: {error}") from None
+        if code:
+            raise failure(doing, OSError(code, os.strerror(code)))
+
+    def _ask_if_running(self, operation: str) -> str | None:
+        """One operation over a connection of its own; None where no process answers."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(ANSWER_TIMEOUT)
+            try:
+                connection.connect(str(self._control))
+                connection.sendall(operation.encode())
+                answer = bytearray()
+                while not answer.endswith(b"\n\n"):
+                    chunk = connection.recv(1 << 16)
+                    if not chunk:
+                        return None
+                    answer += chunk
+                    if len(answer) > _ANSWER_BYTES:
+                        raise ApplyError(f"The process behind {self._name} answers without end")
+            except TimeoutError:
+                raise ApplyError(
+                    f"The process behind {self._name} did not answer in {ANSWER_TIMEOUT:.0f} s"
+                ) from None
+            except OSError as error:
+                if error.errno in {errno.EACCES, errno.EPERM}:
+                    raise failure(f"Asking {self._control}", error) from None
+                return None
+        return answer.decode("ascii", "replace")
+
+    def _public_key(self, private: Secret) -> PublicKey:
+        """The protocol tells the private half only; the public one is computed once a key."""
+        from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+        if self._public_keys is None or self._public_keys[0] != private:
+            public = X25519PrivateKey.from_private_bytes(private.raw).public_key().public_bytes_raw()
+            self._public_keys = (private, PublicKey(public))
+        return self._public_keys[1]
+
+
+def state_path(run_dir: Path, name: str) -> Path:
+    """Where the state file of a device lies."""
+    return run_dir / "wireguard" / f"{name}.json"
+
+
+def lock_path(run_dir: Path, name: str) -> Path:
+    """The file that a device's supervisor holds locked."""
+    return run_dir / "wireguard" / f"{name}.lock"
+
+
+def is_ours(run_dir: Path, name: str) -> bool:
+    """Whether a TUN of that name was made by Scope in this run directory."""
+    return state_path(run_dir, name).exists() or lock_path(run_dir, name).exists()
+
+
+def require_program() -> None:
+    """Raises ConfigError, naming packages, where no user-space WireGuard could run."""
+    if not any(_is_program(Path(folder) / name) for folder in os.get_exec_path() for name in PROGRAMS):
+        raise ConfigError(
+            "This kernel has no WireGuard, and neither wireguard-go nor boringtun-cli is on the PATH. "
+            "Install one (Debian, Ubuntu: apt install wireguard-go; anywhere: cargo install boringtun-cli), "
+            "or a kernel with the module `wireguard`"
+        )
+    if not Path("/dev/net/tun").exists():
+        raise ConfigError(
+            "User-space WireGuard needs /dev/net/tun: load the module `tun` (modprobe tun), or pass the "
+            "device into the container"
+        )
+
+
+def _is_program(path: Path) -> bool:
+    return path.is_file() and os.access(path, os.X_OK)
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _refuse_taken_port(port: int) -> None:
+    """A process that is not up yet takes any port, fails later and tells nobody: try the port first."""
+    if port == 0:
+        return
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as trial:
+                if family == socket.AF_INET6:
+                    trial.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                trial.bind(("", port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise PortTaken(
+                    f"UDP port {port} is held by another program; stop it (`ss -ulpn` names it) or choose "
+                    "another port"
+                ) from None

@@ -1,0 +1,230 @@
+"""WireGuard's configuration protocol for user-space devices (UAPI) as text, and back to values: pure.
+
+Also renders the file from which `scope-wireguard` puts a device back after its process crashed.
+
+One operation a connection: `get=1` or `set=1`, lines of `key=value`, an empty line; the answer ends with
+`errno=N` and an empty line. Keys are hexadecimal. Source: wireguard.com/xplatform.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from ipaddress import ip_network
+from typing import assert_never
+
+from scope.model import Endpoint, PublicKey, Secret, endpoint_at
+from scope_agent.wireguard.device import (
+    NO_PSK,
+    AddAllowedIps,
+    AddPeer,
+    DesiredDevice,
+    ObservedDevice,
+    ObservedPeer,
+    RemovePeer,
+    SetAllowedIps,
+    SetEndpoint,
+    SetFwmark,
+    SetKeepalive,
+    SetListenPort,
+    SetPrivateKey,
+    SetPsk,
+)
+from scope_agent.wireguard.plan import plan_device
+
+GET = "get=1\n\n"
+STATE_VERSION = 1
+# For a device that is started before anything is known of it.
+BLANK_STATE = json.dumps({"version": STATE_VERSION, "mtu": 1420, "uapi": "set=1\n\n"})
+
+UapiAction = (
+    SetPrivateKey
+    | SetListenPort
+    | SetFwmark
+    | AddPeer
+    | RemovePeer
+    | SetEndpoint
+    | SetPsk
+    | AddAllowedIps
+    | SetAllowedIps
+    | SetKeepalive
+)
+
+
+class UapiError(Exception):
+    """An answer that is not in the protocol; the message quotes no value, since values may be keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class UapiDevice:
+    """What `get=1` says: the device's own facts and its peers."""
+
+    private_key: Secret | None
+    listen_port: int
+    fwmark: int
+    peers: dict[PublicKey, ObservedPeer]
+
+
+def render_action(action: UapiAction) -> str:
+    """The `set=1` operation that performs one action. Holds secrets where the action does."""
+    return "set=1\n" + "".join(f"{line}\n" for line in _lines(action)) + "\n"
+
+
+def render_state(desired: DesiredDevice) -> str:
+    """The state file of `scope-wireguard`: JSON with the MTU and one `set=1` operation. Holds every secret.
+
+    The operation gives the process key, port, mark and all peers, whatever it knows. Addresses and routes
+    belong to the TUN device, which outlives the process.
+    """
+    blank = ObservedDevice(name=desired.name, exists=True)
+    lines = [
+        *_lines(SetPrivateKey(desired.private_key)),
+        *_lines(SetFwmark(desired.fwmark)),
+        *_lines(SetListenPort(desired.listen_port)),
+        "replace_peers=true",
+    ]
+    for action in plan_device(desired, blank):
+        if isinstance(action, AddPeer):
+            lines += _lines(action)
+    operation = "set=1\n" + "".join(f"{line}\n" for line in lines) + "\n"
+    return json.dumps({"version": STATE_VERSION, "mtu": desired.mtu, "uapi": operation})
+
+
+def parse_errno(answer: str) -> int:
+    """The positive errno that ends an answer; 0 when it was done. Raises UapiError."""
+    last = answer.rstrip("\n").rpartition("\n")[2]
+    key, _, value = last.partition("=")
+    if key != "errno":
+        raise UapiError("the answer does not end with an errno")
+    return abs(_integer("errno", value))
+
+
+def parse_device(answer: str) -> UapiDevice:
+    """Read the answer to `get=1`, skipping keys that a newer WireGuard may add. Raises UapiError."""
+    device = UapiDevice(private_key=None, listen_port=0, fwmark=0, peers={})
+    peer: ObservedPeer | None = None
+    for line in answer.splitlines():
+        if not line:
+            break
+        key, equals, value = line.partition("=")
+        if not equals:
+            raise UapiError("a line without '='")
+        if key == "errno":
+            continue
+        if key == "public_key":
+            peer = ObservedPeer(PublicKey(_key_bytes(key, value)))
+        elif peer is None:
+            device = _with_device_fact(device, key, value)
+            continue
+        else:
+            peer = _with_peer_fact(peer, key, value)
+        device.peers[peer.key] = peer
+    return device
+
+
+def _lines(action: UapiAction) -> list[str]:
+    match action:
+        case SetPrivateKey(private_key):
+            return [f"private_key={private_key.raw.hex()}"]
+        case SetListenPort(port):
+            return [f"listen_port={port}"]
+        case SetFwmark(mark):
+            return [f"fwmark={mark}"]
+        case RemovePeer(key):
+            return [f"public_key={key.raw.hex()}", "remove=true"]
+        case AddPeer(key, endpoint, allowed_ips, keepalive, psk):
+            return [
+                f"public_key={key.raw.hex()}",
+                *([f"endpoint={endpoint}"] if endpoint else []),
+                *([f"preshared_key={psk.raw.hex()}"] if psk else []),
+                "replace_allowed_ips=true",
+                *sorted(f"allowed_ip={prefix}" for prefix in allowed_ips),
+                f"persistent_keepalive_interval={keepalive}",
+            ]
+        case SetEndpoint(key, endpoint):
+            return [*_known(key), f"endpoint={endpoint}"]
+        case SetPsk(key, psk):
+            return [*_known(key), f"preshared_key={psk.raw.hex()}"]
+        case AddAllowedIps(key, allowed_ips):
+            return [*_known(key), *sorted(f"allowed_ip={prefix}" for prefix in allowed_ips)]
+        case SetAllowedIps(key, allowed_ips):
+            added = sorted(f"allowed_ip={prefix}" for prefix in allowed_ips)
+            return [*_known(key), "replace_allowed_ips=true", *added]
+        case SetKeepalive(key, keepalive):
+            return [*_known(key), f"persistent_keepalive_interval={keepalive}"]
+        case _:
+            assert_never(action)
+
+
+def _known(key: PublicKey) -> list[str]:
+    """Address a peer that exists; one that was removed meanwhile is not made again."""
+    return [f"public_key={key.raw.hex()}", "update_only=true"]
+
+
+def _with_device_fact(device: UapiDevice, key: str, value: str) -> UapiDevice:
+    match key:
+        case "private_key":
+            return replace(device, private_key=Secret(_key_bytes(key, value)))
+        case "listen_port":
+            return replace(device, listen_port=_integer(key, value))
+        case "fwmark":
+            return replace(device, fwmark=_integer(key, value))
+        case _:
+            return device
+
+
+def _with_peer_fact(peer: ObservedPeer, key: str, value: str) -> ObservedPeer:
+    match key:
+        case "preshared_key":
+            psk = _key_bytes(key, value)
+            return replace(peer, psk=None if psk == NO_PSK.raw else Secret(psk))
+        case "endpoint":
+            return replace(peer, endpoint=_endpoint(value))
+        case "persistent_keepalive_interval":
+            return replace(peer, keepalive=_integer(key, value))
+        case "rx_bytes":
+            return replace(peer, rx=_integer(key, value))
+        case "tx_bytes":
+            return replace(peer, tx=_integer(key, value))
+        case "last_handshake_time_sec":
+            return _with_handshake(peer, float(_integer(key, value)))
+        case "last_handshake_time_nsec":
+            return _with_handshake(peer, _integer(key, value) / 1e9)
+        case "allowed_ip":
+            try:
+                prefix = ip_network(value)
+            except ValueError:
+                raise UapiError("an allowed_ip that is no prefix") from None
+            return replace(peer, allowed_ips=peer.allowed_ips | {prefix})
+        case _:
+            return peer
+
+
+def _with_handshake(peer: ObservedPeer, seconds: float) -> ObservedPeer:
+    """Add the whole seconds or the fraction; zero and zero mean that there was none."""
+    return replace(peer, last_handshake=(peer.last_handshake or 0.0) + seconds) if seconds else peer
+
+
+def _endpoint(value: str) -> Endpoint:
+    host, _, port = value.rpartition(":")
+    try:
+        return endpoint_at(host.strip("[]"), int(port))
+    except ValueError:
+        raise UapiError("an endpoint that is no endpoint") from None
+
+
+def _key_bytes(name: str, value: str) -> bytes:
+    try:
+        raw = bytes.fromhex(value)
+    except ValueError:
+        raise UapiError(f"{name} is not hexadecimal") from None
+    if len(raw) != 32:
+        raise UapiError(f"{name} is {len(raw)} bytes, not 32")
+    return raw
+
+
+def _integer(name: str, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise UapiError(f"{name} is no number") from None

@@ -1,0 +1,266 @@
+"""`scope-wireguard NAME --state FILE`: keeps a user-space WireGuard process running, whatever the agent does.
+
+The agent writes the state file and configures the running process itself; this supervisor only starts the
+process and, when it has crashed, starts it again and puts the file's configuration back. The TUN device is
+persistent: addresses and routes stay on it while no process is attached, and what is sent into it is dropped,
+not sent elsewhere.
+
+- It waits for the state file, so a service manager may start it before the agent.
+- When it is stopped or killed the process goes on, and the next supervisor adopts it: nothing is lost.
+- When the state file is removed, it ends the process and itself, with status 0. Nothing else ends them.
+- It holds a lock beside the state file for as long as it runs: one supervisor a device.
+
+The state file is JSON: `version` (1), `mtu` (bytes) and `uapi`, one configuration operation in WireGuard's
+own protocol. Secrets go from the file into the socket and nowhere else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+
+CONTROL_SOCKETS = "/var/run/wireguard"  # fixed by the programs
+
+# Each program with the arguments that keep it in the foreground, in order of preference.
+PROGRAMS = (
+    ("wireguard-go", "--foreground"),
+    ("boringtun-cli", "--foreground", "--disable-drop-privileges"),
+)
+
+LOOK_INTERVAL = 1.0  # how soon the removal of the state file is noticed
+WAIT_INTERVAL = 0.05  # how soon its appearance is
+START_TIMEOUT = 10.0
+ANSWER_TIMEOUT = 10.0
+STOP_TIMEOUT = 5.0
+LOCK_TIMEOUT = 1.0  # somebody may hold it for an instant, to see whether it is free
+
+# The first restart is immediate; a process that dies at once is then given ever more time.
+STABLE_AFTER = 5.0
+FIRST_BACKOFF, LAST_BACKOFF = 0.1, 5.0
+
+LOG_BYTES = 256 << 10  # beyond this the log starts afresh
+
+_TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
+_IFF_TUN, _IFF_NO_PI, _IFF_MULTI_QUEUE = 0x0001, 0x1000, 0x0100
+_SIOCSIFMTU = 0x8922
+
+
+class Failed(Exception):
+    """One attempt to start or configure the process failed; the next may not."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Supervise until the state file is removed. Exit status 0 then, 1 for what a person must mend."""
+    parser = argparse.ArgumentParser(
+        prog="scope-wireguard", description="Keep a user-space WireGuard process running for scope-agent."
+    )
+    parser.add_argument("name", metavar="NAME", help="the network interface")
+    parser.add_argument("--state", required=True, metavar="FILE", help="the state file that the agent writes")
+    options = parser.parse_args(arguments)
+    if not _take_lock(os.path.splitext(options.state)[0] + ".lock"):
+        return _complain(f"another scope-wireguard runs for {options.name}")
+    command = _find_program()
+    if command is None:
+        return _complain("neither wireguard-go nor boringtun-cli is on the PATH: install one of them")
+    while not os.path.exists(options.state):
+        time.sleep(WAIT_INTERVAL)
+    _supervise(options.name, options.state, command)
+    return 0
+
+
+def _supervise(name: str, state: str, command: tuple[str, ...]) -> None:
+    backoff = 0.0
+    while os.path.exists(state):
+        started = time.monotonic()
+        try:
+            pid = _running_pid(name)
+            if pid is None:
+                pid = _start(name, state, command)
+            _log(f"process {pid} carries {name}")
+            _wait(pid, state)
+            _log(f"process {pid} ended")
+        except Failed as error:
+            _log(str(error))
+        if time.monotonic() - started > STABLE_AFTER:
+            backoff = 0.0
+            continue
+        time.sleep(backoff)
+        backoff = min(max(FIRST_BACKOFF, 2 * backoff), LAST_BACKOFF)
+
+
+def _start(name: str, state: str, command: tuple[str, ...]) -> int:
+    """Start the process on the persistent TUN, give it the file's configuration, return its pid."""
+    _make_tun(name, many_queues=command[0].endswith("boringtun-cli"))
+    environment = {**os.environ, "LOG_LEVEL": "error", "WG_LOG_LEVEL": "error"}
+    # In a session of its own: what is sent to our process group does not reach it.
+    pid = os.posix_spawn(command[0], [*command, name], environment, setsid=True)
+    deadline = time.monotonic() + START_TIMEOUT
+    while _running_pid(name) is None:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            raise Failed(f"{command[0]} ended at its start with status {os.waitstatus_to_exitcode(status)}")
+        if time.monotonic() > deadline:
+            _stop(pid)
+            raise Failed(f"{command[0]} did not open its control socket")
+        time.sleep(0.005)
+    _configure(name, state)
+    return pid
+
+
+def _configure(name: str, state: str) -> None:
+    """Put the file's configuration into the process. One that is refused leaves the process as it is."""
+    try:
+        with open(state, encoding="utf-8") as file:
+            content = json.load(file)
+        version, operation, mtu = content["version"], str(content["uapi"]), int(content["mtu"])
+    except (OSError, ValueError, KeyError, TypeError):
+        _log(f"{state} cannot be read; the agent writes it anew")
+        return
+    if version != 1:
+        _log(f"{state} is of version {version}, and this program reads 1: upgrade it with the agent")
+        return
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+            fcntl.ioctl(any_socket, _SIOCSIFMTU, struct.pack("16sI12x", name.encode(), mtu))
+        answer = _ask(name, operation)
+    except OSError as error:
+        raise Failed(f"{name} cannot be configured: {error.strerror}") from None
+    if not answer.endswith("errno=0\n\n"):
+        _log(f"{name} refused the configuration in {state}: {answer.strip()[-20:]}")
+
+
+def _wait(pid: int, state: str) -> None:
+    """Return when the process has ended; end it when the state file is gone."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        while not poll.poll(LOOK_INTERVAL * 1000):
+            if not os.path.exists(state):
+                _log("the state file is gone: ending")
+                _stop(pid)
+                return
+    finally:
+        os.close(descriptor)
+        _reap(pid)
+
+
+def _stop(pid: int) -> None:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+        if not poll.poll(STOP_TIMEOUT * 1000):
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            poll.poll(STOP_TIMEOUT * 1000)
+    except ProcessLookupError:
+        pass  # it ended by itself
+    finally:
+        os.close(descriptor)
+        _reap(pid)
+
+
+def _reap(pid: int) -> None:
+    with contextlib.suppress(ChildProcessError):  # an adopted one is for init to reap
+        os.waitpid(pid, os.WNOHANG)
+
+
+def _make_tun(name: str, *, many_queues: bool) -> None:
+    """Make the TUN device, or find it; it stays when nobody holds it."""
+    flags = _IFF_TUN | _IFF_NO_PI | (_IFF_MULTI_QUEUE if many_queues else 0)
+    try:
+        descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+            fcntl.ioctl(descriptor, _TUNSETPERSIST, 1)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise Failed(f"the TUN device {name} cannot be made: {error.strerror}") from None
+
+
+def _running_pid(name: str) -> int | None:
+    """The process behind the control socket, ours or an earlier supervisor's."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        try:
+            connection.connect(_control(name))
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        except OSError:
+            return None
+    pid: int = struct.unpack("iII", credentials)[0]
+    return pid or None
+
+
+def _ask(name: str, operation: str) -> str:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(ANSWER_TIMEOUT)
+        connection.connect(_control(name))
+        connection.sendall(operation.encode())
+        answer = b""
+        while not answer.endswith(b"\n\n") and len(answer) < 4096 and (chunk := connection.recv(4096)):
+            answer += chunk
+    return answer.decode("ascii", "replace")
+
+
+def _control(name: str) -> str:
+    return f"{CONTROL_SOCKETS}/{name}.sock"
+
+
+def _find_program() -> tuple[str, ...] | None:
+    for program, *arguments in PROGRAMS:
+        for folder in os.get_exec_path():
+            path = os.path.join(folder, program)
+            if os.path.isfile(path) and os.access(path, os.X_OK):
+                return (path, *arguments)
+    return None
+
+
+def _take_lock(path: str) -> bool:
+    """Lock the file until this process ends."""
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    deadline = time.monotonic() + LOCK_TIMEOUT
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+
+
+def _log(event: str) -> None:
+    """One line to standard error, which the agent points at a file beside the state file."""
+    try:
+        if os.fstat(2).st_size > LOG_BYTES:
+            os.ftruncate(2, 0)
+        sys.stderr.write(f"scope-wireguard: {event}\n")
+        sys.stderr.flush()
+    except OSError:
+        pass  # a full disk or a closed terminal ends no tunnel
+
+
+def _complain(sentence: str) -> int:
+    _log(sentence)
+    return 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
