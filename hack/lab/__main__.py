@@ -60,13 +60,16 @@ def clean(only: Sequence[str] = ()) -> list[str]:
 
 
 def _labs() -> list[Path]:
-    return sorted(path for path in LABS.iterdir() if path.is_dir()) if LABS.is_dir() else []
+    if not LABS.is_dir():
+        return []
+    # A name with a dot is a lab that is about to be made.
+    return sorted(path for path in LABS.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
 def _owner_lives(lab: Path) -> bool:
     try:
         pid, started = (lab / "owner").read_text().split()
-    except (FileNotFoundError, ValueError):  # it crashed while it was being made, or goes just now
+    except (FileNotFoundError, ValueError):  # it goes just now
         return False
     return str(started_at(int(pid))) == started
 

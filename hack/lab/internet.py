@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from enum import Enum
@@ -160,11 +161,14 @@ class Lab:
         self._state = _State.KEPT
         if self._uplinks:
             self._uplinks.detach()
+        command = f"  sudo env PYTHONPATH={Path(__file__).parents[1]} {sys.executable} -m lab"
         lines = [
             f"The lab {self.prefix} stays up. Enter a host or a router with",
-            *(f"  sudo env PYTHONPATH=hack python3 -m lab enter {name}" for name in names_with(self.prefix)),
+            f"{command} enter NAME",
+            "where NAME is one of",
+            *(f"  {name}" for name in names_with(f"{self.prefix}-")),
             "and remove it, with everything that runs inside, with",
-            "  sudo env PYTHONPATH=hack python3 -m lab clean",
+            f"{command} clean {self.prefix}",
         ]
         return "\n".join(lines)
 
@@ -474,9 +478,14 @@ class Server(Host):
 
 
 def write_owner(directory: Path) -> None:
-    """Make a lab's directory, which says whose it is: this process's number and when it started."""
-    directory.mkdir(mode=0o700, parents=True)
-    (directory / "owner").write_text(f"{os.getpid()} {started_at(os.getpid())}\n")
+    """Make a lab's directory, which says whose it is: this process's number and when it started.
+
+    It appears with its owner in it, so that no cleaning takes it for abandoned.
+    """
+    making = directory.with_name(f".{directory.name}")
+    making.mkdir(mode=0o700, parents=True)
+    (making / "owner").write_text(f"{os.getpid()} {started_at(os.getpid())}\n")
+    making.rename(directory)
 
 
 def started_at(pid: int) -> int | None:

@@ -473,7 +473,7 @@ def test_round_trips_take_four_delays_from_the_first_one_on(delayed: Lab, port: 
     a, b, server = port(left), port(right), port(delayed.servers["server"])
     took = round_trips(b, a, to=seen_by(server, a), count=20)
     assert min(took) >= 20.0
-    assert statistics.median(took) < 25.0
+    assert statistics.median(took) < 30.0
 
 
 def test_delay_jitter_and_loss_of_one_site_can_be_changed(delayed: Lab, port: Opened) -> None:
