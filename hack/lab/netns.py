@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import shutil
 import signal
 import socket
@@ -129,8 +130,7 @@ def kill_inside(names: Sequence[str], *, within_s: float = 5.0) -> None:
         if time.monotonic() > deadline:
             raise LabError(f"processes {left} in namespaces of the lab do not die: look at them with ps")
         for pid in left:
-            _kill_if_inside(pid, inodes)
-        time.sleep(0.005)
+            _kill_if_inside(pid, inodes, wait_s=deadline - time.monotonic())
 
 
 def remove(names: Sequence[str]) -> None:
@@ -181,12 +181,16 @@ def _namespace_of(pid: str | int) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _kill_if_inside(pid: int, inodes: set[tuple[int, int]]) -> None:
+def _kill_if_inside(pid: int, inodes: set[tuple[int, int]], *, wait_s: float) -> None:
     with contextlib.suppress(ProcessLookupError):
         handle = os.pidfd_open(pid)
         try:
             # Looked at again through a handle on it: the number may have gone to another process.
             if _namespace_of(pid) in inodes:
                 signal.pidfd_send_signal(handle, signal.SIGKILL)
+                # A dying process leaves its namespaces before it has ended; the handle is ready at its end.
+                ended = select.poll()
+                ended.register(handle, select.POLLIN)
+                ended.poll(max(0.0, wait_s) * 1e3)
         finally:
             os.close(handle)
