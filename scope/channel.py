@@ -162,8 +162,8 @@ class Channel:
             counter = correspondent.initials
             correspondent.initials += 1
             names = _Names(self._public, correspondent.key, correspondent.offered, NO_TICKET)
-            cipher = _cipher(shared, DatagramType.INITIAL, names)
-            return self._pack(DatagramType.INITIAL, names, cipher, counter=counter, body=body)
+            key = _derive(shared, DatagramType.INITIAL, names)
+            return self._pack(DatagramType.INITIAL, names, key, counter=counter, body=body)
         counter = association.sent
         association.sent += 1
         names = _Names(self._public, correspondent.key, association.ours, association.theirs)
@@ -237,8 +237,8 @@ class Channel:
         ):
             ours = association.ours
         names = _Names(self._public, correspondent.key, ours, datagram.sender)
-        cipher = _cipher(correspondent.agree(self._private), DatagramType.COOKIE, names)
-        cookie = self._pack(DatagramType.COOKIE, names, cipher, counter=0, body=b"")
+        key = _derive(correspondent.agree(self._private), DatagramType.COOKIE, names)
+        cookie = self._pack(DatagramType.COOKIE, names, key, counter=0, body=b"")
         return Hello(correspondent.key, cookie)
 
     def _associate(self, correspondent: _Correspondent, *, theirs: bytes) -> _Association:
@@ -248,10 +248,10 @@ class Channel:
         association = _Association(
             ours=ours,
             theirs=theirs,
-            outbound=_cipher(
+            outbound=_derive(
                 shared, DatagramType.SEALED, _Names(self._public, correspondent.key, ours, theirs)
             ),
-            inbound=_cipher(
+            inbound=_derive(
                 shared, DatagramType.SEALED, _Names(correspondent.key, self._public, theirs, ours)
             ),
         )
@@ -268,11 +268,9 @@ class Channel:
     def _decrypt(self, correspondent: _Correspondent, datagram: Datagram) -> bytes:
         """Open a datagram by the tickets it names itself, whether we ever knew them or not."""
         names = _Names(correspondent.key, self._public, datagram.sender, datagram.receiver)
-        return _decrypt(_cipher(correspondent.agree(self._private), datagram.type, names), datagram)
+        return _decrypt(_derive(correspondent.agree(self._private), datagram.type, names), datagram)
 
-    def _pack(
-        self, type_: DatagramType, names: _Names, cipher: ChaCha20Poly1305, *, counter: int, body: bytes
-    ) -> bytes:
+    def _pack(self, type_: DatagramType, names: _Names, key: Secret, *, counter: int, body: bytes) -> bytes:
         header = pack_header(
             type_,
             body_bytes=len(body),
@@ -281,7 +279,7 @@ class Channel:
             receiver=names.receiver_ticket,
             counter=counter,
         )
-        return header + cipher.encrypt(_nonce(counter), body, header)
+        return header + ChaCha20Poly1305(key.raw).encrypt(_nonce(counter), body, header)
 
 
 def key_id(key: PublicKey) -> bytes:
@@ -291,7 +289,7 @@ def key_id(key: PublicKey) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class _Names:
-    """What a cipher is bound to. Sender before receiver: each direction has a key of its own."""
+    """What a key is bound to. Sender before receiver: each direction has a key of its own."""
 
     sender: PublicKey
     receiver: PublicKey
@@ -327,12 +325,15 @@ class _Window:
 
 @dataclass(slots=True, repr=False)
 class _Association:
-    """One ticket of each side, with the keys and counters that belong to the two."""
+    """One ticket of each side, with the keys and counters that belong to the two.
+
+    Keys, not ciphers: a ready cipher saves 3 µs a datagram and holds 2 KiB, for each of thousands of peers.
+    """
 
     ours: bytes
     theirs: bytes
-    outbound: ChaCha20Poly1305
-    inbound: ChaCha20Poly1305
+    outbound: Secret
+    inbound: Secret
     window: _Window = field(default_factory=_Window)
     sent: int = 0
 
@@ -361,7 +362,7 @@ class _Correspondent:
         return self.shared.raw
 
 
-def _cipher(shared: bytes, type_: DatagramType, names: _Names) -> ChaCha20Poly1305:
+def _derive(shared: bytes, type_: DatagramType, names: _Names) -> Secret:
     info = b"".join(
         (
             _LABELS[type_],  # no label is the start of another, and all that follows has one length
@@ -371,12 +372,12 @@ def _cipher(shared: bytes, type_: DatagramType, names: _Names) -> ChaCha20Poly13
             names.receiver_ticket,
         )
     )
-    return ChaCha20Poly1305(HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(shared))
+    return Secret(HKDF(algorithm=SHA256(), length=32, salt=None, info=info).derive(shared))
 
 
-def _decrypt(cipher: ChaCha20Poly1305, datagram: Datagram) -> bytes:
+def _decrypt(key: Secret, datagram: Datagram) -> bytes:
     try:
-        return cipher.decrypt(_nonce(datagram.counter), datagram.sealed, datagram.header)
+        return ChaCha20Poly1305(key.raw).decrypt(_nonce(datagram.counter), datagram.sealed, datagram.header)
     except InvalidTag:
         raise WireError("a datagram that its claimed sender did not seal for us") from None
 
