@@ -1,0 +1,150 @@
+"""Which prefixes belong to which peer: the allowed IPs of a full mesh.
+
+Every other peer of a full mesh is one WireGuard peer. It is believed to hold its assigned addresses, where
+they lie in the mesh's address space, and the routes it offers, where they do not. Two peers that claim
+overlapping prefixes would take each other's traffic, so claims are settled in the order in which the peers
+were created (then by uid): the incumbent keeps what it has, and a later peer's overlapping claim is refused,
+whether wider or narrower. Everyone who sees the same peers settles alike, and adding a peer never takes a
+prefix away from an older one. A claim that touches what the viewer itself holds is refused too: nobody is
+routed off its own network.
+"""
+
+from __future__ import annotations
+
+import enum
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Network
+from typing import NamedTuple
+
+from scope.model import Addressing, IPNetwork, Peer, PublicKey, Snapshot
+
+
+class RefusalReason(enum.StrEnum):
+    """Why a claim is not believed."""
+
+    TAKEN = "Taken"  # an older peer holds an overlapping prefix
+    OURS = "Ours"  # the viewer holds it itself
+    MESH = "Mesh"  # a route into the mesh's own address space
+    OUTSIDE = "Outside"  # an address outside the mesh's address space
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedClaim:
+    """A prefix that a peer claims and does not get; `holder` is the name of the peer that has it."""
+
+    peer: str
+    prefix: IPNetwork
+    reason: RefusalReason
+    holder: str = ""
+
+
+class _Claim(NamedTuple):
+    """A prefix with its first and last address as integers. A plain tuple: a mesh makes tens of thousands."""
+
+    prefix: IPNetwork
+    first: int
+    last: int
+    is_route: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Allowed IPs by WireGuard key, for every peer (perhaps none), and the claims that were refused."""
+
+    allowed_ips: Mapping[PublicKey, frozenset[IPNetwork]]
+    refused: tuple[RefusedClaim, ...] = ()
+
+
+def peers_for(snapshot: Snapshot) -> Topology:
+    """What the viewer of `snapshot` believes of every other peer: nothing before the mesh is known."""
+    if snapshot.mesh is None:
+        return Topology(dict.fromkeys(snapshot.peers, frozenset()))
+    return settle(snapshot.mesh.spec.addressing, snapshot.peers, viewer=snapshot.own)
+
+
+def settle(
+    addressing: Addressing, peers: Mapping[PublicKey, Peer], *, viewer: Peer | None = None
+) -> Topology:
+    """Settle the claims of `peers` among each other and, where there is one, against those of the viewer."""
+    space: dict[int, tuple[int, int]] = {
+        prefix.version: _bounds(prefix) for prefix in (addressing.ipv4, addressing.ipv6) if prefix
+    }
+    held = _Held()
+    if viewer is not None:
+        held.reserve(viewer, space)
+    allowed: dict[PublicKey, frozenset[IPNetwork]] = {}
+    refused: list[RefusedClaim] = []
+    for key in sorted(peers, key=lambda key: (peers[key].meta.created, peers[key].meta.uid, key)):
+        peer = peers[key]
+        taken: list[IPNetwork] = []
+        for claim in _claims(peer):
+            refusal = _misplaced(claim, peer, space.get(claim.prefix.version)) or held.take(claim, peer)
+            if refusal is None:
+                taken.append(claim.prefix)
+            else:
+                refused.append(refusal)
+        allowed[key] = frozenset(taken)
+    return Topology(allowed, tuple(refused))
+
+
+def _claims(peer: Peer) -> Iterable[_Claim]:
+    """The peer's addresses, then its routes, a wider one before those it contains."""
+    for interface in peer.assignment.addresses:
+        number = int(interface)
+        yield _Claim(_host(number, interface.version), number, number, is_route=False)
+    routes = [_Claim(route, *_bounds(route), is_route=True) for route in peer.spec.routes]
+    yield from sorted(routes, key=lambda claim: (claim.prefix.version, claim.first, -claim.last))
+
+
+def _misplaced(claim: _Claim, peer: Peer, space: tuple[int, int] | None) -> RefusedClaim | None:
+    """Addresses belong inside the mesh's address space of their family, routes outside."""
+    if claim.is_route:
+        if space is not None and claim.first <= space[1] and space[0] <= claim.last:
+            return RefusedClaim(peer.meta.name, claim.prefix, RefusalReason.MESH)
+        return None
+    if space is None or not space[0] <= claim.first <= space[1]:
+        return RefusedClaim(peer.meta.name, claim.prefix, RefusalReason.OUTSIDE)
+    return None
+
+
+class _Held:
+    """Who holds what, as disjoint ranges of integers per IP version, in order."""
+
+    def __init__(self) -> None:
+        self._starts: dict[int, list[int]] = {4: [], 6: []}
+        self._holders: dict[int, list[tuple[int, Peer]]] = {4: [], 6: []}  # last of the range, holder
+        self._viewer: Peer | None = None
+
+    def reserve(self, viewer: Peer, space: Mapping[int, tuple[int, int]]) -> None:
+        """What the viewer holds is nobody else's."""
+        self._viewer = viewer
+        for claim in _claims(viewer):
+            if _misplaced(claim, viewer, space.get(claim.prefix.version)) is None:
+                self.take(claim, viewer)
+
+    def take(self, claim: _Claim, peer: Peer) -> RefusedClaim | None:
+        """Give the prefix to the peer, or say why not. What it holds as part of a wider one stays its own."""
+        starts, holders = self._starts[claim.prefix.version], self._holders[claim.prefix.version]
+        after = bisect_right(starts, claim.last)
+        if after == 0 or holders[after - 1][0] < claim.first:
+            starts.insert(after, claim.first)
+            holders.insert(after, (claim.last, peer))
+            return None
+        holder = holders[after - 1][1]
+        if holder is peer:
+            return None
+        reason = RefusalReason.OURS if holder is self._viewer else RefusalReason.TAKEN
+        return RefusedClaim(peer.meta.name, claim.prefix, reason, holder.meta.name)
+
+
+# Plans start from the whole snapshot each time; the prefixes of a mesh of 10,000 peers are made once.
+@lru_cache(maxsize=65536)
+def _host(number: int, version: int) -> IPNetwork:
+    return IPv4Network((number, 32)) if version == 4 else IPv6Network((number, 128))
+
+
+def _bounds(prefix: IPNetwork) -> tuple[int, int]:
+    return int(prefix.network_address), int(prefix.broadcast_address)

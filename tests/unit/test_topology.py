@@ -1,0 +1,176 @@
+"""Allowed IPs of a full mesh: everyone gets its own, and nobody takes another's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from ipaddress import IPv4Network, IPv6Network, ip_interface, ip_network
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scope.model import (
+    Addressing,
+    Assignment,
+    IPNetwork,
+    Mesh,
+    MeshSpec,
+    Meta,
+    Peer,
+    PeerSpec,
+    PublicKey,
+    Snapshot,
+)
+from scope.topology import RefusalReason, RefusedClaim, Topology, peers_for, settle
+
+SPACE = Addressing(IPv4Network("100.64.0.0/16"), IPv6Network("fd00:1::/64"))
+MESH = Mesh(Meta("home"), MeshSpec(SPACE))
+
+
+def _key(name: str) -> PublicKey:
+    return PublicKey(name.encode().ljust(32, b"."))
+
+
+def _peer(name: str, *, created: float, addresses: Sequence[str] = (), routes: Sequence[str] = ()) -> Peer:
+    return Peer(
+        Meta(name, uid=f"uid-{name}", created=created),
+        PeerSpec("home", routes=tuple(map(ip_network, routes))),
+        assignment=Assignment(addresses=tuple(map(ip_interface, addresses))),
+    )
+
+
+def _settle(*peers: Peer, own: Peer | None = None) -> Topology:
+    return peers_for(Snapshot(mesh=MESH, own=own, peers={_key(peer.meta.name): peer for peer in peers}))
+
+
+def _prefixes(topology: Topology, name: str) -> set[str]:
+    return {str(prefix) for prefix in topology.allowed_ips[_key(name)]}
+
+
+def test_a_peer_holds_its_addresses_and_routes() -> None:
+    topology = _settle(
+        _peer("a", created=1, addresses=["100.64.0.1/16", "fd00:1::1/64"], routes=["10.1.0.0/16"]),
+        _peer("b", created=2, addresses=["100.64.0.2/16"]),
+    )
+    assert _prefixes(topology, "a") == {"100.64.0.1/32", "fd00:1::1/128", "10.1.0.0/16"}
+    assert _prefixes(topology, "b") == {"100.64.0.2/32"}
+    assert topology.refused == ()
+
+
+def test_nobody_holds_anything_before_the_mesh_is_known() -> None:
+    peers = {_key("a"): _peer("a", created=1, addresses=["100.64.0.1/16"])}
+    assert peers_for(Snapshot(peers=peers)) == Topology({_key("a"): frozenset()})
+
+
+def test_the_incumbent_keeps_a_prefix_that_a_later_peer_claims_in_whole_or_in_part_or_around() -> None:
+    old = _peer("z-old", created=1, routes=["10.1.0.0/16"])
+    for claim in ("10.1.0.0/16", "10.1.2.0/24", "10.0.0.0/8"):
+        topology = _settle(_peer("a-new", created=2, routes=[claim]), old)
+        assert _prefixes(topology, "z-old") == {"10.1.0.0/16"}
+        assert _prefixes(topology, "a-new") == set()
+        assert topology.refused == (
+            RefusedClaim("a-new", ip_network(claim), RefusalReason.TAKEN, holder="z-old"),
+        )
+
+
+def test_of_two_peers_created_at_once_the_lower_uid_is_the_incumbent() -> None:
+    topology = _settle(
+        _peer("b", created=1, addresses=["100.64.0.1/16"]), _peer("a", created=1, addresses=["100.64.0.1/16"])
+    )
+    assert _prefixes(topology, "a") == {"100.64.0.1/32"}
+    assert _prefixes(topology, "b") == set()
+
+
+def test_a_peer_may_offer_a_prefix_inside_another_of_its_own() -> None:
+    topology = _settle(_peer("a", created=1, routes=["10.1.0.0/24", "10.0.0.0/8"]))
+    assert _prefixes(topology, "a") == {"10.0.0.0/8", "10.1.0.0/24"}
+    assert topology.refused == ()
+
+
+def test_the_narrow_claim_stands_where_the_wide_one_around_it_falls() -> None:
+    topology = _settle(
+        _peer("a", created=1, routes=["10.9.0.0/16"]),
+        _peer("b", created=2, routes=["10.0.0.0/8", "10.1.0.0/16"]),
+    )
+    assert _prefixes(topology, "b") == {"10.1.0.0/16"}
+
+
+def test_our_own_address_and_network_are_never_a_peers() -> None:
+    own = _peer("own", created=9, addresses=["100.64.0.1/16"], routes=["192.168.1.0/24"])
+    thief = _peer(
+        "thief", created=1, addresses=["100.64.0.1/16"], routes=["192.168.0.0/16", "192.168.1.7/32"]
+    )
+    topology = _settle(thief, own=own)
+    assert _prefixes(topology, "thief") == set()
+    assert {claim.reason for claim in topology.refused} == {RefusalReason.OURS}
+
+
+def test_a_route_into_the_meshs_own_space_is_refused() -> None:
+    topology = _settle(
+        _peer("thief", created=1, routes=["100.64.0.2/32", "100.64.0.0/10", "fd00::/16"]),
+        _peer("b", created=2, addresses=["100.64.0.2/16"]),
+    )
+    assert _prefixes(topology, "thief") == set()
+    assert {claim.reason for claim in topology.refused} == {RefusalReason.MESH}
+    assert _prefixes(topology, "b") == {"100.64.0.2/32"}
+
+
+def test_our_own_mistaken_route_into_the_mesh_takes_no_address_from_others() -> None:
+    own = _peer("own", created=1, routes=["100.64.0.0/16"])
+    topology = _settle(_peer("b", created=2, addresses=["100.64.0.2/16"]), own=own)
+    assert _prefixes(topology, "b") == {"100.64.0.2/32"}
+
+
+def test_an_address_outside_the_meshs_space_is_ignored() -> None:
+    topology = _settle(_peer("a", created=1, addresses=["10.0.0.1/8", "100.64.0.1/16"]))
+    assert _prefixes(topology, "a") == {"100.64.0.1/32"}
+    assert [str(claim.prefix) for claim in topology.refused] == ["10.0.0.1/32"]
+
+
+def test_a_mesh_of_one_family_gives_no_address_of_the_other() -> None:
+    mesh = Mesh(Meta("home"), MeshSpec(Addressing(ipv6=SPACE.ipv6)))
+    peer = _peer("a", created=1, addresses=["100.64.0.1/16", "fd00:1::1/64"])
+    topology = peers_for(Snapshot(mesh=mesh, peers={_key("a"): peer}))
+    assert _prefixes(topology, "a") == {"fd00:1::1/128"}
+
+
+# Few prefixes, of lengths and places that make them meet.
+ROUTES = st.builds(
+    lambda place, length: ip_network((0x0A000000 + (place << 12), length), strict=False),
+    st.integers(0, 15),
+    st.integers(16, 20),
+)
+
+
+@st.composite
+def _crowd(draw: st.DrawFn) -> list[Peer]:
+    return [
+        replace(
+            _peer(
+                f"p{n}",
+                created=draw(st.integers(0, 3)),
+                addresses=[f"100.64.0.{draw(st.integers(1, 4))}/16"],
+            ),
+            spec=PeerSpec("home", routes=tuple(draw(st.lists(ROUTES, max_size=4)))),
+        )
+        for n in range(draw(st.integers(1, 6)))
+    ]
+
+
+@given(_crowd())
+def test_no_two_peers_share_an_address_and_it_is_all_one_in_what_order_they_came(crowd: list[Peer]) -> None:
+    topology = _settle(*crowd)
+    assert _settle(*reversed(crowd)) == topology
+    owned: list[tuple[PublicKey, IPNetwork]] = [(k, p) for k, ps in topology.allowed_ips.items() for p in ps]
+    for one, prefix in owned:
+        for other, held in owned:
+            assert one == other or prefix.version != held.version or not prefix.overlaps(held)
+
+
+@given(_crowd())
+def test_a_newcomer_takes_nothing_from_anyone(crowd: list[Peer]) -> None:
+    peers = {_key(peer.meta.name): peer for peer in crowd}
+    newcomer = _peer("new", created=99, addresses=["100.64.0.1/16"], routes=["10.0.0.0/8"])
+    before = settle(SPACE, peers).allowed_ips
+    after = settle(SPACE, peers | {_key("new"): newcomer}).allowed_ips
+    assert {key: after[key] for key in before} == before
