@@ -229,6 +229,25 @@ def parse_status(kind: Kind, document: object, *, ignore_unknown: bool = False) 
     return part
 
 
+def parse_tombstone(document: object) -> Tombstone:
+    """Read a tombstone that stands alone (on an agent's disk). Raises InvalidResource."""
+    fields = _Fields.of(document, path="tombstone", ignore_unknown=True)
+    tombstone = _read_tombstone(fields)
+    fields.done()
+    return tombstone
+
+
+def tombstone_to_dict(tombstone: Tombstone) -> dict[str, object]:
+    """The document of a tombstone."""
+    return {
+        "meshUID": tombstone.mesh_uid,
+        "peerUID": tombstone.peer_uid,
+        "key": str(tombstone.key),
+        "signer": str(tombstone.signer),
+        "signature": base64.b64encode(tombstone.signature).decode(),
+    }
+
+
 def overlapping(mesh: Mesh, others: Sequence[Mesh]) -> tuple[Problem, ...]:
     """The prefixes of `mesh` that another mesh uses too: a peer of both could not route."""
     return tuple(
@@ -1043,13 +1062,7 @@ def _assignment_dict(assignment: Assignment) -> dict[str, object]:
         **_conditions_dict(assignment.conditions),
     }
     if tombstone is not None:
-        document["tombstone"] = {
-            "meshUID": tombstone.mesh_uid,
-            "peerUID": tombstone.peer_uid,
-            "key": str(tombstone.key),
-            "signer": str(tombstone.signer),
-            "signature": base64.b64encode(tombstone.signature).decode(),
-        }
+        document["tombstone"] = tombstone_to_dict(tombstone)
     return document
 
 

@@ -96,7 +96,6 @@ class AgentConfig:
     device: str
     identity: Identity
     registry_key: PublicKey
-    underlay_mtu: int = 1500
     fwmark: int = 0
 
 
@@ -121,6 +120,7 @@ class Agent:
         self._paths = Paths(own=own, random=random)
         self._listen_port = state.listen_port
         self._interfaces: frozenset[IPInterface] = frozenset()
+        self._underlay_mtu = 1500
         self._out: list[Output] = []
         # device
         self._observed: ObservedDevice | None = None
@@ -170,8 +170,8 @@ class Agent:
                 self._membership.receive(fact, now)
                 self._note_own_report(fact)
                 self._snapshot_changed(now)
-            case InterfacesChanged(addresses, blocked):
-                self._interfaces = self._usable(addresses - blocked)
+            case InterfacesChanged(addresses, mtu):
+                self._interfaces, self._underlay_mtu = self._usable(addresses), mtu
                 self._paths.set_interfaces(self._interfaces, self._listen_port, now)
                 self._snapshot_changed(now)
             case DeviceObserved(device, kind, wall):
@@ -228,6 +228,11 @@ class Agent:
     def removed(self) -> bool:
         """Whether our own ScopePeer was deliberately removed."""
         return self._membership.removed_self()
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Whether the device is known to have no peers."""
+        return self._observed is not None and not self._observed.peers and not self._device_busy
 
     def snapshot(self) -> Snapshot:
         """What is believed of the mesh."""
@@ -428,7 +433,7 @@ class Agent:
         settings = DeviceSettings(
             self._config.device,
             listen_port=self._listen_port,
-            underlay_mtu=self._config.underlay_mtu,
+            underlay_mtu=self._underlay_mtu,
             fwmark=self._config.fwmark,
         )
         view = self._paths.view(now)
@@ -444,7 +449,7 @@ class Agent:
         batch = actions[:MAX_BATCH]
         self._agreed = None
         self._device_busy = True
-        self._out.append(DeviceBatch(batch))
+        self._out.append(DeviceBatch(batch, desired))
         for action in batch:
             if isinstance(action, SetEndpoint | AddPeer):
                 self._paths.settled(action.key, now)

@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from scope.model import DeviceKind, Endpoint, IPInterface, PeerReport, PublicKey, Snapshot
 from scope.registry.port import Fact
-from scope_agent.wireguard.device import Action, ObservedDevice
+from scope_agent.wireguard.device import Action, DesiredDevice, ObservedDevice
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +79,10 @@ class DatagramArrived:
 
 @dataclass(frozen=True, slots=True)
 class InterfacesChanged:
-    """All addresses of all interfaces that may carry the underlay, at once; `blocked` must never be used."""
+    """All addresses of all interfaces that may carry the underlay, at once, and the smallest MTU of these."""
 
     addresses: frozenset[IPInterface]
-    blocked: frozenset[IPInterface] = frozenset()
+    mtu: int = 1500
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,9 +149,13 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class DeviceBatch:
-    """At most MAX_BATCH actions for the device, in order, then one observation."""
+    """At most MAX_BATCH actions for the device, in order, then one observation.
+
+    `desired` is what they lead to in the end: what a user-space device's process is to come back with.
+    """
 
     actions: tuple[Action, ...]
+    desired: DesiredDevice
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,301 @@
+"""`scope-agent`: join a mesh, run as its peer, leave it.
+
+Exit status 0 when done, 1 for what a person must mend (one sentence on stderr), 2 for wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from scope.join import JoinString
+from scope.model import ConfigError, DeviceKind, Snapshot
+from scope_agent.agent import pick_port
+from scope_agent.inputs import DiskState
+from scope_agent.run import RunConfig, Runner
+from scope_agent.state import STATE_ROOT, Enrolment, StateDir, enrolled_meshes
+from scope_agent.wireguard.device import ApplyError
+from scope_agent.wireguard.shell import choose_device
+
+RUN_DIR = Path("/run/scope")
+MAX_DEVICE_NAME = 15  # IFNAMSIZ less its zero
+LEAVE_PATIENCE = 5.0  # for a running agent to hear of its own leaving and end
+PORT_ATTEMPTS = 20
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command."""
+    options = _parser().parse_args(arguments)
+    level = logging.DEBUG if options.verbose else logging.INFO
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+    for library in ("asyncio", "pyroute2"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    try:
+        options.work(options)
+    except ConfigError as error:
+        print(f"scope-agent: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--state", type=Path, default=STATE_ROOT, metavar="DIR", help="where keys and snapshots are"
+    )
+    common.add_argument("--run-dir", type=Path, default=RUN_DIR, metavar="DIR", help="where sockets are")
+    common.add_argument("-v", "--verbose", action="store_true", help="log endpoints and single actions too")
+    carrying = argparse.ArgumentParser(add_help=False)
+    carrying.add_argument(
+        "--wireguard",
+        choices=[str(kind) for kind in DeviceKind],
+        help="which WireGuard to use; by default the kernel's where it has one",
+    )
+    carrying.add_argument("--fwmark", type=int, default=0, help="mark of the device's own datagrams")
+
+    parser = argparse.ArgumentParser(
+        prog="scope-agent", description="Make this machine a peer of a Scope mesh."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    join = commands.add_parser("join", parents=[common, carrying], help="join a mesh with a join string")
+    join.add_argument(
+        "url", metavar="STRING", help="what `scopectl token create` printed, in single quotes; - to read it"
+    )
+    join.add_argument("--name", default=socket.gethostname(), help="name of the peer, by default the host's")
+    join.add_argument("--device", default="scope0", help="name of the WireGuard interface")
+    join.add_argument("--run", action="store_true", help="go on as `run` does")
+    join.set_defaults(work=_join)
+
+    run = commands.add_parser("run", parents=[common, carrying], help="be a peer of a mesh that was joined")
+    run.add_argument("--mesh", help="needed where several meshes were joined")
+    run.set_defaults(work=_run)
+
+    leave = commands.add_parser("leave", parents=[common], help="leave a mesh and take its device down")
+    leave.add_argument("--mesh", help="needed where several meshes were joined")
+    leave.add_argument("--force", action="store_true", help="also when the registry cannot be told")
+    leave.set_defaults(work=_leave)
+    return parser
+
+
+# --- join ---------------------------------------------------------------------------------------------------
+
+
+def _join(options: argparse.Namespace) -> None:
+    text = sys.stdin.readline() if options.url == "-" else options.url
+    invitation = JoinString.parse(text)
+    if not 0 < len(options.device) <= MAX_DEVICE_NAME or "/" in options.device:
+        raise ConfigError(
+            f"--device {options.device}: an interface's name has 1 to {MAX_DEVICE_NAME} characters"
+        )
+    state = StateDir(invitation.mesh, options.state)
+    if state.is_enrolled():
+        peer = state.load_enrolment().peer_name
+        raise ConfigError(
+            f"this machine already is {peer} in {invitation.mesh}: `scope-agent run` makes it work, "
+            "`scope-agent leave` makes room for another join"
+        )
+    for mesh in enrolled_meshes(options.state):
+        if StateDir(mesh, options.state).load_enrolment().device == options.device:
+            raise ConfigError(f"mesh {mesh} uses {options.device}: give this one another --device")
+    state.prepare()
+    enrolment = asyncio.run(_enrol(invitation, state, options))
+    print(f"Joined {enrolment.mesh} as {enrolment.peer_name}.", file=sys.stderr)
+    if options.run:
+        _run_mesh(options, state, enrolment)
+    else:
+        print(
+            f"Next: `systemctl enable --now scope-agent@{enrolment.mesh}`, or `scope-agent run` in the foreground.",
+            file=sys.stderr,
+        )
+
+
+async def _enrol(invitation: JoinString, state: StateDir, options: argparse.Namespace) -> Enrolment:
+    from scope.enrolment import Enrolment as Request
+    from scope.enrolment import enrolment_to_dict, sign_enrolment
+    from scope.registry.http import HttpRegistry
+    from scope.registry.port import RegistryError
+
+    identity = state.pending_identity(secrets.token_bytes)
+    request = sign_enrolment(
+        Request(
+            mesh=invitation.mesh,
+            token_id=invitation.token_id,
+            secret=invitation.secret,
+            hostname=options.name,
+            keys=identity.public,
+        ),
+        registry=invitation.registry_key,
+        signing=identity.signing,
+    )
+    async with HttpRegistry(invitation.url, pin=invitation.pin, credential=None) as registry:
+        try:
+            joined = await registry.join(enrolment_to_dict(request))
+        except RegistryError as error:
+            raise ConfigError(f"cannot join {invitation.mesh}: {error}") from None
+    port = joined.mesh.spec.listen_port or _free_port()
+    state.save(DiskState(Snapshot(mesh=joined.mesh, own=joined.peer), listen_port=port))
+    enrolment = Enrolment(
+        mesh=invitation.mesh,
+        device=options.device,
+        identity=identity,
+        url=invitation.url,
+        pin=invitation.pin,
+        registry_id=joined.registry,
+        registry_key=invitation.registry_key,
+        peer_name=joined.peer.meta.name,
+        peer_uid=joined.peer.meta.uid,
+    )
+    state.save_enrolment(enrolment)
+    return enrolment
+
+
+def _free_port() -> int:
+    """A UDP port for WireGuard that nobody here uses now."""
+    for _ in range(PORT_ATTEMPTS):
+        port = pick_port(secrets.SystemRandom().random)
+        if _is_free(port):
+            return port
+    raise ConfigError("no free UDP port from 20000 to 25999: set spec.listenPort of the ScopeMesh")
+
+
+def _is_free(port: int) -> bool:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                probe.bind(("", port))
+            except OSError:
+                return False
+    return True
+
+
+# --- run ----------------------------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace) -> None:
+    state = StateDir(_mesh_of(options), options.state)
+    _run_mesh(options, state, state.load_enrolment())
+
+
+def _run_mesh(options: argparse.Namespace, state: StateDir, enrolment: Enrolment) -> None:
+    stored, trouble = state.load()
+    if not stored.listen_port and not trouble:
+        state.save(replace(stored, listen_port=_free_port()))
+    only = DeviceKind(options.wireguard) if options.wireguard else None
+    config = RunConfig(state=state, run_dir=options.run_dir, only=only, fwmark=options.fwmark)
+
+    async def run() -> None:
+        await Runner(config, enrolment).run()
+
+    asyncio.run(run())
+
+
+def _mesh_of(options: argparse.Namespace) -> str:
+    meshes = enrolled_meshes(options.state)
+    if options.mesh is not None:
+        return str(options.mesh)
+    if len(meshes) == 1:
+        return meshes[0]
+    if not meshes:
+        raise ConfigError(
+            "this machine has joined no mesh: run `scope-agent join` with the string that "
+            "`scopectl token create` prints on the registry's machine"
+        )
+    raise ConfigError(f"this machine has joined {', '.join(meshes)}: say which with --mesh")
+
+
+# --- leave --------------------------------------------------------------------------------------------------
+
+
+def _leave(options: argparse.Namespace) -> None:
+    mesh = _mesh_of(options)
+    state = StateDir(mesh, options.state)
+    enrolment = state.load_enrolment()
+    stored, _ = state.load()
+    try:
+        asyncio.run(_tell(enrolment, stored))
+    except ConfigError as error:
+        if not options.force:
+            raise ConfigError(
+                f"{error}. --force leaves all the same; peers then forget this one in time"
+            ) from None
+        print(f"scope-agent: {error}; leaving all the same", file=sys.stderr)
+    _await_end(options.run_dir / f"{mesh}.sock")
+    asyncio.run(_tear_down(enrolment, options))
+    state.remove()
+    print(f"Left {mesh}: {enrolment.device} is gone, and so are this machine's keys.", file=sys.stderr)
+
+
+async def _tell(enrolment: Enrolment, stored: DiskState) -> None:
+    """Bury ourselves, so that every peer forgets us at once."""
+    from scope import resources
+    from scope.credentials import PeerCredential
+    from scope.registry.http import HttpRegistry, PeerRemoved
+    from scope.registry.port import RegistryError
+    from scope.tombstones import sign_tombstone
+
+    mesh = stored.snapshot.mesh
+    if mesh is None:
+        raise ConfigError("the mesh was never seen, so nobody can be told")
+    tombstone = sign_tombstone(
+        mesh_uid=mesh.meta.uid,
+        peer_uid=enrolment.peer_uid,
+        key=enrolment.identity.public.wireguard,
+        secret=enrolment.identity.signing,
+    )
+    credential = PeerCredential(
+        enrolment.peer_name, enrolment.peer_uid, enrolment.registry_id, enrolment.identity.signing
+    )
+    async with HttpRegistry(enrolment.url, pin=enrolment.pin, credential=credential) as registry:
+        try:
+            await registry.leave(resources.tombstone_to_dict(tombstone))
+        except PeerRemoved:
+            return
+        except RegistryError as error:
+            raise ConfigError(f"the registry was not told: {error}") from None
+
+
+def _await_end(path: Path) -> None:
+    """A running agent hears of its leaving from the registry and ends; a deaf one must be stopped first."""
+    deadline = time.monotonic() + LEAVE_PATIENCE
+    while _answers(path):
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                "the agent still runs: stop it (`systemctl stop scope-agent@MESH`), then leave again"
+            )
+        time.sleep(0.05)
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except OSError:
+            return False
+    return True
+
+
+async def _tear_down(enrolment: Enrolment, options: argparse.Namespace) -> None:
+    device = choose_device(enrolment.device, run_dir=options.run_dir)
+    try:
+        await device.delete()
+    except ApplyError as error:
+        raise ConfigError(f"{enrolment.device} is still up: {error}; leave again") from None
+    finally:
+        await device.close()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

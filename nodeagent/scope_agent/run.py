@@ -1,0 +1,479 @@
+"""The asyncio shell: one loop that feeds the agent and performs what comes out.
+
+The loop takes the inbox until the agent's timer, hands each input to the agent, and performs each output
+without waiting for it: datagrams leave at once; device, registry and disk work in tasks that post their result
+back. What the first ping does not need is imported and started after it: the HTTP client above all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import signal
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, assert_never
+
+from scope.channel import BOOT_ID_BYTES, Channel
+from scope.model import ConfigError, DeviceKind, Kind
+from scope.registry.port import Disconnected, Gone, RegistryError
+from scope_agent.agent import Agent, AgentConfig
+from scope_agent.inputs import (
+    Applied,
+    CommandArrived,
+    Courier,
+    DatagramArrived,
+    DeviceBatch,
+    DeviceObserved,
+    FactArrived,
+    Failed,
+    Input,
+    ListAgain,
+    Observe,
+    Output,
+    Reply,
+    SaveState,
+    Send,
+    Socket,
+    Target,
+    TrafficMoved,
+    WriteReport,
+)
+from scope_agent.state import Enrolment, StateDir
+from scope_agent.underlay.shell import InterfaceWatch
+from scope_agent.wireguard.device import ApplyError, PortTaken
+from scope_agent.wireguard.shell import Device, ProbeSocket, choose_device, open_probe_socket
+
+if TYPE_CHECKING:
+    from scope.registry.http import HttpRegistry
+
+log = logging.getLogger(__name__)
+
+MAX_INBOX = 4096  # datagrams beyond this are dropped and counted: a flood must not grow the process
+TRAFFIC_INTERVAL = 0.25  # how soon the device's counters tell that someone uses the mesh
+HTTP_AFTER = 0.4  # the HTTP client's import waits for the first pings, or for so long
+HEARTBEAT = 60.0
+RETRY_FIRST, RETRY_MAX = 0.5, 30.0  # between two attempts at the registry
+COURIERS = 16  # datagrams on their way to the gateway at once; more are dropped
+COMMAND_LINE = 4096  # bytes of one request on the local socket
+SLOW_LOOP = 0.1  # an input that held the loop for so long is worth a line in the log
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """Where one agent keeps things."""
+
+    state: StateDir
+    run_dir: Path = Path("/run/scope")
+    only: DeviceKind | None = None
+    fwmark: int = 0
+
+
+@dataclass(slots=True)
+class _Counters:
+    """What the shell dropped or did, for status."""
+
+    inbox_dropped: int = 0
+    couriers_dropped: int = 0
+    unsent: dict[str, int] = field(default_factory=dict)
+
+
+class Runner:
+    """One agent in its world. Raises ConfigError from `run` where a person must act."""
+
+    def __init__(self, config: RunConfig, enrolment: Enrolment) -> None:
+        self._config = config
+        self._enrolment = enrolment
+        state, trouble = config.state.load()
+        if trouble:
+            log.warning("state.damaged detail=%s", trouble)
+        identity = enrolment.identity
+        self._device: Device = choose_device(enrolment.device, run_dir=config.run_dir, only=config.only)
+        log.info("device.chosen name=%s kind=%s", enrolment.device, self._device.kind)
+        self._agent = Agent(
+            AgentConfig(
+                mesh=enrolment.mesh,
+                device=enrolment.device,
+                identity=identity,
+                registry_key=enrolment.registry_key,
+                fwmark=config.fwmark,
+            ),
+            channel=Channel(secret=identity.probe, boot_id=secrets.token_bytes(BOOT_ID_BYTES)),
+            state=state,
+            random=secrets.SystemRandom().random,
+            now=time.monotonic(),
+        )
+        self._probe: ProbeSocket = open_probe_socket(self._agent.listen_port, fwmark=config.fwmark)
+        self._inbox: deque[Input] = deque()
+        self._wake = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._replies: dict[int, asyncio.Future[dict[str, object]]] = {}
+        self._commands = 0
+        self._registry: HttpRegistry | None = None
+        self._list_again = asyncio.Event()
+        self._couriers = 0
+        self._counters = _Counters()
+        self._failure: ConfigError | None = None
+        self._stopping = False
+
+    async def run(self) -> None:
+        """Run until SIGTERM or SIGINT; the device stays as it is. Raises ConfigError."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        for descriptor in self._probe.descriptors:
+            loop.add_reader(descriptor, self._read_probes)
+        watch = InterfaceWatch(self._enrolment.device, self._post)
+        self._spawn(self._observe())
+        self._spawn(self._watch_traffic())
+        self._spawn(self._serve_commands())
+        self._spawn(self._follow_registry())
+        try:
+            await self._loop()
+        finally:
+            watch.stop()
+            for task in tuple(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for descriptor in self._probe.descriptors:
+                loop.remove_reader(descriptor)
+            self._probe.close()
+            if self._registry is not None:
+                await self._registry.close()
+            await self._device.close()
+        if self._failure is not None:
+            raise self._failure
+
+    # --- the loop ------------------------------------------------------------------------------------------
+
+    async def _loop(self) -> None:
+        agent = self._agent
+        while not self._stopping:
+            now = time.monotonic()
+            due = agent.get_timer()
+            if due is not None and due <= now:
+                agent.handle_timer(now)
+                self._perform_all()
+            while self._inbox:
+                now = time.monotonic()
+                agent.receive(self._inbox.popleft(), now)
+                self._perform_all()
+                if time.monotonic() - now > SLOW_LOOP:
+                    log.debug("loop.slow seconds=%.3f", time.monotonic() - now)
+            due = agent.get_timer()
+            delay = None if due is None else max(0.0, due - time.monotonic())
+            self._wake.clear()
+            if self._inbox or delay == 0.0:
+                await asyncio.sleep(0)
+                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await self._wake.wait()
+
+    def _post(self, event: Input) -> None:
+        """Queue an input; datagrams are dropped when too many wait."""
+        if len(self._inbox) >= MAX_INBOX and isinstance(event, DatagramArrived):
+            self._counters.inbox_dropped += 1
+            return
+        self._inbox.append(event)
+        self._wake.set()
+
+    def _stop(self) -> None:
+        log.info("agent.stopping the device stays up")
+        self._stopping = True
+        self._wake.set()
+
+    def _fail(self, error: ConfigError) -> None:
+        """Stop: somebody must act."""
+        self._failure = error
+        self._stopping = True
+        self._wake.set()
+
+    def _perform_all(self) -> None:
+        for output in self._agent.outputs():
+            self._perform(output)
+        if self._agent.listen_port != self._probe.port:
+            self._move_probe()
+        if self._agent.removed and self._agent.is_cut_off:
+            mesh = self._enrolment.mesh
+            self._fail(ConfigError(f"this peer was removed from {mesh}: `scope-agent leave --mesh {mesh}` cleans up"))
+
+    def _perform(self, output: Output) -> None:
+        match output:
+            case Send(leg, data):
+                self._send(leg, data)
+            case DeviceBatch():
+                self._spawn(self._apply(output))
+            case Observe():
+                self._spawn(self._observe())
+            case WriteReport():
+                self._spawn(self._write_report(output))
+            case SaveState():
+                self._spawn(self._save(output))
+            case Reply(number, value):
+                future = self._replies.pop(number, None)
+                if future is not None and not future.done():
+                    future.set_result(dict(value))
+            case ListAgain():
+                self._list_again.set()
+            case _:
+                assert_never(output)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        async def guarded() -> None:
+            try:
+                await work
+            except ConfigError as error:
+                self._fail(error)
+
+        task = asyncio.ensure_future(guarded())
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("task.failed", exc_info=error)
+            self._fail(
+                ConfigError(f"scope-agent has a bug: {error!r}; the log has its trace, the device stays up")
+            )
+
+    # --- datagrams -----------------------------------------------------------------------------------------
+
+    def _read_probes(self) -> None:
+        for source, _, data in self._probe.receive():
+            self._post(DatagramArrived(data, Socket(source)))
+
+    def _send(self, leg: Socket | Courier, data: bytes) -> None:
+        if isinstance(leg, Socket):
+            result = self._probe.send(leg.endpoint, data, ttl=leg.ttl)
+            if result.name != "SENT":
+                self._counters.unsent[result.name] = self._counters.unsent.get(result.name, 0) + 1
+                log.debug("probe.unsent endpoint=%s result=%s", leg.endpoint, result.name)
+            return
+        if self._couriers >= COURIERS or self._registry is None or leg.to is None:
+            self._counters.couriers_dropped += 1
+            return
+        self._couriers += 1
+        self._spawn(self._courier(leg, data))
+
+    async def _courier(self, leg: Courier, data: bytes) -> None:
+        try:
+            if self._registry is not None and leg.to is not None:
+                await self._registry.courier(leg.to, data)
+        except RegistryError as error:
+            log.debug("courier.failed error=%s", error)
+        finally:
+            self._couriers -= 1
+
+    def _move_probe(self) -> None:
+        loop = asyncio.get_running_loop()
+        for descriptor in self._probe.descriptors:
+            loop.remove_reader(descriptor)
+        self._probe.move(self._agent.listen_port)
+        for descriptor in self._probe.descriptors:
+            loop.add_reader(descriptor, self._read_probes)
+
+    # --- the device ----------------------------------------------------------------------------------------
+
+    async def _apply(self, batch: DeviceBatch) -> None:
+        try:
+            await self._device.keep(batch.desired)
+            for action in batch.actions:
+                log.debug("device.apply action=%s", type(action).__name__)
+                await self._device.apply(action)
+        except PortTaken as error:
+            self._post(Failed(Target.DEVICE, str(error), port_taken=True))
+            return
+        except ApplyError as error:
+            log.warning("device.failed error=%s", error)
+            self._post(Failed(Target.DEVICE, str(error)))
+            return
+        self._post(Applied(Target.DEVICE))
+        await self._observe()
+
+    async def _observe(self) -> None:
+        try:
+            device = await self._device.observe()
+        except ApplyError as error:
+            log.warning("device.unreadable error=%s", error)
+            self._post(Failed(Target.DEVICE, str(error)))
+            return
+        self._post(DeviceObserved(device, self._device.kind, time.time()))
+
+    async def _watch_traffic(self) -> None:
+        last = None
+        while True:
+            counters = self._device.read_counters()
+            if counters is not None and last is not None and counters != last:
+                self._post(TrafficMoved())
+            last = counters
+            await asyncio.sleep(TRAFFIC_INTERVAL)
+
+    # --- the registry --------------------------------------------------------------------------------------
+
+    async def _follow_registry(self) -> None:
+        """List, then watch; whatever ends the watch, list again after a while."""
+        await self._first_pings()
+        http = await asyncio.to_thread(_import_http)
+        enrolment = self._enrolment
+        registry = self._registry = http.HttpRegistry(
+            enrolment.url,
+            pin=enrolment.pin,
+            credential=http.PeerCredential(
+                name=enrolment.peer_name,
+                uid=enrolment.peer_uid,
+                registry=enrolment.registry_id,
+                signing=enrolment.identity.signing,
+            ),
+        )
+        self._spawn(self._take_couriered(registry))
+        retry = RETRY_FIRST
+        while True:
+            started = time.monotonic()
+            reason = "the event stream ended"
+            try:
+                await self._watch_registry(registry)
+            except Gone:
+                reason = "the registry no longer keeps what changed since: listing again"
+            except RegistryError as error:
+                reason = str(error)
+            if time.monotonic() - started > RETRY_MAX:
+                retry = RETRY_FIRST
+            log.info("registry.lost reason=%s", reason)
+            self._post(FactArrived(Disconnected(reason)))
+            await asyncio.sleep(retry * (0.5 + secrets.SystemRandom().random()))
+            retry = min(2 * retry, RETRY_MAX)
+
+    async def _first_pings(self) -> None:
+        """Let an enrolled agent reach its peers before anything is imported for the registry."""
+        if self._agent.snapshot().peers:
+            deadline = time.monotonic() + HTTP_AFTER
+            while time.monotonic() < deadline and not any(
+                pair.path == "Direct" for pair in self._agent.paths(time.monotonic()).pairs.values()
+            ):
+                await asyncio.sleep(0.02)
+
+    async def _watch_registry(self, registry: HttpRegistry) -> None:
+        """List all, then follow changes until something ends it. Raises RegistryError."""
+        revisions = {}
+        for kind in (Kind.MESH, Kind.PEER):
+            listed = await registry.list(kind)
+            revisions[kind] = listed.revision
+            self._post(FactArrived(listed))
+        log.info("registry.listed revision=%d", listed.revision.number)
+
+        async def follow(kind: Kind) -> None:
+            async for fact in registry.watch(kind, revisions[kind]):
+                self._post(FactArrived(fact))
+
+        async def beat() -> None:
+            while True:
+                await registry.heartbeat(self._enrolment.peer_name)
+                await asyncio.sleep(HEARTBEAT * (0.9 + 0.2 * secrets.SystemRandom().random()))
+
+        async def list_again() -> None:
+            while True:
+                await self._list_again.wait()
+                self._list_again.clear()
+                self._post(FactArrived(await registry.list(Kind.PEER)))
+
+        works = [
+            asyncio.ensure_future(w) for w in (follow(Kind.MESH), follow(Kind.PEER), beat(), list_again())
+        ]
+        try:
+            done, _ = await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
+            for work in done:
+                work.result()
+        finally:
+            for work in works:
+                work.cancel()
+            await asyncio.gather(*works, return_exceptions=True)
+
+    async def _take_couriered(self, registry: HttpRegistry) -> None:
+        async for couriered in registry.couriered():
+            self._post(DatagramArrived(couriered.datagram, Courier(couriered.sender)))
+
+    async def _write_report(self, write: WriteReport) -> None:
+        if self._registry is None:
+            self._post(Failed(Target.REGISTRY, "the registry is not connected yet"))
+            return
+        try:
+            await self._registry.update_status(Kind.PEER, write.name, write.report, uid=write.uid)
+        except RegistryError as error:
+            self._post(Failed(Target.REGISTRY, str(error)))
+            return
+        self._post(Applied(Target.REGISTRY))
+
+    # --- the disk ------------------------------------------------------------------------------------------
+
+    async def _save(self, save: SaveState) -> None:
+        try:
+            await asyncio.to_thread(self._config.state.save, save.state)
+        except ConfigError as error:
+            log.warning("state.unsaved error=%s", error)
+            self._post(Failed(Target.DISK, str(error)))
+            return
+        self._post(Applied(Target.DISK))
+
+    # --- the local socket ----------------------------------------------------------------------------------
+
+    async def _serve_commands(self) -> None:
+        """Answer `scopectl status` and its like: one JSON object a line, root only."""
+        path = self._config.run_dir / f"{self._enrolment.mesh}.sock"
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        before = os.umask(0o177)
+        try:
+            server = await asyncio.start_unix_server(self._serve_one, path, limit=COMMAND_LINE)
+        finally:
+            os.umask(before)
+        try:
+            await server.serve_forever()
+        finally:
+            path.unlink(missing_ok=True)
+
+    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while line := await reader.readline():
+                answer = await self._command(line)
+                writer.write(json.dumps(answer).encode() + b"\n")
+                await writer.drain()
+        except (ConnectionError, ValueError):
+            pass  # the asker left, or sent a line beyond the limit
+        finally:
+            writer.close()
+
+    async def _command(self, line: bytes) -> dict[str, object]:
+        try:
+            command = json.loads(line)["command"]
+        except (ValueError, KeyError, TypeError):
+            return {"ok": False, "error": 'one JSON object a line: {"command": "status"}'}
+        self._commands += 1
+        future: asyncio.Future[dict[str, object]] = asyncio.get_running_loop().create_future()
+        self._replies[self._commands] = future
+        self._post(CommandArrived(self._commands, str(command)))
+        return await future
+
+
+def _import_http() -> HttpModule:
+    """Import the HTTP client: in a thread, so that pings go on."""
+    from scope.credentials import PeerCredential
+    from scope.registry.http import HttpRegistry
+
+    return HttpModule(HttpRegistry, PeerCredential)
+
+
+@dataclass(frozen=True, slots=True)
+class HttpModule:
+    """What is imported late."""
+
+    HttpRegistry: Callable[..., HttpRegistry]
+    PeerCredential: Callable[..., object]

@@ -1,0 +1,291 @@
+"""What an agent keeps on disk: its keys and where it enrolled, and its last good snapshot.
+
+Two files in one directory per mesh, both 0600 and replaced whole (written beside, synced, renamed), never
+through a symbolic link:
+
+- `enrolment.json`: keys, gateway, registry. Written at join and never again; losing it means joining anew.
+- `snapshot.json`: what was last believed of the mesh, the last good endpoints, the port. A damaged one is put
+  aside and the agent starts from the registry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import stat
+import tempfile
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from scope import resources
+from scope.model import ConfigError, Endpoint, Peer, PeerKeys, PublicKey, Revision, Secret, Snapshot
+from scope_agent.desired import Identity
+from scope_agent.inputs import DiskState
+
+STATE_ROOT = Path("/var/lib/scope")
+T = TypeVar("T")
+
+FORMAT = 1  # of both files; a newer one is refused, so that a downgrade loses nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolment:
+    """What joining gave: enough to speak to the registry and to be the same peer after a restart."""
+
+    mesh: str
+    device: str
+    identity: Identity
+    url: str
+    pin: bytes | None
+    registry_id: str
+    registry_key: PublicKey
+    peer_name: str
+    peer_uid: str
+
+
+def make_identity(random_bytes: Callable[[int], bytes]) -> Identity:
+    """Fresh keys; the private halves stay on this machine."""
+    return identity_of(Secret(random_bytes(32)), Secret(random_bytes(32)), Secret(random_bytes(32)))
+
+
+def identity_of(wireguard: Secret, probe: Secret, signing: Secret) -> Identity:
+    """The identity of three raw private keys (X25519, X25519, Ed25519)."""
+    public = PeerKeys(
+        wireguard=_x25519_public(wireguard),
+        probe=_x25519_public(probe),
+        signing=PublicKey(Ed25519PrivateKey.from_private_bytes(signing.raw).public_key().public_bytes_raw()),
+    )
+    return Identity(wireguard=wireguard, probe=probe, signing=signing, public=public)
+
+
+class StateDir:
+    """One mesh's directory. Raises ConfigError: what, where, what to do."""
+
+    def __init__(self, mesh: str, root: Path = STATE_ROOT) -> None:
+        self.path = root / mesh
+        self.enrolment_file = self.path / "enrolment.json"
+        self.snapshot_file = self.path / "snapshot.json"
+        self.pending_file = self.path / "joining.json"
+
+    def prepare(self) -> None:
+        """Make the directory, 0700."""
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.chmod(0o700)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot make {self.path}: {error.strerror}; run as root, or give --state a directory of yours"
+            ) from None
+
+    def is_enrolled(self) -> bool:
+        """Whether this machine has joined the mesh."""
+        return self.enrolment_file.exists()
+
+    def pending_identity(self, random_bytes: Callable[[int], bytes]) -> Identity:
+        """The keys of a join under way: kept until it is answered, so that a lost answer can be asked again."""
+        if self.pending_file.exists():
+            return _read(self.pending_file, _parse_identity, "remove it and join again")
+        identity = make_identity(random_bytes)
+        _write(self.pending_file, _identity_dict(identity))
+        return identity
+
+    def save_enrolment(self, enrolment: Enrolment) -> None:
+        """Keep what a join gave; the join is then no longer pending."""
+        _write(
+            self.enrolment_file,
+            {
+                "mesh": enrolment.mesh,
+                "device": enrolment.device,
+                "keys": _identity_dict(enrolment.identity),
+                "url": enrolment.url,
+                "pin": b64encode(enrolment.pin).decode() if enrolment.pin is not None else None,
+                "registryID": enrolment.registry_id,
+                "registryKey": str(enrolment.registry_key),
+                "peer": {"name": enrolment.peer_name, "uid": enrolment.peer_uid},
+            },
+        )
+        self.pending_file.unlink(missing_ok=True)
+
+    def load_enrolment(self) -> Enrolment:
+        """What a join gave. Raises ConfigError when there is none or it is damaged."""
+        if not self.is_enrolled():
+            raise ConfigError(
+                f"this machine has not joined {self.path.name}: run `scope-agent join` with the string that "
+                "`scopectl token create` prints on the registry's machine"
+            )
+        return _read(
+            self.enrolment_file,
+            _parse_enrolment,
+            "restore it from a backup, or remove the directory and join again with a new token",
+        )
+
+    def save(self, state: DiskState) -> None:
+        """Replace the snapshot. Raises ConfigError (a full disk, above all); the old one is then whole."""
+        _write(self.snapshot_file, _state_dict(state))
+
+    def load(self) -> tuple[DiskState, str]:
+        """The last good snapshot, and a sentence when there is none to be had from a damaged file."""
+        if not self.snapshot_file.exists():
+            return DiskState(Snapshot()), ""
+        try:
+            return _read(self.snapshot_file, _parse_state, "it was put aside"), ""
+        except ConfigError as error:
+            aside = self.snapshot_file.with_suffix(".damaged")
+            with contextlib.suppress(OSError):
+                self.snapshot_file.replace(aside)
+            return DiskState(Snapshot()), f"{error}; starting from the registry, the file is now {aside}"
+
+    def remove(self) -> None:
+        """Forget the mesh: for `leave` alone."""
+        for file in (self.snapshot_file, self.pending_file, self.enrolment_file):
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+
+def enrolled_meshes(root: Path = STATE_ROOT) -> list[str]:
+    """The meshes that this machine has joined, by name."""
+    return sorted(path.parent.name for path in root.glob("*/enrolment.json"))
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def _write(path: Path, document: Mapping[str, object]) -> None:
+    """Replace `path` whole, 0600. The temporary file is new, so nobody's link is followed."""
+    temporary = ""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({"format": FORMAT, **document}, file, separators=(",", ":"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        if temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        todo = "free some space" if error.errno in {errno.ENOSPC, errno.EDQUOT} else "check its directory"
+        raise ConfigError(f"cannot write {path}: {error.strerror}; {todo}. Nothing was lost") from None
+
+
+def _read(path: Path, parse: Callable[[Mapping[str, object]], T], todo: str) -> T:
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        with os.fdopen(handle, encoding="utf-8") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if stat.S_IMODE(mode) & 0o077:
+                raise ConfigError(f"{path} can be read by others: chmod 600 {path}, if you trust who could")
+            document = json.load(file)
+    except OSError as error:
+        hint = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
+        raise ConfigError(f"cannot read {path}: {hint}") from None
+    except ValueError:
+        raise ConfigError(f"{path} is damaged (not JSON): {todo}") from None
+    if not isinstance(document, dict) or not isinstance(document.get("format"), int):
+        raise ConfigError(f"{path} is damaged (no format): {todo}")
+    if document["format"] > FORMAT:
+        raise ConfigError(f"{path} was written by a newer scope-agent: upgrade this one")
+    try:
+        return parse(document)
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): {todo}") from None
+
+
+# --- documents ----------------------------------------------------------------------------------------------
+
+
+def _identity_dict(identity: Identity) -> dict[str, object]:
+    return {
+        "wireGuard": b64encode(identity.wireguard.raw).decode(),
+        "probe": b64encode(identity.probe.raw).decode(),
+        "signing": b64encode(identity.signing.raw).decode(),
+    }
+
+
+def _parse_identity(document: Mapping[str, object]) -> Identity:
+    def secret(name: str) -> Secret:
+        raw = b64decode(str(document[name]), validate=True)
+        if len(raw) != 32:
+            raise ValueError(f"{name} is not 32 bytes")
+        return Secret(raw)
+
+    return identity_of(secret("wireGuard"), secret("probe"), secret("signing"))
+
+
+def _parse_enrolment(document: Mapping[str, object]) -> Enrolment:
+    keys, peer, pin = document["keys"], document["peer"], document["pin"]
+    if not isinstance(keys, dict) or not isinstance(peer, dict):
+        raise ValueError("keys and peer are objects")
+    return Enrolment(
+        mesh=str(document["mesh"]),
+        device=str(document["device"]),
+        identity=_parse_identity(keys),
+        url=str(document["url"]),
+        pin=b64decode(str(pin), validate=True) if pin is not None else None,
+        registry_id=str(document["registryID"]),
+        registry_key=PublicKey.parse(str(document["registryKey"])),
+        peer_name=str(peer["name"]),
+        peer_uid=str(peer["uid"]),
+    )
+
+
+def _state_dict(state: DiskState) -> dict[str, object]:
+    snapshot = state.snapshot
+    return {
+        "mesh": resources.to_dict(snapshot.mesh) if snapshot.mesh is not None else None,
+        "own": resources.to_dict(snapshot.own) if snapshot.own is not None else None,
+        "peers": [resources.to_dict(peer) for peer in snapshot.peers.values()],
+        "tombstones": [resources.tombstone_to_dict(tombstone) for tombstone in snapshot.tombstones],
+        "revision": (
+            {"registry": snapshot.revision.registry, "number": snapshot.revision.number}
+            if snapshot.revision is not None
+            else None
+        ),
+        "lastGood": {str(key): str(endpoint) for key, endpoint in state.last_good.items()},
+        "listenPort": state.listen_port,
+    }
+
+
+def _parse_state(document: Mapping[str, object]) -> DiskState:
+    mesh, own, revision = document["mesh"], document["own"], document["revision"]
+    peers, tombstones, last_good = document["peers"], document["tombstones"], document["lastGood"]
+    if not isinstance(peers, list) or not isinstance(tombstones, list) or not isinstance(last_good, dict):
+        raise ValueError("peers, tombstones and lastGood have other types")
+    parsed = [resources.parse_peer(peer, ignore_unknown=True) for peer in peers]
+    return DiskState(
+        Snapshot(
+            mesh=resources.parse_mesh(mesh, ignore_unknown=True) if mesh is not None else None,
+            own=resources.parse_peer(own, ignore_unknown=True) if own is not None else None,
+            peers=_by_key(parsed),
+            tombstones=tuple(resources.parse_tombstone(tombstone) for tombstone in tombstones),
+            revision=(
+                Revision(str(revision["registry"]), int(revision["number"]))
+                if isinstance(revision, dict)
+                else None
+            ),
+        ),
+        last_good={PublicKey.parse(key): Endpoint.parse(value) for key, value in last_good.items()},
+        listen_port=int(str(document["listenPort"])),
+    )
+
+
+def _by_key(peers: list[Peer]) -> dict[PublicKey, Peer]:
+    return {peer.report.keys.wireguard: peer for peer in peers if peer.report is not None}
+
+
+def _x25519_public(secret: Secret) -> PublicKey:
+    return PublicKey(X25519PrivateKey.from_private_bytes(secret.raw).public_key().public_bytes_raw())

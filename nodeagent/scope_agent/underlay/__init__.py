@@ -1,0 +1,1 @@
+"""The underlay: the machine's own interfaces, which carry what WireGuard sends."""
