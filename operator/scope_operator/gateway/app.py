@@ -1,0 +1,589 @@
+"""The routes of the gateway: what each path takes, who may ask, and what is answered.
+
+Every request passes the same steps: the limits of its source, its body within bounds, its caller, the
+caller's limits, and the route. A peer sees its own mesh and the peers in it, and writes its own report;
+everything else is an administrator's. `GET` answers what `kubectl get -o json` would show. `docs/api.md`
+and `openapi.yaml` describe it all; the tests hold this file against the latter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any, TypeAlias
+
+import yaml
+from aiohttp import web
+
+from scope import resources
+from scope.credentials import base64url, read_base64url
+from scope.model import (
+    Assignment,
+    ConfigError,
+    Kind,
+    Mesh,
+    Peer,
+    PublicKey,
+    Revision,
+    StatusPart,
+)
+from scope.registry.http import AGENT, API, OPERATOR, REGISTRY_HEADER
+from scope.registry.port import Listed, NotFound, Registry, RegistryError
+from scope.wire import MAX_DATAGRAM
+from scope_operator.gateway.authorisation import Administrator, Authority, Caller, Member, Stranger
+from scope_operator.gateway.errors import Refusal, refusal_of
+from scope_operator.gateway.feed import Feed, Stream
+from scope_operator.gateway.joining import Joining
+from scope_operator.gateway.limits import Buckets, Limits, source_of
+
+log = logging.getLogger(__name__)
+
+WRITE_SECONDS = 30.0  # a stream that takes nothing for so long is cut
+MAX_STREAM_SECONDS = 86400  # of `timeoutSeconds`
+
+KINDS = {resources.PLURALS[kind]: kind for kind in (Kind.MESH, Kind.PEER)}
+
+_FAILED = Refusal(500, "InternalError", "the gateway failed; its log says how", retry_after=5.0)
+
+Handler: TypeAlias = Callable[["Asked"], Awaitable[web.StreamResponse]]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request that passed the limits, with its caller."""
+
+    request: web.Request
+    caller: Caller
+    body: bytes
+
+    @property
+    def query(self) -> Mapping[str, str]:
+        return self.request.query
+
+    def administrator(self) -> None:
+        """Raises Refusal when the caller is not one."""
+        match self.caller:
+            case Administrator():
+                return
+            case Stranger():
+                raise Refusal(
+                    401, "Unauthorized", "this needs the administrator's token: take it from admin.json"
+                )
+            case Member():
+                raise Refusal(403, "Forbidden", "this is for the registry's administrator, not for peers")
+
+    def mesh(self) -> str | None:
+        """The mesh that the caller may see; None for all. Raises Refusal for strangers."""
+        match self.caller:
+            case Administrator():
+                return None
+            case Member(peer):
+                return peer.spec.mesh
+            case Stranger():
+                raise Refusal(
+                    401, "Unauthorized", "sign the request as a peer, or send the administrator's token"
+                )
+
+    def member(self) -> Peer:
+        """The peer that asks. Raises Refusal when it is not one."""
+        if isinstance(self.caller, Member):
+            return self.caller.peer
+        if isinstance(self.caller, Stranger):
+            raise Refusal(401, "Unauthorized", "this is for peers: sign the request with the peer's key")
+        raise Refusal(403, "Forbidden", "this is for peers: sign the request with the peer's key")
+
+    def json(self) -> dict[str, Any]:
+        """The body as a JSON object. Raises Refusal."""
+        try:
+            value = json.loads(self.body)
+        except (ValueError, RecursionError) as error:
+            raise Refusal(400, "BadRequest", f"the body is not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise Refusal(400, "BadRequest", "the body is a JSON object")
+        return value
+
+
+class Gateway:
+    """The application over `registry`; `now` is monotonic."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        registry_id: str,
+        feed: Feed,
+        authority: Authority,
+        joining: Joining,
+        limits: Limits,
+        now: Callable[[], float],
+    ) -> None:
+        self._registry = registry
+        self._registry_id = registry_id
+        self._feed = feed
+        self._authority = authority
+        self._joining = joining
+        self._limits = limits
+        self._now = now
+        self._sources = Buckets[str](limits.source)
+        self._strangers = Buckets[str](limits.stranger)
+        self._peers = Buckets[str](limits.peer)
+        self._couriers = Buckets[str](limits.courier)
+        self._joins = 0
+        document = yaml.safe_load(files(__package__).joinpath("openapi.yaml").read_text())
+        self._openapi = json.dumps(document).encode()
+
+    def application(self) -> web.Application:
+        """The aiohttp application."""
+        app = web.Application(middlewares=[self._answer], client_max_size=self._limits.body)
+        route = app.router.add_route
+        for plural, kind in KINDS.items():
+            route("GET", f"{API}/{plural}", self._route(self._list(kind)), name=f"list-{plural}")
+            route("POST", f"{API}/{plural}", self._route(self._create(kind)))
+            one = f"{API}/{plural}/{{name}}"
+            route("GET", one, self._route(self._get(kind)))
+            route("PUT", one, self._route(self._update(kind)))
+            route("DELETE", one, self._route(self._delete(kind)))
+            route("PUT", f"{one}/status", self._route(self._update_status(kind)))
+        route("POST", "/v1/join", self._route(self._join))
+        route("POST", "/v1/leave", self._route(self._leave))
+        route("GET", "/v1/events", self._route(self._events))
+        route("POST", "/v1/courier/{key}", self._route(self._courier))
+        route("POST", "/v1/heartbeat", self._route(self._heartbeat))
+        route("GET", "/v1/tokens", self._route(self._list_tokens))
+        route("POST", "/v1/tokens", self._route(self._create_token))
+        route("DELETE", "/v1/tokens/{name}", self._route(self._delete_token))
+        route("GET", "/healthz", self._route(self._health))
+        route("GET", "/readyz", self._route(self._ready))
+        route("GET", "/openapi.json", self._route(self._document))
+        return app
+
+    # --- the steps of every request -----------------------------------------------------------------------
+
+    @web.middleware
+    async def _answer(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Turn whatever is raised into a Status, and name the registry in every answer."""
+        try:
+            response = await handler(request)
+        except Refusal as refusal:
+            response = self._refused(refusal)
+        except RegistryError as error:
+            response = self._refused(refusal_of(error))
+        except ConfigError as error:
+            response = self._refused(Refusal(422, "Invalid", str(error)))
+        except web.HTTPException as error:
+            response = self._refused(_refusal_of_http(error, limit=self._limits.body))
+            if isinstance(error, web.HTTPMethodNotAllowed):
+                response.headers["Allow"] = ", ".join(sorted(error.allowed_methods))
+        except (asyncio.CancelledError, ConnectionError):
+            raise
+        except Exception:
+            log.exception("request.failed method=%s path=%s", request.method, request.path)
+            response = self._refused(_FAILED)
+        if not response.prepared:
+            response.headers[REGISTRY_HEADER] = self._registry_id
+        return response
+
+    def _refused(self, refusal: Refusal) -> web.Response:
+        log.debug(
+            "request.refused code=%d reason=%s message=%r", refusal.code, refusal.reason, refusal.message
+        )
+        response = _json(refusal.status(), code=refusal.code)
+        response.headers.update(refusal.headers())
+        return response
+
+    def _route(self, handler: Handler) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+        async def run(request: web.Request) -> web.StreamResponse:
+            source, now = source_of(request.remote), self._now()
+            _hold(self._sources, source, now, "this address asks too often")
+            header = request.headers.get("Authorization")
+            if header is None:
+                _hold(
+                    self._strangers,
+                    source,
+                    now,
+                    "requests without a credential come too often from this address",
+                )
+            try:
+                async with asyncio.timeout(self._limits.body_seconds):
+                    body = await request.read()
+            except TimeoutError:
+                raise Refusal(408, "Timeout", "the body arrived too slowly: send it again") from None
+            try:
+                caller = await self._authority.caller(
+                    header, method=request.method, target=request.raw_path, body=body
+                )
+            except Refusal as refusal:
+                # A guess at a credential costs as much as having none.
+                if refusal.code == 401:
+                    _hold(self._strangers, source, now, "too many refused credentials from this address")
+                raise
+            if isinstance(caller, Member):
+                _hold(self._peers, caller.peer.meta.uid, now, "this peer asks too often")
+            return await handler(Asked(request, caller, body))
+
+        return run
+
+    # --- meshes and peers ---------------------------------------------------------------------------------
+
+    def _list(self, kind: Kind) -> Handler:
+        async def handle(asked: Asked) -> web.Response:
+            mesh = asked.mesh()
+            listed = await self._registry.list(kind)
+            return _json(_list_object(listed, mesh))
+
+        return handle
+
+    def _get(self, kind: Kind) -> Handler:
+        async def handle(asked: Asked) -> web.Response:
+            return _resource(await self._visible(asked, kind))
+
+        return handle
+
+    def _create(self, kind: Kind) -> Handler:
+        async def handle(asked: Asked) -> web.Response:
+            asked.administrator()
+            resource = _parsed(asked, kind)
+            if isinstance(resource, Peer):
+                await self._require_mesh(resource)
+            else:
+                await self._require_free_prefixes(resource)
+            return _resource(await self._registry.create(resource), code=201)
+
+        return handle
+
+    def _update(self, kind: Kind) -> Handler:
+        async def handle(asked: Asked) -> web.Response:
+            asked.administrator()
+            resource = _parsed(asked, kind)
+            if isinstance(resource, Mesh):
+                await self._require_free_prefixes(resource)
+            if_revision = resource.meta.revision or None
+            return _resource(await self._registry.update(resource, if_revision=if_revision))
+
+        return handle
+
+    def _update_status(self, kind: Kind) -> Handler:
+        async def handle(asked: Asked) -> web.Response:
+            asked.mesh()
+            stored = await self._visible(asked, kind)
+            resource = _parsed(asked, kind, spec_of=stored)
+            part = _part(asked, stored, resource)
+            meta = resource.meta
+            written = await self._registry.update_status(
+                kind, meta.name, part, uid=meta.uid, if_revision=meta.revision or None
+            )
+            return _resource(written)
+
+        return handle
+
+    def _delete(self, kind: Kind) -> Handler:
+        async def handle(asked: Asked) -> web.Response:
+            asked.administrator()
+            stored = await self._registry.get(kind, asked.request.match_info["name"])
+            uid = asked.query.get("uid", stored.meta.uid)
+            if isinstance(stored, Peer) and not _flag(asked.query, "purge"):
+                return _resource(await self._joining.remove(stored.meta.name, uid=uid))
+            await self._registry.delete(kind, stored.meta.name, uid=uid)
+            log.info("resource.deleted kind=%s name=%s uid=%s", kind, stored.meta.name, uid)
+            return _resource(stored)
+
+        return handle
+
+    async def _visible(self, asked: Asked, kind: Kind) -> Mesh | Peer:
+        """The resource that the path names, if the caller may see it; what it may not see is not there."""
+        mesh, name = asked.mesh(), asked.request.match_info["name"]
+        resource = await self._registry.get(kind, name)
+        if not isinstance(resource, Mesh | Peer) or mesh not in (None, _mesh_of(resource)):
+            raise NotFound(f"there is no {kind} {name!r}")
+        return resource
+
+    async def _require_mesh(self, peer: Peer) -> None:
+        try:
+            await self._registry.get(Kind.MESH, peer.spec.mesh)
+        except NotFound:
+            raise Refusal(
+                422, "Invalid", f"spec.mesh: there is no ScopeMesh {peer.spec.mesh!r}: create it first"
+            ) from None
+
+    async def _require_free_prefixes(self, mesh: Mesh) -> None:
+        others = (await self._registry.list(Kind.MESH)).resources
+        problems = resources.overlapping(mesh, [other for other in others if isinstance(other, Mesh)])
+        if problems:
+            raise Refusal(422, "Invalid", "\n".join(map(str, problems)))
+
+    # --- joining and leaving ------------------------------------------------------------------------------
+
+    async def _join(self, asked: Asked) -> web.Response:
+        if self._joins >= self._limits.joins_waiting:
+            raise Refusal(503, "ServiceUnavailable", "too many peers join at once", retry_after=5.0)
+        self._joins += 1
+        try:
+            peer = await self._joining.join(asked.json())
+            settled = await self._feed.settled(peer.meta.name, peer.meta.uid, seconds=self._limits.join_wait)
+            mesh = await self._registry.get(Kind.MESH, peer.spec.mesh)
+        finally:
+            self._joins -= 1
+        answer = {
+            "registry": self._registry_id,
+            "peer": resources.to_dict(settled or peer),
+            "mesh": resources.to_dict(mesh),
+        }
+        return _json(answer, code=201)
+
+    async def _leave(self, asked: Asked) -> web.Response:
+        peer = asked.member()
+        return _resource(await self._joining.leave(peer, asked.json()))
+
+    # --- the stream, the courier, heartbeats --------------------------------------------------------------
+
+    async def _events(self, asked: Asked) -> web.StreamResponse:
+        visible, wanted = asked.mesh(), asked.query.get("mesh")
+        if visible is not None and wanted not in (None, visible):
+            raise NotFound(f"there is no ScopeMesh {wanted!r}")
+        since = Revision(asked.query.get("registry", self._registry_id), _number(asked.query, "since"))
+        seconds = _seconds(asked.query)
+        of_peers, of_administrators = self._feed.counts()
+        owner, name, full = "", "", of_administrators >= self._limits.admin_streams
+        if isinstance(asked.caller, Member):
+            owner, name = asked.caller.peer.meta.uid, asked.caller.peer.meta.name
+            full = of_peers >= self._limits.streams and not self._feed.has_stream(owner)
+        if full:
+            raise Refusal(503, "ServiceUnavailable", "too many event streams are open", retry_after=10.0)
+        stream = await self._feed.open(owner, name, visible or wanted, since)
+        response = web.StreamResponse(
+            headers={"Content-Type": "application/x-ndjson", REGISTRY_HEADER: self._registry_id}
+        )
+        try:
+            await response.prepare(asked.request)
+            await self._write_stream(
+                stream, response, until=None if seconds is None else self._now() + seconds
+            )
+        except ConnectionError:
+            log.debug("stream.lost peer=%s", name)
+        finally:
+            self._feed.close(stream)
+        return response
+
+    async def _write_stream(
+        self, stream: Stream, response: web.StreamResponse, *, until: float | None
+    ) -> None:
+        """Write until the stream ends, or has taken nothing for WRITE_SECONDS, or it is `until`."""
+        await response.write(b"\n")  # tells the reader that its stream stands
+        while until is None or self._now() < until:
+            stream.wake.clear()
+            lines = self._feed.take(stream)
+            if stream.ended is not None:
+                lines.append(json.dumps(stream.ended.status(), separators=(",", ":")).encode() + b"\n")
+            try:
+                if lines:
+                    async with asyncio.timeout(WRITE_SECONDS):
+                        await response.write(b"".join(lines))
+                if stream.ended is not None:
+                    return
+            except TimeoutError:
+                log.info("stream.stalled peer=%s", stream.name)
+                return
+            wait = (
+                self._limits.heartbeat if until is None else min(self._limits.heartbeat, until - self._now())
+            )
+            try:
+                async with asyncio.timeout(wait):
+                    await stream.wake.wait()
+            except TimeoutError:
+                async with asyncio.timeout(WRITE_SECONDS):
+                    await response.write(b"\n")
+
+    async def _courier(self, asked: Asked) -> web.Response:
+        peer = asked.member()
+        try:
+            to = PublicKey(read_base64url(asked.request.match_info["key"]))
+        except ValueError as error:
+            raise Refusal(404, "NotFound", f"the path ends with a probe key in base64url: {error}") from None
+        if not 0 < len(asked.body) <= MAX_DATAGRAM:
+            raise Refusal(
+                413, "RequestEntityTooLarge", f"the body is a datagram of 1 to {MAX_DATAGRAM} bytes"
+            )
+        _hold(self._couriers, peer.meta.uid, self._now(), "this peer sends too many datagrams")
+        if peer.report is None or not self._feed.carry(
+            peer.spec.mesh, sender=peer.report.keys.probe, to=to, datagram=asked.body
+        ):
+            raise Refusal(
+                404, "NotFound", f"no peer with probe key {base64url(to.raw)} has an event stream now"
+            )
+        return web.Response(status=204)
+
+    async def _heartbeat(self, asked: Asked) -> web.Response:
+        if isinstance(asked.caller, Administrator):
+            name = asked.query.get("peer", "")
+        else:
+            name = asked.member().meta.name
+            if asked.query.get("peer", name) != name:
+                raise Refusal(403, "Forbidden", "a peer sends heartbeats for itself alone")
+        await self._registry.heartbeat(name)
+        return web.Response(status=204)
+
+    # --- tokens -------------------------------------------------------------------------------------------
+
+    async def _list_tokens(self, asked: Asked) -> web.Response:
+        asked.administrator()
+        return _json({"tokens": await self._joining.tokens()})
+
+    async def _create_token(self, asked: Asked) -> web.Response:
+        asked.administrator()
+        return _json(await self._joining.create_token(asked.json()), code=201)
+
+    async def _delete_token(self, asked: Asked) -> web.Response:
+        asked.administrator()
+        await self._joining.delete_token(asked.request.match_info["name"])
+        return web.Response(status=204)
+
+    # --- about the gateway itself -------------------------------------------------------------------------
+
+    async def _health(self, asked: Asked) -> web.Response:
+        del asked
+        return _json({"status": "ok"})
+
+    async def _ready(self, asked: Asked) -> web.Response:
+        del asked
+        if not self._feed.ready.is_set():
+            raise Refusal(503, "ServiceUnavailable", "the gateway is reading its registry", retry_after=1.0)
+        await self._registry.list(Kind.MESH)
+        return _json({"status": "ok"})
+
+    async def _document(self, asked: Asked) -> web.Response:
+        del asked
+        return web.Response(body=self._openapi, content_type="application/json")
+
+
+# --- reading requests ---------------------------------------------------------------------------------------
+
+
+def _hold(buckets: Buckets[str], key: str, now: float, message: str) -> None:
+    wait = buckets.take(key, now)
+    if wait > 0:
+        raise Refusal(429, "TooManyRequests", f"{message}: wait as Retry-After says", retry_after=wait)
+
+
+def _parsed(asked: Asked, kind: Kind, *, spec_of: Mesh | Peer | None = None) -> Mesh | Peer:
+    """The body as a resource of `kind`, of the name in the path. Raises Refusal, InvalidResource.
+
+    Who writes a status need not send the spec, which is taken from `spec_of`.
+    """
+    document = asked.json()
+    if spec_of is not None:
+        document["spec"] = resources.to_dict(spec_of)["spec"]
+    # A peer may be newer than its registry and report what this one does not know.
+    resource = resources.parse(document, ignore_unknown=isinstance(asked.caller, Member))
+    wanted = Mesh if kind is Kind.MESH else Peer
+    if not isinstance(resource, Mesh | Peer) or not isinstance(resource, wanted):
+        raise Refusal(422, "Invalid", f"kind: this path takes a {kind}")
+    name = asked.request.match_info.get("name", resource.meta.name)
+    if resource.meta.name != name:
+        raise Refusal(
+            422, "Invalid", f"metadata.name: {resource.meta.name!r} is not the {name!r} of the path"
+        )
+    return resource
+
+
+def _part(asked: Asked, stored: Mesh | Peer, resource: Mesh | Peer) -> StatusPart:
+    """The part of the status that the caller writes. Raises Refusal for what is not the caller's to write."""
+    manager = asked.query.get("fieldManager")
+    if isinstance(resource, Mesh):
+        asked.administrator()
+        return resource.status
+    if isinstance(asked.caller, Administrator) and manager == OPERATOR:
+        return resource.assignment
+    if manager not in (None, AGENT):
+        raise Refusal(
+            403,
+            "Forbidden",
+            f"fieldManager: this caller writes as {AGENT}, not as {manager!r}",
+        )
+    if isinstance(asked.caller, Member) and asked.caller.peer.meta.uid != stored.meta.uid:
+        raise Refusal(403, "Forbidden", "a peer writes its own status alone")
+    if resource.report is None or not isinstance(stored, Peer):
+        raise Refusal(422, "Invalid", "status: the report lacks its keys")
+    if resource.assignment not in (Assignment(), stored.assignment):
+        raise Refusal(
+            403, "Forbidden", "status: addresses, role, conditions and the like are the registry's to write"
+        )
+    if stored.report is not None and resource.report.keys != stored.report.keys:
+        raise Refusal(
+            403,
+            "Forbidden",
+            "status: keys are bound at the join: to change them, leave and join with a new token",
+        )
+    return resource.report
+
+
+def _flag(query: Mapping[str, str], name: str) -> bool:
+    text = query.get(name, "false")
+    if text not in ("true", "false"):
+        raise Refusal(400, "BadRequest", f"{name} is true or false, not {text!r}")
+    return text == "true"
+
+
+def _number(query: Mapping[str, str], name: str) -> int:
+    text = query.get(name, "")
+    if not (text.isascii() and text.isdigit() and len(text) <= 19):
+        raise Refusal(400, "BadRequest", f"{name} is the resourceVersion of a list, not {text!r}")
+    return int(text)
+
+
+def _seconds(query: Mapping[str, str]) -> float | None:
+    if "timeoutSeconds" not in query:
+        return None
+    seconds = _number(query, "timeoutSeconds")
+    if not 1 <= seconds <= MAX_STREAM_SECONDS:
+        raise Refusal(400, "BadRequest", f"timeoutSeconds is 1 to {MAX_STREAM_SECONDS}, not {seconds}")
+    return float(seconds)
+
+
+# --- making answers -----------------------------------------------------------------------------------------
+
+
+def _json(value: object, *, code: int = 200) -> web.Response:
+    body = json.dumps(value, separators=(",", ":")).encode()
+    return web.Response(body=body, status=code, content_type="application/json")
+
+
+def _resource(resource: Mesh | Peer | Any, *, code: int = 200) -> web.Response:
+    return _json(resources.to_dict(resource), code=code)
+
+
+def _list_object(listed: Listed, mesh: str | None) -> dict[str, object]:
+    return {
+        "apiVersion": resources.API_VERSION,
+        "kind": f"{listed.kind}List",
+        "metadata": {"resourceVersion": str(listed.revision.number)},
+        "items": [
+            resources.to_dict(resource)
+            for resource in listed.resources
+            if isinstance(resource, Mesh | Peer) and mesh in (None, _mesh_of(resource))
+        ],
+    }
+
+
+def _mesh_of(resource: Mesh | Peer) -> str:
+    return resource.meta.name if isinstance(resource, Mesh) else resource.spec.mesh
+
+
+def _refusal_of_http(error: web.HTTPException, *, limit: int) -> Refusal:
+    """What aiohttp itself refuses."""
+    match error:
+        case web.HTTPRequestEntityTooLarge():
+            return Refusal(413, "RequestEntityTooLarge", f"the body is larger than {limit} bytes: send less")
+        case web.HTTPNotFound():
+            return Refusal(404, "NotFound", "there is no such path: /openapi.json lists them")
+        case web.HTTPMethodNotAllowed():
+            return Refusal(
+                405, "MethodNotAllowed", "this path does not take that method: see the Allow header"
+            )
+        case _:
+            return Refusal(error.status, "BadRequest", error.reason)

@@ -1,0 +1,100 @@
+"""What happened, as CloudEvents: every change of a mesh or peer is exactly one event.
+
+The type says what a reader wants to know of it: a peer that is new is a peerJoin, one whose published
+endpoints changed a peerMove, one that was removed (its tombstone, then its deletion) a peerLeave, any other
+change of a peer a peerConn, any change of a mesh a meshUpdate. A sealed datagram that passes the courier
+travels as an event too, and belongs to no history.
+
+Extensions of CloudEvents: `scoperevision`, the registry's number of the change (a string, as CloudEvents'
+integers have 32 bits), and `scopedeleted`, true when the resource is gone and `data` is its last state.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from scope.credentials import base64url
+from scope.model import Kind, Mesh, Peer, PublicKey, kind_of
+from scope.registry.http import COURIER
+from scope.registry.port import Deleted, Put
+from scope.resources import to_dict
+
+PEER_JOIN = "cc.ltgc.scope:peerJoin"
+PEER_CONN = "cc.ltgc.scope:peerConn"
+PEER_MOVE = "cc.ltgc.scope:peerMove"
+PEER_LEAVE = "cc.ltgc.scope:peerLeave"
+MESH_UPDATE = "cc.ltgc.scope:meshUpdate"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One change, rendered once for all its readers."""
+
+    revision: int
+    kind: Kind
+    name: str
+    mesh: str
+    line: bytes  # the CloudEvent, ending with a line feed
+    removes: bool = False  # the peer has no business here any more
+
+
+def type_of(change: Put | Deleted, before: Mesh | Peer | None) -> str:
+    """The type of the event for `change` of a resource that was `before` (None: it was not there)."""
+    match change:
+        case Deleted(last):
+            return MESH_UPDATE if isinstance(last, Mesh) else PEER_LEAVE
+        case Put(Peer() as peer):
+            if not isinstance(before, Peer) or before.meta.uid != peer.meta.uid:
+                return PEER_LEAVE if peer.assignment.tombstone else PEER_JOIN
+            if peer.assignment.tombstone != before.assignment.tombstone:
+                return PEER_LEAVE
+            endpoints = before.report.endpoints if before.report else ()
+            if (peer.report.endpoints if peer.report else ()) != endpoints:
+                return PEER_MOVE
+            return PEER_CONN
+        case Put():
+            return MESH_UPDATE
+
+
+def event_of(change: Put | Deleted, before: Mesh | Peer | None, *, time: str) -> Event:
+    """The event for `change`; `time` is RFC 3339."""
+    resource = change.last if isinstance(change, Deleted) else change.resource
+    if not isinstance(resource, Mesh | Peer):
+        raise TypeError(f"a {kind_of(resource)} is never served")
+    deleted = isinstance(change, Deleted)
+    fields: dict[str, object] = {
+        "specversion": "1.0",
+        "id": str(change.revision.number),
+        "source": f"/registries/{change.revision.registry}",
+        "type": type_of(change, before),
+        "subject": resource.meta.name,
+        "time": time,
+        "datacontenttype": "application/json",
+        "scoperevision": str(change.revision.number),
+    }
+    if deleted:
+        fields["scopedeleted"] = True
+    fields["data"] = to_dict(resource)
+    return Event(
+        revision=change.revision.number,
+        kind=kind_of(resource),
+        name=resource.meta.name,
+        mesh=resource.meta.name if isinstance(resource, Mesh) else resource.spec.mesh,
+        line=json.dumps(fields, separators=(",", ":")).encode() + b"\n",
+        removes=isinstance(resource, Peer) and (deleted or resource.assignment.tombstone is not None),
+    )
+
+
+def courier_line(registry: str, sender: PublicKey, datagram: bytes, *, number: int, time: str) -> bytes:
+    """The event that brings a sealed datagram to its receiver's stream, ending with a line feed."""
+    fields = {
+        "specversion": "1.0",
+        "id": f"courier-{number}",
+        "source": f"/registries/{registry}",
+        "type": COURIER,
+        "time": time,
+        "datacontenttype": "application/json",
+        "data": {"sender": base64url(sender.raw), "datagram": base64url(datagram)},
+    }
+    return json.dumps(fields, separators=(",", ":")).encode() + b"\n"

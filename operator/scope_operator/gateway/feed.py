@@ -1,0 +1,285 @@
+"""Every change of meshes and peers, kept for a while, and the streams that read it.
+
+One feed follows the registry for all streams: it lists, watches both kinds, turns each change into one
+event (the type needs the state before, which the feed keeps) and holds the newest in memory. A stream is a
+cursor into them, so a slow reader costs no memory: once what it has not read is no longer kept it is told
+to list again. Each stream besides has a short queue of sealed datagrams that the courier brings.
+
+In-process registries wake both watches in one pass of the event loop, and the feed takes all that has arrived
+before it appends, in the order of revisions: a reader may resume from the last revision that it saw.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import islice
+
+from scope.model import Kind, Mesh, Peer, PublicKey, Revision
+from scope.registry.port import Deleted, Gone, Put, Registry, RegistryError, Unavailable
+from scope_operator.gateway.errors import Refusal
+from scope_operator.gateway.events import Event, courier_line, event_of
+
+log = logging.getLogger(__name__)
+
+RELIST_SECONDS = 1.0  # between attempts to follow a registry that fails
+COURIER_QUEUE = 64  # datagrams that wait for one stream: half a second of a hundred peers calling
+TAKE = 256  # events written at once, so that a long replay does not starve the loop
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """One reader: of one mesh, or of all (`mesh` None). `owner` is a peer's uid, or "" for an "
+    "administrator.
+    """
+
+    owner: str
+    name: str
+    mesh: str | None
+    since: int
+    cursor: int
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+    datagrams: deque[bytes] = field(default_factory=deque)
+    ended: Refusal | None = None
+
+    def end(self, reason: Refusal) -> None:
+        """Nothing more is sent but `reason`."""
+        self.ended = self.ended or reason
+        self.wake.set()
+
+
+class Feed:
+    """Follows `registry`; `wall` is the wall clock. `run` until cancelled."""
+
+    def __init__(self, registry: Registry, *, backlog: int, wall: Callable[[], float]) -> None:
+        self.peers: dict[str, Peer] = {}
+        self.meshes: dict[str, Mesh] = {}
+        self.ready = asyncio.Event()
+        self._registry = registry
+        self._backlog = backlog
+        self._wall = wall
+        self._registry_id = ""
+        self._base = 0  # everything after this revision is kept
+        self._newest = 0
+        self._history: deque[Event] = deque()
+        self._first = 0  # the position of the oldest kept event among all there were
+        self._streams: set[Stream] = set()
+        self._of_peer: dict[str, Stream] = {}
+        self._couriered = 0
+        self._changed = asyncio.Event()
+
+    async def run(self) -> None:
+        """List and watch, again and again."""
+        while True:
+            try:
+                overtaken = await self._follow()
+            except RegistryError as error:
+                log.warning("registry.lost reason=%s", error)
+                overtaken = False
+            self.ready.clear()
+            self._end_all(Refusal(410, "Expired", "the gateway lost track of its registry: list again"))
+            if not overtaken:
+                await asyncio.sleep(RELIST_SECONDS)
+
+    async def _follow(self) -> bool:
+        """List and watch until a watch ends; whether that was because changes came faster than they "
+        "were read.
+        """
+        meshes = await self._registry.list(Kind.MESH)
+        peers = await self._registry.list(Kind.PEER)
+        self._registry_id = peers.revision.registry
+        self.meshes = {mesh.meta.name: mesh for mesh in meshes.resources if isinstance(mesh, Mesh)}
+        self.peers = {peer.meta.name: peer for peer in peers.resources if isinstance(peer, Peer)}
+        self._first += len(self._history)
+        self._history.clear()
+        self._base = self._newest = peers.revision.number
+        arrived: asyncio.Queue[Put | Deleted | None] = asyncio.Queue()
+        async with asyncio.TaskGroup() as group:
+            watches = [
+                group.create_task(self._watch(Kind.MESH, meshes.revision, arrived)),
+                group.create_task(self._watch(Kind.PEER, peers.revision, arrived)),
+            ]
+            self.ready.set()
+            while (first := await arrived.get()) is not None:
+                batch = [first]
+                while not arrived.empty() and (more := arrived.get_nowait()) is not None:
+                    batch.append(more)
+                for change in sorted(batch, key=lambda change: change.revision.number):
+                    self._append(change)
+            for watch in watches:
+                watch.cancel()
+        return any(not watch.cancelled() and watch.result() for watch in watches)
+
+    async def _watch(self, kind: Kind, since: Revision, arrived: asyncio.Queue[Put | Deleted | None]) -> bool:
+        """Put every change into `arrived`, and None at the end; whether the watch was overtaken."""
+        try:
+            async for change in self._registry.watch(kind, since):
+                arrived.put_nowait(change)
+        except RegistryError as error:
+            log.warning("registry.watch_ended kind=%s reason=%s", kind, error)
+            return isinstance(error, Gone)
+        finally:
+            arrived.put_nowait(None)
+        return False
+
+    def _append(self, change: Put | Deleted) -> None:
+        resource = change.last if isinstance(change, Deleted) else change.resource
+        before: Peer | Mesh | None
+        if isinstance(resource, Peer):
+            before = self.peers.pop(resource.meta.name, None)
+            if isinstance(change, Put):
+                self.peers[resource.meta.name] = resource
+        elif isinstance(resource, Mesh):
+            before = self.meshes.pop(resource.meta.name, None)
+            if isinstance(change, Put):
+                self.meshes[resource.meta.name] = resource
+        else:
+            return
+        self._newest = change.revision.number
+        self._history.append(event_of(change, before, time=self._time()))
+        while len(self._history) > self._backlog:
+            self._base = self._history.popleft().revision
+            self._first += 1
+        for stream in self._streams:
+            stream.wake.set()
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    # --- streams ------------------------------------------------------------------------------------------
+
+    async def open(self, owner: str, name: str, mesh: str | None, since: Revision) -> Stream:
+        """A stream of what changed after `since`; a peer's older stream ends. Raises Gone, Unavailable."""
+        if not self.ready.is_set():
+            raise Unavailable("the gateway is reading its registry: try again in a second")
+        if since.registry != self._registry_id:
+            raise Gone(
+                f"revision {since.number} is of registry {since.registry}, this is {self._registry_id}: "
+                "list again"
+            )
+        if since.number < self._base:
+            raise Gone(
+                f"changes up to revision {self._base} are no longer kept: list again, then watch from there"
+            )
+        if since.number > self._newest:
+            newest = (await self._registry.list(Kind.MESH)).revision.number
+            if since.number > newest:
+                raise Gone(f"revision {since.number} is newer than the newest, {newest}: list again")
+        older = self._of_peer.get(owner) if owner else None
+        if older is not None:
+            older.end(Refusal(409, "Conflict", "a newer stream of the same peer took this one's place"))
+            self.close(older)
+        stream = Stream(owner, name, mesh, since.number, self._first)
+        self._streams.add(stream)
+        if owner:
+            self._of_peer[owner] = stream
+        return stream
+
+    def close(self, stream: Stream) -> None:
+        """Forget a stream; once more does nothing."""
+        self._streams.discard(stream)
+        if self._of_peer.get(stream.owner) is stream:
+            del self._of_peer[stream.owner]
+
+    def take(self, stream: Stream) -> list[bytes]:
+        """The next lines of a stream, none when it has read all. Sets `ended` where nothing may follow "
+        "them.
+        """
+        lines = list(stream.datagrams)
+        stream.datagrams.clear()
+        if stream.ended is not None:
+            return lines
+        if stream.cursor < self._first and stream.since < self._base:
+            stream.ended = Refusal(410, "Expired", "this stream was read too slowly: list again, then watch")
+            return lines
+        skipped = max(0, stream.cursor - self._first)
+        for event in islice(self._history, skipped, skipped + TAKE):
+            skipped += 1
+            if event.revision <= stream.since:
+                continue
+            if stream.mesh is None or event.mesh == stream.mesh:
+                lines.append(event.line)
+            if event.removes and event.name == stream.name:
+                stream.ended = removed(event.name)
+                break
+        stream.cursor = self._first + skipped
+        if stream.cursor < self._first + len(self._history):
+            stream.wake.set()
+        return lines
+
+    def counts(self) -> tuple[int, int]:
+        """How many streams are open: of peers, of administrators."""
+        return len(self._of_peer), len(self._streams) - len(self._of_peer)
+
+    def has_stream(self, owner: str) -> bool:
+        """Whether the peer with this uid has a stream, which a new one would replace."""
+        return owner in self._of_peer
+
+    def end_all(self) -> None:
+        """The gateway stops."""
+        self._end_all(Refusal(503, "ServiceUnavailable", "the gateway is stopping: connect again"))
+
+    def _end_all(self, reason: Refusal) -> None:
+        for stream in self._streams:
+            stream.end(reason)
+
+    # --- the courier and joins ----------------------------------------------------------------------------
+
+    def carry(self, mesh: str, *, sender: PublicKey, to: PublicKey, datagram: bytes) -> bool:
+        """Bring a sealed datagram to the stream of the peer with probe key `to`. False: it has none.
+
+        Raises Refusal when too many wait for it.
+        """
+        stream = next((self._of_peer.get(peer.meta.uid) for peer in self._members(mesh, to)), None)
+        if stream is None or stream.ended is not None:
+            return False
+        if len(stream.datagrams) >= COURIER_QUEUE:
+            raise Refusal(429, "TooManyRequests", "too many datagrams wait for that peer", retry_after=1.0)
+        self._couriered += 1
+        line = courier_line(self._registry_id, sender, datagram, number=self._couriered, time=self._time())
+        stream.datagrams.append(line)
+        stream.wake.set()
+        return True
+
+    def _time(self) -> str:
+        """The wall clock in RFC 3339."""
+        return (
+            datetime.fromtimestamp(self._wall(), UTC)
+            .isoformat(timespec="milliseconds")
+            .replace("+00:00", "Z")
+        )
+
+    def _members(self, mesh: str, probe: PublicKey) -> Iterator[Peer]:
+        return (
+            peer
+            for peer in self.peers.values()
+            if peer.spec.mesh == mesh and peer.report and peer.report.keys.probe == probe
+        )
+
+    async def settled(self, name: str, uid: str, *, seconds: float) -> Peer | None:
+        """The peer once it has an address or `seconds` have passed; None when it is not (or no more) "
+        "known.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                while not (
+                    (peer := self.peers.get(name)) and peer.meta.uid == uid and peer.assignment.addresses
+                ):
+                    await self._changed.wait()
+        except TimeoutError:
+            pass
+        peer = self.peers.get(name)
+        return peer if peer is not None and peer.meta.uid == uid else None
+
+
+def removed(name: str) -> Refusal:
+    """What a removed peer is told."""
+    return Refusal(
+        403,
+        "PeerRemoved",
+        f"ScopePeer {name!r} was removed from its mesh; to come back: `scope-agent leave`, then join "
+        "with a new token",
+    )
