@@ -1,0 +1,724 @@
+"""Whole agents in virtual time: one heap of (time, sequence, call), a seeded random, and no event loop.
+
+Real are the Agent with all its rooms, the Channel with its cryptography, the planner of the device, and the
+registry's Store with its rules of writing. Modelled are WireGuard (`wireguard`), the internet (`network`,
+`nat`), and the thin shells between: performing outputs, one timer, a disk, a gateway's stream and courier, a
+reflector. An agent can be crashed after any of its outputs; its device lives on.
+
+A timer that keeps asking for the same instant is an endless loop in the real agent: the world raises Livelock.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
+from random import Random
+from typing import assert_never
+
+from lab.grid import Place, place_reason
+from lab.nat import Nat
+from scope.channel import Channel, Confirmed, Hello, NotACorrespondent, Received
+from scope.model import (
+    Addressing,
+    Assignment,
+    DeviceKind,
+    Endpoint,
+    Family,
+    IPInterface,
+    Kind,
+    Mesh,
+    MeshSpec,
+    MeshStatus,
+    Meta,
+    PathKind,
+    Peer,
+    PeerReport,
+    PeerSpec,
+    PublicKey,
+    Reflector,
+    Secret,
+    Snapshot,
+    Timers,
+    Tombstone,
+)
+from scope.registry.memory import Create, Delete, Store, UpdateStatus
+from scope.registry.port import Disconnected, Listed, RegistryError
+from scope.tombstones import sign_tombstone
+from scope.wire import Forward, Forwarded, Ping, Pong, WireError
+from scope_agent.agent import Agent, AgentConfig, pick_port
+from scope_agent.inputs import (
+    Applied,
+    Courier,
+    DatagramArrived,
+    DeviceBatch,
+    DeviceObserved,
+    DiskState,
+    FactArrived,
+    Failed,
+    Input,
+    InterfacesChanged,
+    ListAgain,
+    Observe,
+    Output,
+    Reply,
+    SaveState,
+    Send,
+    Socket,
+    Target,
+    TrafficMoved,
+    WriteReport,
+)
+from scope_agent.state import make_identity
+from scope_agent.wireguard.device import RemovePeer, SetEndpoint
+from tests.sim.network import Network, Receiver, Site
+from tests.sim.wireguard import Device, Transport
+
+MESH = "mesh"
+WALL_START = 1_800_000_000.0
+DEVICE_DELAY = 0.002
+DISK_DELAY = 0.005
+POLL = 0.25  # how often the shell looks at the device's own counters
+RECONNECT = 1.0
+SPIN_LIMIT = 200  # turns of one timer at one instant
+REFLECTOR_PORTS = (3478, 3479)
+
+
+class Livelock(AssertionError):
+    """An agent's timer that never moves on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """A packet of the machines' own traffic."""
+
+    number: int
+    answer: bool  # whether the receiver answers
+
+
+class World:
+    """Everything there is. `seed` alone decides what happens."""
+
+    def __init__(self, seed: int = 1, *, timers: Timers = Timers(), prefer: Family = Family.IPV6) -> None:
+        self.seed = seed
+        self.random = Random(seed)
+        self.now = 0.0
+        self.events = 0
+        self.machines: list[Machine] = []
+        self._heap: list[tuple[float, int, Callable[[], None]]] = []
+        self._sequence = 0
+        self.network = Network(random=self.random, now=lambda: self.now, schedule=self.at)
+        self.network.is_data = lambda payload: isinstance(payload, Transport)
+        self.registry = RegistryServer(self, timers=timers, prefer=prefer)
+
+    @property
+    def wall(self) -> float:
+        """The wall clock."""
+        return WALL_START + self.now
+
+    def bytes(self, count: int) -> bytes:
+        """Random bytes of the seed."""
+        return self.random.randbytes(count)
+
+    def at(self, when: float, call: Callable[[], None]) -> None:
+        """Run `call` at `when`."""
+        self._sequence += 1
+        heapq.heappush(self._heap, (when, self._sequence, call))
+
+    def after(self, delay: float, call: Callable[[], None]) -> None:
+        """Run `call` in `delay` seconds."""
+        self.at(self.now + delay, call)
+
+    def run(self, seconds: float) -> None:
+        """Let so much time pass."""
+        self.run_to(self.now + seconds)
+
+    def run_to(self, end: float, until: Callable[[], bool] | None = None, *, every: float = 0.01) -> bool:
+        """Let time pass to `end`, or until `until`, asked at least `every` so often, holds."""
+        heap = self._heap
+        ask = self.now
+        while heap and heap[0][0] <= end:
+            if until is not None and heap[0][0] > ask:
+                if until():
+                    return True
+                ask = heap[0][0] + every
+            when, _, call = heapq.heappop(heap)
+            self.now = max(when, self.now)
+            self.events += 1
+            call()
+        self.now = max(self.now, end)
+        return until is not None and until()
+
+    def until(self, condition: Callable[[], bool], *, within: float) -> float:
+        """Seconds until `condition` holds. Raises AssertionError after `within`."""
+        start = self.now
+        if not self.run_to(start + within, condition):
+            raise AssertionError(f"seed {self.seed}: not within {within} s (now {self.now:.3f})\n{self.describe()}")
+        return self.now - start
+
+    # --- building ------------------------------------------------------------------------------------------
+
+    def site(self, kind: Nat, *, ipv6: bool = False, delay: float = 0.01, lan: str | None = None) -> Site:
+        """A new site; two sites with the default delay are 40 ms apart, there and back."""
+        return self.network.site(kind, ipv6=ipv6, delay=delay, lan=lan)
+
+    def machine(self, site: Site, *, port: int | None = None) -> Machine:
+        """A machine that has not joined yet."""
+        machine = Machine(self, site, name=f"peer{len(self.machines)}", port=port)
+        self.machines.append(machine)
+        return machine
+
+    def peer(self, kind: Nat, *, ipv6: bool = False, delay: float = 0.01) -> Machine:
+        """A machine in a site of its own, joined and started."""
+        machine = self.machine(self.site(kind, ipv6=ipv6, delay=delay))
+        machine.join()
+        return machine
+
+    # --- judging -------------------------------------------------------------------------------------------
+
+    def members(self) -> list[Machine]:
+        """Machines that run and were not removed."""
+        return [m for m in self.machines if m.agent is not None and not m.agent.removed]
+
+    def is_direct(self, a: Machine, b: Machine) -> bool:
+        """Whether both know a direct path, programmed it, and WireGuard's session stands."""
+        return a.reaches(b) and b.reaches(a)
+
+    def traversable(self, a: Machine, b: Machine) -> bool:
+        """Whether the pair can have a direct path, by the table that demo and tests share."""
+        return place_reason(a.place, b.place) is None
+
+    def is_converged(self) -> bool:
+        """Whether every traversable pair of members is direct."""
+        members = self.members()
+        return all(
+            self.is_direct(a, b) for i, a in enumerate(members) for b in members[:i] if self.traversable(a, b)
+        )
+
+    def describe(self) -> str:
+        """For a person: who reaches whom."""
+        lines = []
+        for machine in self.machines:
+            if machine.agent is None:
+                lines.append(f"{machine.name} ({machine.site.kind.value}): not running")
+                continue
+            lines.append(f"{machine.name} ({machine.site.kind.value}) {machine.agent.paths(self.now).mapping}")
+            for other in self.machines:
+                view = machine.agent.paths(self.now).pairs.get(other.key)
+                if view is not None:
+                    peer = machine.device.peers.get(other.key)
+                    lines.append(
+                        f"  -> {other.name}: {view.path} {view.endpoint} ready={view.ready} reason={view.reason!r}"
+                        f" device={peer.endpoint if peer else None} allowed={bool(peer and peer.allowed_ips)}"
+                        f" handshake={peer.last_handshake if peer else None}"
+                    )
+        return "\n".join(lines)
+
+
+class Machine:
+    """A machine: a device, a disk, and perhaps an agent."""
+
+    def __init__(self, world: World, site: Site, *, name: str, port: int | None) -> None:
+        self.world, self.site, self.name = world, site, name
+        self.identity = make_identity(world.bytes)
+        self.key: PublicKey = self.identity.public.wireguard
+        self.addresses = world.network.attach(self, site)
+        self.disk = DiskState(Snapshot(), listen_port=port or pick_port(world.random.random))
+        self.agent: Agent | None = None
+        self.connected = False
+        self.generation = 0  # rises at each start and crash: what was scheduled for an earlier run is void
+        self.crash_after: int | None = None  # outputs still to be performed
+        self.disk_fails = False
+        self.device_fails = False
+        self.started_at = 0.0
+        self.sent: dict[str, int] = {}
+        self.probe_bytes = 0
+        self.reports: list[tuple[float, PeerReport]] = []
+        self.saves: list[float] = []
+        self.batches: list[tuple[float, DeviceBatch]] = []
+        self.observations = 0
+        self.replies: list[Reply] = []
+        self.received: list[tuple[float, PublicKey, Packet]] = []
+        self.refused_packets = 0
+        self._armed: float | None = None
+        self._spins = 0
+        self._spun_at = -1.0
+        self._traffic_noted = False
+        self._polled = 0
+        self.device = Device(
+            name="scope0",
+            now=lambda: world.now,
+            wall=lambda: world.wall,
+            random=world.random.random,
+            schedule=world.after,
+            send=self._send_wireguard,
+            deliver=self._deliver,
+        )
+
+    @property
+    def place(self) -> Place:
+        """Where it is, for the table of traversable pairs."""
+        return Place(self.site.name, self.site.kind, self.site.prefix is not None)
+
+    def reaches(self, other: Machine) -> bool:
+        """Whether this machine's agent and device have a direct path to the other."""
+        if self.agent is None:
+            return False
+        view = self.agent.paths(self.world.now).pairs.get(other.key)
+        peer = self.device.peers.get(other.key)
+        return (
+            view is not None
+            and peer is not None
+            and view.path is PathKind.DIRECT
+            and view.ready
+            and peer.session is not None
+            and self.world.now - peer.session.born < 180.0
+            and bool(peer.allowed_ips)
+            and (peer.endpoint == view.endpoint or peer.endpoint in view.verified)
+        )
+
+    def endpoint_of(self, other: Machine) -> Endpoint | None:
+        """Where the device sends to the other."""
+        peer = self.device.peers.get(other.key)
+        return peer.endpoint if peer is not None else None
+
+    # --- life ----------------------------------------------------------------------------------------------
+
+    def join(self) -> None:
+        """Enrol at the registry and start."""
+        self.world.registry.enrol(self)
+        self.start()
+
+    def start(self) -> None:
+        """Start the agent from its disk."""
+        world = self.world
+        self.generation += 1
+        self.started_at = world.now
+        self._armed = None
+        self.agent = Agent(
+            AgentConfig(
+                mesh=MESH,
+                device="scope0",
+                identity=self.identity,
+                registry_key=world.registry.signing_key,
+            ),
+            channel=Channel(secret=self.identity.probe, boot_id=world.bytes(16)),
+            state=self.disk,
+            random=world.random.random,
+            now=world.now,
+        )
+        self._later(0.0, lambda: self.give(self._interfaces()))
+        self._later(DEVICE_DELAY, lambda: self.give(self._observation()))
+        self._later(0.0, lambda: world.registry.connect(self))
+
+    def crash(self) -> None:
+        """SIGKILL: the device lives on."""
+        self.agent = None
+        self.generation += 1
+        self.connected = False
+        self.crash_after = None
+
+    def restart(self, *, after: float = 0.1) -> None:
+        """Kill the agent and start it again."""
+        self.crash()
+        self.world.after(after, lambda: self.start() if self.agent is None else None)
+
+    def move(self, site: Site) -> None:
+        """Roam to another site; netlink tells the agent."""
+        self.world.network.detach(self)
+        self.site = site
+        self.addresses = self.world.network.attach(self, site)
+        self._later(0.01, lambda: self.give(self._interfaces()))
+        self.world.registry.disconnect(self, "the connection broke")
+
+    def leave(self) -> None:
+        """Sign our own tombstone, and stop."""
+        self.world.registry.remove(self, by=self.identity.signing)
+        self.crash()
+        self.device.delete()
+
+    # --- traffic -------------------------------------------------------------------------------------------
+
+    def ping(self, other: Machine, number: int = 0, *, answer: bool = True) -> None:
+        """One packet to the other's mesh address."""
+        before = self.device.payload_packets
+        if not self.device.send_packet(other.key, Packet(number, answer)):
+            self.refused_packets += 1
+        if self.device.payload_packets != before:
+            self._note_traffic()
+
+    def stream(self, other: Machine, *, rate: float, seconds: float, answer: bool = True) -> None:
+        """Packets at a rate."""
+        end = self.world.now + seconds
+        number = 0
+
+        def send() -> None:
+            nonlocal number
+            if self.world.now > end:
+                return
+            self.ping(other, number, answer=answer)
+            number += 1
+            self.world.after(1.0 / rate, send)
+
+        send()
+
+    def _deliver(self, key: PublicKey, content: object) -> None:
+        assert isinstance(content, Packet)
+        self.received.append((self.world.now, key, content))
+        self._note_traffic()
+        if content.answer:
+            self.device.send_packet(key, Packet(content.number, answer=False))
+
+    def _note_traffic(self) -> None:
+        if not self._traffic_noted:
+            self._traffic_noted = True
+            due = (int(self.world.now / POLL) + 1) * POLL
+            self.world.at(due, self._poll_traffic)
+
+    def _poll_traffic(self) -> None:
+        self._traffic_noted = False
+        self.give(TrafficMoved())
+
+    # --- the network ---------------------------------------------------------------------------------------
+
+    def arrived(self, source: Endpoint, port: int, payload: object) -> None:
+        """A datagram for our socket: WireGuard's, or the probe protocol's."""
+        if port != (self.device.listen_port or self.disk.listen_port):
+            return
+        if isinstance(payload, bytes):
+            self.give(DatagramArrived(payload, Socket(source)))
+        else:
+            self.device.receive(source, payload)  # type: ignore[arg-type]
+
+    def _put(self, to: Endpoint, payload: object, *, ttl: int | None = None) -> None:
+        port = self.device.listen_port or (self.agent.listen_port if self.agent else 0)
+        for address in self.addresses:
+            if address.version == to.address.version and port:
+                self.world.network.send(self.site, Endpoint(address, port), to, payload, ttl=ttl)
+                return
+
+    def _send_wireguard(self, to: Endpoint, datagram: object) -> None:
+        self._put(to, datagram)
+
+    def _interfaces(self) -> InterfacesChanged:
+        return InterfacesChanged(frozenset(_interface(a) for a in self.addresses))
+
+    def _observation(self) -> DeviceObserved:
+        self.observations += 1
+        return DeviceObserved(self.device.observe(), DeviceKind.USER_SPACE, self.world.wall)
+
+    # --- the shell -----------------------------------------------------------------------------------------
+
+    def _later(self, delay: float, call: Callable[[], None]) -> None:
+        """Run `call` unless this run of the agent has ended by then."""
+        generation = self.generation
+        self.world.after(delay, lambda: call() if generation == self.generation else None)
+
+    def give(self, event: Input) -> None:
+        """Hand one input to the agent and perform what comes out."""
+        if self.agent is None:
+            return
+        self.agent.receive(event, self.world.now)
+        self._perform()
+
+    def _perform(self) -> None:
+        agent = self.agent
+        assert agent is not None
+        for output in agent.outputs():
+            if self.crash_after is not None:
+                self.crash_after -= 1
+                if self.crash_after < 0:
+                    self.crash()
+                    self.world.after(0.2, lambda: self.start() if self.agent is None else None)
+                    return
+            self._do(output)
+        self._arm(agent)
+
+    def _arm(self, agent: Agent) -> None:
+        due = agent.get_timer()
+        if due is None or (self._armed is not None and self._armed <= due and self._armed >= self.world.now):
+            return
+        due = max(due, self.world.now)
+        self._armed = due
+        generation = self.generation
+        self.world.at(due, lambda: self._tick(due, generation))
+
+    def _tick(self, due: float, generation: int) -> None:
+        agent = self.agent
+        if agent is None or generation != self.generation or self._armed != due:
+            return
+        self._armed = None
+        wanted = agent.get_timer()
+        if wanted is not None and wanted <= self.world.now:
+            self._spins = self._spins + 1 if self._spun_at == self.world.now else 0
+            self._spun_at = self.world.now
+            if self._spins > SPIN_LIMIT:
+                raise Livelock(f"{self.name}'s timer asks for {wanted!r} again and again at {self.world.now!r}")
+            agent.handle_timer(self.world.now)
+        self._perform()
+
+    def _do(self, output: Output) -> None:
+        name = type(output).__name__
+        self.sent[name] = self.sent.get(name, 0) + 1
+        match output:
+            case Send(Socket(endpoint, ttl), data):
+                self.probe_bytes += len(data)
+                self._put(endpoint, data, ttl=ttl)
+            case Send(Courier(to), data):
+                self.world.registry.carry(self, to, data)
+            case DeviceBatch():
+                self.batches.append((self.world.now, output))
+                self._later(DEVICE_DELAY, lambda: self._apply(output))
+            case Observe():
+                self._later(DEVICE_DELAY / 2, lambda: self.give(self._observation()))
+            case WriteReport():
+                self.reports.append((self.world.now, output.report))
+                self.world.registry.write_report(self, output)
+            case SaveState(state):
+                self.saves.append(self.world.now)
+                self._later(DISK_DELAY, lambda: self._save(state))
+            case Reply():
+                self.replies.append(output)
+            case ListAgain():
+                self._later(self.world.registry.distance(self), lambda: self.world.registry.list_for(self))
+            case _:
+                assert_never(output)
+
+    def _apply(self, batch: DeviceBatch) -> None:
+        if self.device_fails:
+            self.give(Failed(Target.DEVICE, "the device does not answer"))
+            return
+        for action in batch.actions:
+            self.device.apply(action)
+        self.give(Applied(Target.DEVICE))
+        self.give(self._observation())
+
+    def _save(self, state: DiskState) -> None:
+        if self.disk_fails:
+            self.give(Failed(Target.DISK, "no space left on device"))
+            return
+        self.disk = state
+        self.give(Applied(Target.DISK))
+
+
+class RegistryServer:
+    """The registry, its gateway's stream and courier, and its reflector, on a server of its own."""
+
+    def __init__(self, world: World, *, timers: Timers, prefer: Family) -> None:
+        self.world = world
+        self.up = True
+        self.secret = Secret(world.bytes(32))
+        self.probe_secret = Secret(world.bytes(32))
+        identity = make_identity(world.bytes)
+        self.secret, self.signing_key = identity.signing, identity.public.signing
+        self.channel = Channel(secret=identity.probe, boot_id=world.bytes(16))
+        self._numbers = 0
+        self._uids = 0
+        self._serial = 1
+        self.site = world.network.site(Nat.NONE, ipv6=True)
+        self.addresses = world.network.attach(self, self.site)
+        self.store = self._new_store()
+        reflector = Reflector(
+            self.channel.public_key,
+            tuple(Endpoint(address, port) for address in self.addresses for port in REFLECTOR_PORTS),
+        )
+        self.store.write(
+            Create(
+                Mesh(
+                    Meta(MESH),
+                    MeshSpec(
+                        Addressing(IPv4Network("10.200.0.0/16"), IPv6Network("fd00:5c0e::/48")),
+                        prefer=prefer,
+                        timers=timers,
+                    ),
+                    MeshStatus(signing_key=self.signing_key, reflectors=(reflector,)),
+                )
+            )
+        )
+        self.reflecting = True
+        self._seen: dict[PublicKey, tuple[Endpoint, int]] = {}
+        self._by_probe: dict[PublicKey, Machine] = {}
+
+    def _new_store(self) -> Store:
+        return Store(f"registry-{self._serial}", wall=lambda: self.world.wall, new_uid=self._new_uid)
+
+    def _new_uid(self) -> str:
+        self._uids += 1
+        return f"uid-{self._uids}"
+
+    def distance(self, machine: Machine) -> float:
+        """One way between a machine and the gateway."""
+        return machine.site.delay + self.site.delay
+
+    # --- resources -----------------------------------------------------------------------------------------
+
+    def enrol(self, machine: Machine) -> None:
+        """Make the machine's ScopePeer, with addresses."""
+        self._numbers += 1
+        addresses: tuple[IPInterface, ...] = (
+            IPv4Interface(f"10.200.{self._numbers // 250}.{1 + self._numbers % 250}/16"),
+            IPv6Interface(f"fd00:5c0e::{self._numbers:x}/48"),
+        )
+        self._by_probe[machine.identity.public.probe] = machine
+        self.channel.set_correspondents(frozenset(self._by_probe))
+        self._write(
+            Create(
+                Peer(
+                    Meta(machine.name),
+                    PeerSpec(MESH),
+                    PeerReport(machine.identity.public),
+                    Assignment(addresses, online=True),
+                )
+            )
+        )
+
+    def peer(self, machine: Machine) -> Peer:
+        """The machine's ScopePeer."""
+        found = self.store.get(Kind.PEER, machine.name)
+        assert isinstance(found, Peer)
+        return found
+
+    def mesh(self) -> Mesh:
+        """The mesh."""
+        found = self.store.get(Kind.MESH, MESH)
+        assert isinstance(found, Mesh)
+        return found
+
+    def remove(self, machine: Machine, *, by: Secret | None = None) -> Tombstone:
+        """A deliberate removal, signed by the registry (or by the peer itself)."""
+        peer = self.peer(machine)
+        tombstone = sign_tombstone(
+            mesh_uid=self.mesh().meta.uid, peer_uid=peer.meta.uid, key=machine.key, secret=by or self.secret
+        )
+        part = replace(peer.assignment, tombstone=tombstone, online=False)
+        self._write(UpdateStatus(Kind.PEER, machine.name, part, peer.meta.uid))
+        return tombstone
+
+    def delete(self, machine: Machine) -> None:
+        """What `kubectl delete` does to a ScopePeer."""
+        self._write(Delete(Kind.PEER, machine.name, self.peer(machine).meta.uid))
+
+    def _write(self, write: Create | UpdateStatus | Delete) -> None:
+        before = self.store.revision
+        self.store.write(write)
+        for kind in (Kind.MESH, Kind.PEER):
+            for change in self.store.changes_since(kind, before):
+                for machine in self.world.machines:
+                    if machine.connected:
+                        self._tell(machine, FactArrived(change))
+
+    def _tell(self, machine: Machine, event: Input) -> None:
+        machine._later(self.distance(machine), lambda: machine.give(event))
+
+    # --- connections ---------------------------------------------------------------------------------------
+
+    def connect(self, machine: Machine) -> None:
+        """The machine's stream: a complete list, then every change."""
+        if machine.agent is None:
+            return
+        generation = machine.generation
+        if not self.up:
+            machine.give(FactArrived(Disconnected("the registry does not answer")))
+            machine._later(RECONNECT, lambda: self.connect(machine))
+            return
+        self.world.after(
+            2 * self.distance(machine), lambda: self._accept(machine) if machine.generation == generation else None
+        )
+
+    def _accept(self, machine: Machine) -> None:
+        if not self.up:
+            self.connect(machine)
+            return
+        machine.connected = True
+        self.list_for(machine)
+
+    def list_for(self, machine: Machine) -> None:
+        """Send complete lists."""
+        if not self.up:
+            return
+        self._tell(machine, FactArrived(self.store.list(Kind.MESH)))
+        self._tell(machine, FactArrived(self.store.list(Kind.PEER)))
+
+    def disconnect(self, machine: Machine, reason: str) -> None:
+        """Break the machine's stream; it connects again."""
+        machine.connected = False
+        if machine.agent is not None:
+            machine.give(FactArrived(Disconnected(reason)))
+            machine._later(RECONNECT, lambda: self.connect(machine))
+
+    def go_down(self, *, reflecting: bool = False) -> None:
+        """The registry is gone (its reflector too, unless `reflecting`)."""
+        self.up, self.reflecting = False, reflecting
+        for machine in self.world.machines:
+            self.disconnect(machine, "the registry does not answer")
+
+    def come_up(self) -> None:
+        """The registry is back."""
+        self.up = self.reflecting = True
+
+    def write_report(self, machine: Machine, output: WriteReport) -> None:
+        """The machine's status write, there and back."""
+        machine._later(self.distance(machine), lambda: self._take_report(machine, output))
+
+    def _take_report(self, machine: Machine, output: WriteReport) -> None:
+        if not self.up:
+            self._tell(machine, Failed(Target.REGISTRY, "the registry does not answer"))
+            return
+        try:
+            self._write(UpdateStatus(Kind.PEER, output.name, output.report, output.uid))
+        except RegistryError as error:
+            self._tell(machine, Failed(Target.REGISTRY, str(error)))
+            return
+        self._tell(machine, Applied(Target.REGISTRY))
+
+    def carry(self, machine: Machine, to: PublicKey | None, data: bytes) -> None:
+        """The courier: a sealed datagram over the gateway's stream."""
+        other = self._by_probe.get(to) if to is not None else None
+        if not self.up or other is None or not (machine.connected and other.connected):
+            return
+        event = DatagramArrived(data, Courier(machine.identity.public.probe))
+        delay = self.distance(machine) + self.distance(other)
+        generation = other.generation
+        self.world.after(delay, lambda: other.give(event) if other.generation == generation else None)
+
+    # --- the reflector -------------------------------------------------------------------------------------
+
+    def arrived(self, source: Endpoint, port: int, payload: object) -> None:
+        """A probe for the reflector."""
+        if not self.reflecting or port not in REFLECTOR_PORTS or not isinstance(payload, bytes):
+            return
+        try:
+            opened = self.channel.open(payload)
+        except WireError:
+            return
+        match opened:
+            case Hello(_, cookie):
+                self._send(cookie, source, port)
+            case Received(sender, Ping(transaction=transaction)):
+                self._seen[sender] = (source, port)
+                self._seal(sender, Pong(transaction, source, has_session=False, received=0), source, port)
+            case Received(sender, Forward(to, datagram)) if to in self._seen:
+                self._seal(to, Forwarded(sender, datagram), *self._seen[to])
+            case Received() | Confirmed():
+                pass
+
+    def _seal(self, to: PublicKey, message: Pong | Forwarded, endpoint: Endpoint, port: int) -> None:
+        try:
+            self._send(self.channel.seal(to, message), endpoint, port)
+        except (NotACorrespondent, ValueError):
+            return
+
+    def _send(self, data: bytes, to: Endpoint, port: int) -> None:
+        for address in self.addresses:
+            if address.version == to.address.version:
+                self.world.network.send(self.site, Endpoint(address, port), to, data)
+
+
+def _interface(address: object) -> IPInterface:
+    text = str(address)
+    return IPv6Interface(f"{text}/64") if ":" in text else IPv4Interface(f"{text}/24")
+
+
+__all__ = ["Livelock", "Machine", "Packet", "RegistryServer", "World"]
