@@ -36,7 +36,7 @@ PROGRAMS = (
     ("boringtun-cli", "--foreground", "--disable-drop-privileges"),
 )
 
-LOOK_INTERVAL = 1.0  # how soon the removal of the state file is noticed
+LOOK_INTERVAL = 0.25  # how soon the removal of the state file is noticed
 WAIT_INTERVAL = 0.05  # how soon its appearance is
 START_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 10.0

@@ -39,8 +39,8 @@ _IP_PKTINFO = 8
 _INSTRUCTION_BYTES = 8
 
 _ADVICE = (
-    "Probing on WireGuard's port needs CAP_NET_RAW (or, in its place, CAP_NET_ADMIN and nftables' `nft`): run "
-    "as root, or give the service AmbientCapabilities=CAP_NET_ADMIN CAP_NET_RAW (in Kubernetes: "
+    "Probing on WireGuard's port needs CAP_NET_RAW (or, in its place, CAP_NET_ADMIN and nftables' `nft`): "
+    "run as root, or give the service AmbientCapabilities=CAP_NET_ADMIN CAP_NET_RAW (in Kubernetes: "
     "capabilities.add [NET_ADMIN, NET_RAW])"
 )
 

@@ -7,11 +7,11 @@ file is gone. A service manager may have started it (it waits for the file); oth
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import socket
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -59,7 +59,7 @@ class UserSpaceDevice:
         self._control = CONTROL_SOCKETS / f"{name}.sock"
         self._state, self._lock = state_path(run_dir, name), lock_path(run_dir, name)
         self._public_keys: tuple[Secret, PublicKey] | None = None
-        self._supervisor: subprocess.Popen[bytes] | None = None
+        self._supervisor: int | None = None  # the pid of the one that we started
 
     def observe(self) -> ObservedDevice:
         """Read everything; without its process the device does not exist. Raises ApplyError, ConfigError."""
@@ -102,6 +102,8 @@ class UserSpaceDevice:
                 self._links.apply(action)
             case _:
                 if isinstance(action, SetListenPort):
+                    if self._holds(action.port):
+                        return
                     _refuse_taken_port(action.port)
                 self._set(uapi.render_action(action), f"{type(action).__name__} on {self._name}")
 
@@ -119,8 +121,10 @@ class UserSpaceDevice:
             if time.monotonic() > deadline:
                 raise ApplyError(f"scope-wireguard for {self._name} does not end")
             time.sleep(_POLL_INTERVAL)
+        self._is_starting()  # it has ended: reap it
         self._links.delete()
         self._lock.unlink(missing_ok=True)
+        self._log_path().unlink(missing_ok=True)
 
     def close(self) -> None:
         """Give the descriptors back; device, process and supervisor stay."""
@@ -142,18 +146,32 @@ class UserSpaceDevice:
     def _supervise(self) -> None:
         if _is_locked(self._lock):
             return
-        if self._supervisor is not None and self._supervisor.poll() is None:
-            return  # started, and about to take the lock
-        with self._log_path().open("ab") as log:
-            # No pipe and no terminal of ours: it lives on when we are gone.
-            self._supervisor = subprocess.Popen(
-                [sys.executable, "-m", "scope_dataplane.wireguard", self._name, "--state", str(self._state)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd="/",
-                start_new_session=True,
-            )
+        if self._is_starting():
+            return
+        append = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+        command = [sys.executable, "-m", "scope_dataplane.wireguard", self._name, "--state", str(self._state)]
+        # A session, and no pipe and no terminal of ours: it lives on when we are gone.
+        self._supervisor = os.posix_spawn(
+            sys.executable,
+            command,
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
+                (os.POSIX_SPAWN_OPEN, 2, str(self._log_path()), append, 0o600),
+            ],
+            setsid=True,
+        )
+
+    def _is_starting(self) -> bool:
+        """Whether a supervisor of ours lives, and so is about to take the lock; a dead one is reaped."""
+        if self._supervisor is None:
+            return False
+        with contextlib.suppress(ChildProcessError):
+            if os.waitpid(self._supervisor, os.WNOHANG) == (0, 0):
+                return True
+        self._supervisor = None
+        return False
 
     def _log_path(self) -> Path:
         return self._state.with_suffix(".log")
@@ -206,6 +224,14 @@ class UserSpaceDevice:
                     raise failure(f"Asking {self._control}", error) from None
                 return None
         return answer.decode("ascii", "replace")
+
+    def _holds(self, port: int) -> bool:
+        """Whether the process has that port: the supervisor may have been first to set it."""
+        answer = self._ask_if_running(uapi.GET)
+        try:
+            return answer is not None and uapi.parse_device(answer).listen_port == port
+        except uapi.UapiError as error:
+            raise ApplyError(f"Reading {self._name}: {error}") from None
 
     def _public_key(self, private: Secret) -> PublicKey:
         """The protocol tells the private half only; the public one is computed once a key."""
