@@ -1,0 +1,1 @@
+"""What the registry side decides of meshes and peers: addresses, roles, conditions. Pure."""

@@ -1,0 +1,141 @@
+"""Conditions of meshes and peers: what a person reads when something is not as it should be.
+
+Each condition is an ordered chain of checks. The first check that fails gives the reason, one word, and the
+message, a sentence that says what to do; when none fails the condition holds. `changed` is the wall-clock
+time of the last change of the status, so an unchanged condition is an equal value, and nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from scope.model import Condition, IPNetwork, Mesh, Peer
+
+READY = "Ready"
+ADDRESSES_EXHAUSTED = "AddressesExhausted"
+ROUTE_CONFLICT = "RouteConflict"
+REMOVED = "Removed"  # its `changed` is the time of the removal
+
+SHOWN = 3  # names in a message: enough to start looking, short enough for a terminal
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a check fails."""
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RouteConflict:
+    """A route of a peer that overlaps one of `holder`, who had it first; `holder` is a peer or a mesh."""
+
+    route: IPNetwork
+    holder: str
+    held: IPNetwork
+
+
+def mesh_conditions(
+    mesh: Mesh,
+    *,
+    overlaps: Mesh | None,
+    without_address: Iterable[str],
+    conflicting: Iterable[str],
+    wall: float,
+) -> tuple[Condition, ...]:
+    """The conditions of a mesh.
+
+    `overlaps` is an older mesh whose address space this one overlaps, `without_address` the peers for which
+    no address was left, `conflicting` those with a route that another has.
+    """
+    lacking, disputed = tuple(without_address), tuple(conflicting)
+    exhausted = Failure(
+        "NoAddressLeft",
+        f"no address is left for {_some(lacking)}: widen spec.addressing (peers keep theirs), or remove "
+        "peers; a removed peer's address is free after a day",
+    )
+    conflict = Failure(
+        "RoutesOverlap",
+        f"routes of {_some(disputed)} overlap others' and are not used: see the peers' conditions",
+    )
+    chain = (_overlap(overlaps) if overlaps else None, exhausted if lacking else None)
+    return (
+        _ready(mesh.status.conditions, chain, "every peer has its addresses", wall),
+        _problem(mesh.status.conditions, ADDRESSES_EXHAUSTED, exhausted if lacking else None, wall),
+        _problem(mesh.status.conditions, ROUTE_CONFLICT, conflict if disputed else None, wall),
+    )
+
+
+def peer_conditions(
+    peer: Peer,
+    *,
+    mesh: Mesh | None,
+    lacks_address: bool,
+    conflict: RouteConflict | None,
+    online: bool,
+    wall: float,
+) -> tuple[Condition, ...]:
+    """The conditions of a peer that is not removed; what is no problem is left out, for the sake of etcd."""
+    chain = (
+        None if mesh else _no_mesh(peer),
+        Failure("NoKeys", "its agent has not reported keys: start scope-agent there")
+        if not peer.report
+        else None,
+        Failure("NoAddressLeft", "no address is left: widen spec.addressing of its ScopeMesh")
+        if lacks_address
+        else None,
+        None if online else Failure("Offline", "nothing heard for 180 s: is scope-agent running there?"),
+    )
+    earlier = peer.assignment.conditions
+    ready = _ready(earlier, chain, "online, with an address", wall)
+    if conflict is None:
+        return (ready,)
+    failure = Failure(
+        "RoutesOverlap",
+        f"its route {conflict.route} overlaps {conflict.held} of {conflict.holder}, which had it first: "
+        "remove one of the two",
+    )
+    return (ready, _problem(earlier, ROUTE_CONFLICT, failure, wall))
+
+
+def _overlap(older: Mesh) -> Failure:
+    return Failure(
+        "AddressesOverlap",
+        f"spec.addressing overlaps that of ScopeMesh {older.meta.name}, which is older: change them",
+    )
+
+
+def _no_mesh(peer: Peer) -> Failure:
+    return Failure(
+        "NoMesh", f"there is no ScopeMesh {peer.spec.mesh}: create it, or delete this peer with `scopectl`"
+    )
+
+
+def _ready(
+    earlier: Iterable[Condition], chain: Iterable[Failure | None], holds: str, wall: float
+) -> Condition:
+    failure = next((failure for failure in chain if failure is not None), None)
+    if failure is None:
+        return _since(earlier, Condition(READY, "True", READY, holds), wall)
+    return _since(earlier, Condition(READY, "False", failure.reason, failure.message), wall)
+
+
+def _problem(earlier: Iterable[Condition], kind: str, failure: Failure | None, wall: float) -> Condition:
+    if failure is None:
+        return _since(earlier, Condition(kind, "False", "NoProblem", ""), wall)
+    return _since(earlier, Condition(kind, "True", failure.reason, failure.message), wall)
+
+
+def _since(earlier: Iterable[Condition], condition: Condition, wall: float) -> Condition:
+    """The condition with the time of its last change of status."""
+    before = next((each for each in earlier if each.type == condition.type), None)
+    changed = before.changed if before is not None and before.status == condition.status else wall
+    return Condition(condition.type, condition.status, condition.reason, condition.message, changed)
+
+
+def _some(names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:SHOWN])
+    more = len(names) - SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
