@@ -34,10 +34,9 @@ PORT_ATTEMPTS = 20
 def main(arguments: list[str] | None = None) -> int:
     """Run one command."""
     options = _parser().parse_args(arguments)
-    level = logging.DEBUG if options.verbose else logging.INFO
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
-    for library in ("asyncio", "pyroute2"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    if options.verbose:
+        logging.getLogger("scope_agent").setLevel(logging.DEBUG)
     try:
         options.work(options)
     except ConfigError as error:
@@ -63,15 +62,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     carrying.add_argument("--fwmark", type=int, default=0, help="mark of the device's own datagrams")
 
-    parser = argparse.ArgumentParser(
-        prog="scope-agent", description="Make this machine a peer of a Scope mesh."
-    )
+    parser = argparse.ArgumentParser(prog="scope-agent", description="Make this machine a peer of a mesh.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     join = commands.add_parser("join", parents=[common, carrying], help="join a mesh with a join string")
-    join.add_argument(
-        "url", metavar="STRING", help="what `scopectl token create` printed, in single quotes; - to read it"
-    )
+    join.add_argument("url", metavar="STRING", help="what `scopectl token create` printed, in single quotes")
     join.add_argument("--name", default=socket.gethostname(), help="name of the peer, by default the host's")
     join.add_argument("--device", default="scope0", help="name of the WireGuard interface")
     join.add_argument("--run", action="store_true", help="go on as `run` does")
@@ -95,9 +90,7 @@ def _join(options: argparse.Namespace) -> None:
     text = sys.stdin.readline() if options.url == "-" else options.url
     invitation = JoinString.parse(text)
     if not 0 < len(options.device) <= MAX_DEVICE_NAME or "/" in options.device:
-        raise ConfigError(
-            f"--device {options.device}: an interface's name has 1 to {MAX_DEVICE_NAME} characters"
-        )
+        raise ConfigError(f"--device {options.device}: an interface has 1 to {MAX_DEVICE_NAME} characters")
     state = StateDir(invitation.mesh, options.state)
     if state.is_enrolled():
         peer = state.load_enrolment().peer_name
@@ -115,14 +108,14 @@ def _join(options: argparse.Namespace) -> None:
         _run_mesh(options, state, enrolment)
     else:
         print(
-            f"Next: `systemctl enable --now scope-agent@{enrolment.mesh}`, or `scope-agent run` in the foreground.",
+            f"Next: `systemctl enable --now scope-agent@{enrolment.mesh}`, or `scope-agent run`.",
             file=sys.stderr,
         )
 
 
 async def _enrol(invitation: JoinString, state: StateDir, options: argparse.Namespace) -> Enrolment:
     from scope.enrolment import Enrolment as Request
-    from scope.enrolment import enrolment_to_dict, sign_enrolment
+    from scope.enrolment import sign_enrolment
     from scope.registry.http import HttpRegistry
     from scope.registry.port import RegistryError
 
@@ -140,7 +133,7 @@ async def _enrol(invitation: JoinString, state: StateDir, options: argparse.Name
     )
     async with HttpRegistry(invitation.url, pin=invitation.pin, credential=None) as registry:
         try:
-            joined = await registry.join(enrolment_to_dict(request))
+            joined = await registry.join(request)
         except RegistryError as error:
             raise ConfigError(f"cannot join {invitation.mesh}: {error}") from None
     port = joined.mesh.spec.listen_port or _free_port()
@@ -229,7 +222,7 @@ def _leave(options: argparse.Namespace) -> None:
     except ConfigError as error:
         if not options.force:
             raise ConfigError(
-                f"{error}. --force leaves all the same; peers then forget this one in time"
+                f"{error}. With --force it leaves unheard, and peers forget it in time"
             ) from None
         print(f"scope-agent: {error}; leaving all the same", file=sys.stderr)
     _await_end(options.run_dir / f"{mesh}.sock")
@@ -240,7 +233,6 @@ def _leave(options: argparse.Namespace) -> None:
 
 async def _tell(enrolment: Enrolment, stored: DiskState) -> None:
     """Bury ourselves, so that every peer forgets us at once."""
-    from scope import resources
     from scope.credentials import PeerCredential
     from scope.registry.http import HttpRegistry, PeerRemoved
     from scope.registry.port import RegistryError
@@ -260,7 +252,7 @@ async def _tell(enrolment: Enrolment, stored: DiskState) -> None:
     )
     async with HttpRegistry(enrolment.url, pin=enrolment.pin, credential=credential) as registry:
         try:
-            await registry.leave(resources.tombstone_to_dict(tombstone))
+            await registry.leave(tombstone)
         except PeerRemoved:
             return
         except RegistryError as error:
@@ -272,9 +264,7 @@ def _await_end(path: Path) -> None:
     deadline = time.monotonic() + LEAVE_PATIENCE
     while _answers(path):
         if time.monotonic() > deadline:
-            raise ConfigError(
-                "the agent still runs: stop it (`systemctl stop scope-agent@MESH`), then leave again"
-            )
+            raise ConfigError("the agent still runs: stop it, then leave again")
         time.sleep(0.05)
 
 

@@ -287,7 +287,7 @@ class Runner:
         try:
             await self._device.keep(batch.desired)
             for action in batch.actions:
-                log.debug("device.apply action=%s", type(action).__name__)
+                log.debug("device.apply action=%s", action)
                 await self._device.apply(action)
         except PortTaken as error:
             self._post(Failed(Target.DEVICE, str(error), port_taken=True))
