@@ -7,15 +7,15 @@ The registry advises, the agent decides what to believe:
   when a complete list, not older than the last one seen, holds the mesh and our own ScopePeer but not the
   peer. Where a list would remove more than MANY peers and a tenth of the mesh, it takes a second list, at
   least 30 s later, that says the same;
-- a revision that goes backwards, or another registry id, is a restore: nothing is removed for ten minutes,
-  and no tombstone is forgotten.
+- a revision that goes backwards, or another registry id, is a restore: for ten minutes nothing is removed but
+  by a signed tombstone, then a complete list is asked for; no tombstone is forgotten.
 
 Tombstones are kept for good measure on disk and passed on to peers, so an old snapshot brings nobody back.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from scope.model import Kind, Mesh, Peer, PublicKey, Revision, Snapshot, Tombstone
 from scope.registry.port import Deleted, Disconnected, Fact, Listed, Put
@@ -45,8 +45,11 @@ class Membership:
         self._registry_key = registry_key
         self._mesh: Mesh | None = None
         self._own_peer: Peer | None = None
-        self._peers: dict[str, Peer] = {}  # by uid
+        self._peers: dict[str, Peer] = {}  # by uid: all that the registry holds
+        self._claims: dict[PublicKey, set[str]] = {}  # uids that name a WireGuard key: one, if all is well
+        self._believed: dict[PublicKey, Peer] = {}
         self._tombstones: dict[str, Tombstone] = {}  # by uid of the removed peer
+        self._buried: set[PublicKey] = set()
         self._revision: Revision | None = None
         self._doubted: tuple[frozenset[str], float] | None = None
         self._patient_until = float("-inf")
@@ -59,9 +62,11 @@ class Membership:
     def restore(self, snapshot: Snapshot) -> None:
         """Take the last good snapshot from disk."""
         self._mesh, self._own_peer, self._revision = snapshot.mesh, snapshot.own, snapshot.revision
-        self._peers = {peer.meta.uid: peer for peer in snapshot.peers.values()}
-        self._tombstones = {t.peer_uid: t for t in snapshot.tombstones}
-        self._rebuild()
+        for tombstone in snapshot.tombstones:
+            self._keep(tombstone)
+        for peer in snapshot.peers.values():
+            self._hold(peer)
+        self._publish()
 
     def receive(self, fact: Fact, now: float) -> None:
         """Take one fact of the registry."""
@@ -81,9 +86,9 @@ class Membership:
             case Deleted(last, revision):
                 self._registered(now)
                 self._advance(revision, now)
-                if isinstance(last, Peer):
-                    self._peers.pop(last.meta.uid, None)
-        self._rebuild()
+                if isinstance(last, Peer) and now >= self._patient_until:
+                    self._drop(last.meta.uid)
+        self._publish()
 
     def bury(self, tombstone: Tombstone) -> bool:
         """Take a tombstone that a peer passed on; True when it was news and its signature holds."""
@@ -92,7 +97,7 @@ class Membership:
         if tombstone.mesh_uid != self._mesh.meta.uid or not self._is_signed(tombstone):
             return False
         self._keep(tombstone)
-        self._rebuild()
+        self._publish()
         return True
 
     # --- views ---------------------------------------------------------------------------------------------
@@ -117,11 +122,8 @@ class Membership:
         return self._relist_at
 
     def removed_self(self) -> bool:
-        """Whether our own ScopePeer carries a tombstone: we are to leave."""
-        own = self._own_peer
-        if own is not None and own.assignment.tombstone is not None:
-            return True
-        return any(t.key == self._own for t in self._tombstones.values())
+        """Whether we were deliberately removed: we are to leave."""
+        return self._own in self._buried
 
     # --- inside --------------------------------------------------------------------------------------------
 
@@ -136,6 +138,7 @@ class Membership:
         if before is None or (before.registry == revision.registry and before.number <= revision.number):
             return True
         self._patient_until = now + RESTORE_PATIENCE
+        self._relist_at = self._patient_until
         self._doubted = None
         return False
 
@@ -167,7 +170,7 @@ class Membership:
                 return
         self._doubted = None
         for uid in gone:
-            del self._peers[uid]
+            self._drop(uid)
 
     def _put(self, resource: Mesh | Peer) -> None:
         if isinstance(resource, Mesh):
@@ -180,13 +183,15 @@ class Membership:
         if (
             tombstone is not None
             and tombstone.peer_uid == resource.meta.uid
+            and tombstone.peer_uid not in self._tombstones
+            and (self._mesh is None or tombstone.mesh_uid == self._mesh.meta.uid)
             and self._is_signed(tombstone, resource)
         ):
             self._keep(tombstone)
         if resource.report is not None and resource.report.keys.wireguard == self._own:
             self._own_peer = resource
             return
-        self._peers[resource.meta.uid] = resource
+        self._hold(resource)
 
     def _is_signed(self, tombstone: Tombstone, peer: Peer | None = None) -> bool:
         """Whether the registry, or the removed peer itself, signed."""
@@ -199,27 +204,50 @@ class Membership:
 
     def _keep(self, tombstone: Tombstone) -> None:
         self._tombstones.setdefault(tombstone.peer_uid, tombstone)
+        self._buried.add(tombstone.key)
+        self._settle(tombstone.key)
         while len(self._tombstones) > MAX_TOMBSTONES:
-            del self._tombstones[next(iter(self._tombstones))]
+            forgotten = self._tombstones.pop(next(iter(self._tombstones)))
+            self._buried.discard(forgotten.key)
+            self._settle(forgotten.key)
 
-    def _rebuild(self) -> None:
-        buried = {t.key for t in self._tombstones.values()}
-        peers: dict[PublicKey, Peer] = {}
-        for uid, peer in self._peers.items():
-            if uid in self._tombstones or peer.assignment.tombstone is not None or peer.report is None:
-                continue
-            key = peer.report.keys.wireguard
-            if key in buried or key == self._own:
-                continue
-            incumbent = peers.get(key)
-            if incumbent is None or (peer.meta.created, uid) < (incumbent.meta.created, incumbent.meta.uid):
-                peers[key] = peer
-        own = self._own_peer
-        self._snapshot = replace(
-            self._snapshot,
+    # Each change settles one key, so that one endpoint's news costs a mesh of ten thousand next to nothing.
+
+    def _hold(self, peer: Peer) -> None:
+        uid = peer.meta.uid
+        before = self._peers.get(uid)
+        if before == peer:
+            return
+        if before is not None:
+            self._drop(uid)
+        self._peers[uid] = peer
+        if peer.report is not None:
+            self._claims.setdefault(peer.report.keys.wireguard, set()).add(uid)
+            self._settle(peer.report.keys.wireguard)
+
+    def _drop(self, uid: str) -> None:
+        peer = self._peers.pop(uid, None)
+        if peer is None or peer.report is None:
+            return
+        key = peer.report.keys.wireguard
+        self._claims[key].discard(uid)
+        if not self._claims[key]:
+            del self._claims[key]
+        self._settle(key)
+
+    def _settle(self, key: PublicKey) -> None:
+        """Believe the oldest peer that names the key, unless the key was removed or is our own."""
+        claimants = [self._peers[uid] for uid in self._claims.get(key, ()) if uid not in self._tombstones]
+        if not claimants or key in self._buried or key == self._own:
+            self._believed.pop(key, None)
+        else:
+            self._believed[key] = min(claimants, key=lambda peer: (peer.meta.created, peer.meta.uid))
+
+    def _publish(self) -> None:
+        self._snapshot = Snapshot(
             mesh=self._mesh,
-            own=own,
-            peers=peers,
+            own=self._own_peer,
+            peers=dict(self._believed),
             tombstones=tuple(self._tombstones.values()),
             revision=self._revision,
         )
