@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scope.model import Kind, Mesh, Peer, PublicKey, Revision, Snapshot, Tombstone
+from scope.model import Kind, Mesh, Peer, PublicKey, Revision, Snapshot, Tombstone, kind_of
 from scope.registry.port import Deleted, Disconnected, Fact, Listed, Put
 from scope.tombstones import verify_tombstone
 
@@ -50,7 +50,7 @@ class Membership:
         self._believed: dict[PublicKey, Peer] = {}
         self._tombstones: dict[str, Tombstone] = {}  # by uid of the removed peer
         self._buried: set[PublicKey] = set()
-        self._revision: Revision | None = None
+        self._revisions: dict[Kind, Revision] = {}  # each kind has a stream of its own
         self._doubted: tuple[frozenset[str], float] | None = None
         self._patient_until = float("-inf")
         self._registration = Registration(connected=False, since=now, reason="not asked yet")
@@ -61,7 +61,9 @@ class Membership:
 
     def restore(self, snapshot: Snapshot) -> None:
         """Take the last good snapshot from disk."""
-        self._mesh, self._own_peer, self._revision = snapshot.mesh, snapshot.own, snapshot.revision
+        self._mesh, self._own_peer = snapshot.mesh, snapshot.own
+        if snapshot.revision is not None:
+            self._revisions = {Kind.MESH: snapshot.revision, Kind.PEER: snapshot.revision}
         for tombstone in snapshot.tombstones:
             self._keep(tombstone)
         for peer in snapshot.peers.values():
@@ -80,13 +82,12 @@ class Membership:
                 self._listed(fact, now)
             case Put(resource, revision):
                 self._registered(now)
-                self._advance(revision, now)
-                if isinstance(resource, Mesh | Peer):
+                if self._is_news(kind_of(resource), revision, now) and isinstance(resource, Mesh | Peer):
                     self._put(resource)
             case Deleted(last, revision):
                 self._registered(now)
-                self._advance(revision, now)
-                if isinstance(last, Peer) and now >= self._patient_until:
+                news = self._is_news(kind_of(last), revision, now)
+                if news and isinstance(last, Peer) and now >= self._patient_until:
                     self._drop(last.meta.uid)
         self._publish()
 
@@ -131,10 +132,18 @@ class Membership:
         if not self._registration.connected:
             self._registration = Registration(connected=True, since=now)
 
-    def _advance(self, revision: Revision, now: float) -> bool:
-        """Take a revision; False when it goes backwards."""
-        before = self._revision
-        self._revision = revision
+    def _is_news(self, kind: Kind, revision: Revision, now: float) -> bool:
+        """Take the revision of one change; False for one that a list, asked for meanwhile, held already."""
+        before = self._revisions.get(kind)
+        if before is not None and before.registry == revision.registry and revision.number < before.number:
+            return False
+        self._advance(kind, revision, now)
+        return True
+
+    def _advance(self, kind: Kind, revision: Revision, now: float) -> bool:
+        """Take a revision; False when it goes backwards: the registry was restored."""
+        before = self._revisions.get(kind)
+        self._revisions[kind] = revision
         if before is None or (before.registry == revision.registry and before.number <= revision.number):
             return True
         self._patient_until = now + RESTORE_PATIENCE
@@ -143,7 +152,7 @@ class Membership:
         return False
 
     def _listed(self, listed: Listed, now: float) -> None:
-        forward = self._advance(listed.revision, now)
+        forward = self._advance(listed.kind, listed.revision, now)
         if listed.kind is Kind.MESH:
             for resource in listed.resources:
                 if isinstance(resource, Mesh):
@@ -249,5 +258,5 @@ class Membership:
             own=self._own_peer,
             peers=dict(self._believed),
             tombstones=tuple(self._tombstones.values()),
-            revision=self._revision,
+            revision=self._revisions.get(Kind.PEER),
         )
