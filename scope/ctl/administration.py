@@ -1,0 +1,90 @@
+"""The commands that ask a registry as its administrator: apply, get, token, peer, mesh."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from scope.ctl import files, output, remote, render
+from scope.ctl.arguments import ADMIN_FILE, ADMIN_FILE_VARIABLE
+from scope.model import Kind, Mesh, Peer, Role
+from scope.registry.http import HttpRegistry
+
+
+def administer(args: argparse.Namespace) -> None:
+    """Run the command; files are checked before anything is sent. Raises CommandError, ConfigError."""
+    wanted = files.read_resources(args.file) if args.command == "apply" else []
+    admin = files.read_admin(args.admin_file or Path(os.environ.get(ADMIN_FILE_VARIABLE) or ADMIN_FILE))
+    asyncio.run(_administer(args, admin, wanted))
+
+
+async def _administer(args: argparse.Namespace, admin: files.Admin, wanted: Sequence[Mesh | Peer]) -> None:
+    async with remote.connected(admin) as registry:
+        match args.command, getattr(args, "action", None):
+            case "apply", _:
+                await remote.apply(registry, wanted, say=print)
+            case "get", _:
+                await _get(args, registry)
+            case "token", "create":
+                await _create_token(args, registry)
+            case "token", "list":
+                await _list_tokens(args, registry)
+            case "token", "delete":
+                await registry.delete_token(args.name)
+                print(f"token/{args.name} deleted: nobody joins with it any more")
+            case "peer", "remove":
+                print(await remote.remove_peer(registry, args.name))
+            case "mesh", "delete":
+                print(await remote.delete_mesh(registry, args.name))
+            case command:
+                raise AssertionError(command)
+
+
+async def _get(args: argparse.Namespace, registry: HttpRegistry) -> None:
+    kind = Kind.MESH if args.kind.startswith("mesh") else Kind.PEER
+    found = await remote.fetch(registry, kind, name=args.name, mesh=args.mesh)
+    if args.output != "table":
+        text = render.resources_document(found, output=args.output, single=args.name is not None)
+        print(text, end="")
+    elif not found:
+        print("there are none", file=sys.stderr)
+    elif kind is Kind.MESH:
+        meshes = [mesh for mesh in found if isinstance(mesh, Mesh)]
+        text = render.meshes_table(meshes, wall=time.time(), width=output.width(), color=output.color())
+        print(text, end="")
+    else:
+        peers = [peer for peer in found if isinstance(peer, Peer)]
+        text = render.peers_table(peers, wall=time.time(), width=output.width(), color=output.color())
+        print(text, end="")
+
+
+async def _create_token(args: argparse.Namespace, registry: HttpRegistry) -> None:
+    """The join string alone goes to standard output, so that a script can take it."""
+    join_string = await remote.create_token(
+        registry, mesh=args.mesh, ttl=args.ttl, single_use=args.single_use, role=Role(args.role)
+    )
+    print(join_string)
+    machines = "one machine" if args.single_use else "any number of machines"
+    print(
+        f"It lets {machines} join {args.mesh} for {render.short_duration(args.ttl)}. "
+        "On each, with the string in single quotes:\n  sudo scope-agent join 'JOIN STRING'",
+        file=sys.stderr,
+    )
+
+
+async def _list_tokens(args: argparse.Namespace, registry: HttpRegistry) -> None:
+    tokens = [dict(token) for token in await registry.tokens()]
+    if args.output == "json":
+        print(render.json_text(tokens), end="")
+    elif args.output == "yaml":
+        print(render.yaml_text(tokens), end="")
+    elif not tokens:
+        print("there are none: `scopectl token create --mesh MESH` makes one", file=sys.stderr)
+    else:
+        text = render.tokens_table(tokens, wall=time.time(), width=output.width(), color=output.color())
+        print(text, end="")

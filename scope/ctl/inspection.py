@@ -1,0 +1,46 @@
+"""The commands that ask this machine's agent: status and ping."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import time
+from pathlib import Path
+
+from scope.ctl import output, render
+from scope.ctl.local import AgentStatus, ask, find_socket, parse_status
+from scope.ctl.ping import INTERVAL, NONCE_BYTES, Pinger, choose_target, find_peer
+
+
+def show_status(args: argparse.Namespace) -> None:
+    """Print the agent's view. Raises CommandError."""
+    status = ask(find_socket(args.socket), {"command": "status"}).get("status")
+    if args.output == "json":
+        print(render.json_text(status), end="")
+    else:
+        text = render.status_text(parse_status(status), width=output.width(), color=output.color())
+        print(text, end="")
+
+
+def ping(args: argparse.Namespace) -> bool:
+    """Ping once a second, asking after each for the path, which may change. True when any was answered."""
+    path = find_socket(args.socket)
+    target = choose_target(_status(path), args.peer, version=args.version)
+    results: list[float | str] = []
+    with Pinger(target.address, nonce=secrets.token_bytes(NONCE_BYTES)) as pinger:
+        try:
+            for sequence in range(1, args.count + 1):
+                started = time.monotonic()
+                results.append(pinger.ping(sequence))
+                peer = find_peer(_status(path), target.name)
+                print(render.ping_line(target, sequence, results[-1], peer), flush=True)
+                if sequence < args.count:
+                    time.sleep(max(0.0, started + INTERVAL - time.monotonic()))
+        except KeyboardInterrupt:
+            print()
+    print(render.ping_summary(target, results))
+    return any(isinstance(result, float) for result in results)
+
+
+def _status(path: Path) -> AgentStatus:
+    return parse_status(ask(path, {"command": "status"}).get("status"))

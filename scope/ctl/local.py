@@ -1,0 +1,238 @@
+"""The local agent: its Unix socket, and what it answers as frozen values.
+
+One JSON object per line each way. A request is {"command": "status"}; an answer {"ok": true, "status": {...}}
+or {"ok": false, "error": "..."}. The agent may be of another version than scopectl, so fields that are
+missing have a neutral value and others are passed over; `scopectl status -o json` shows all that was sent.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from ipaddress import ip_interface
+from pathlib import Path
+
+from scope.ctl.errors import CommandError
+from scope.model import IPAddress
+
+SOCKETS = Path("/run/scope")
+ANSWER_SECONDS = 5.0  # the agent's loop answers in milliseconds, or hangs
+MAX_ANSWER = 64 * 1024 * 1024  # the status of a mesh of 10,000 peers has about 5 MB
+
+
+@dataclass(frozen=True, slots=True)
+class PeerView:
+    """How the agent reaches one other peer."""
+
+    name: str
+    addresses: tuple[str, ...] = ()
+    path: str = ""
+    endpoint: str = ""
+    family: str = ""
+    rtt: float | None = None  # milliseconds
+    handshake: float | None = None  # seconds since the last one
+    rx: int = 0
+    tx: int = 0
+    online: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionView:
+    """A condition that the agent knows of."""
+
+    type: str
+    status: str
+    reason: str = ""
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentStatus:
+    """What the agent says of itself and its mesh."""
+
+    mesh: str
+    peer: str
+    addresses: tuple[str, ...] = ()
+    device: str = ""
+    device_kind: str = ""
+    listen_port: int = 0
+    connected: bool = False
+    connected_since: float | None = None  # seconds since it changed
+    registry_reason: str = ""
+    mapping: str = ""
+    endpoints: tuple[tuple[str, str], ...] = ()  # endpoint, kind
+    reflector: str = ""
+    peers: tuple[PeerView, ...] = ()
+    conditions: tuple[ConditionView, ...] = ()
+
+
+def find_socket(named: Path | None, directory: Path = SOCKETS) -> Path:
+    """The socket to ask: the one named, or the only one there is. Raises CommandError."""
+    if named is not None:
+        return named
+    try:
+        found = sorted(path for path in directory.iterdir() if path.suffix == ".sock" and path.is_socket())
+    except FileNotFoundError:
+        found = []
+    except PermissionError:
+        raise CommandError(f"{directory} may be read by root alone: run this with sudo") from None
+    if not found:
+        raise CommandError(
+            f"no agent runs on this machine (there is no socket in {directory}): start it with "
+            "`systemctl start scope-agent`, or join a mesh with `scope-agent join 'JOIN STRING'`"
+        )
+    if len(found) > 1:
+        raise CommandError(
+            f"this machine is in {len(found)} meshes: choose one with --socket "
+            + " or --socket ".join(str(path) for path in found)
+        )
+    return found[0]
+
+
+def ask(
+    path: Path, request: Mapping[str, object], *, timeout: float = ANSWER_SECONDS
+) -> Mapping[str, object]:
+    """One request to the agent and its answer. Raises CommandError with what the agent said."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(timeout)
+            connection.connect(str(path))
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            line = _read_line(connection)
+    except FileNotFoundError:
+        raise CommandError(
+            f"there is no socket {path}: is the agent running? `systemctl status scope-agent`"
+        ) from None
+    except ConnectionRefusedError:
+        raise CommandError(
+            f"nobody answers at {path}: the agent has died; `journalctl -u scope-agent` says why"
+        ) from None
+    except PermissionError:
+        raise CommandError(f"{path} is for root alone: run this with sudo") from None
+    except TimeoutError:
+        raise CommandError(
+            f"the agent took the request but gave no answer in {timeout:g} s: it hangs; "
+            "`systemctl restart scope-agent` loses no packet"
+        ) from None
+    except OSError as error:
+        raise CommandError(f"{path} cannot be used: {error.strerror or error}") from None
+    return _parse_answer(line, path)
+
+
+def parse_status(status: object) -> AgentStatus:
+    """Read the agent's status. Raises CommandError when it is none at all."""
+    if not isinstance(status, Mapping):
+        raise CommandError(
+            "the agent's answer holds no status: are scopectl and the agent of the same release?"
+        )
+    device, registry = _object(status, "device"), _object(status, "registry")
+    return AgentStatus(
+        mesh=_string(status, "mesh"),
+        peer=_string(status, "peer"),
+        addresses=_strings(status, "addresses"),
+        device=_string(device, "name"),
+        device_kind=_string(device, "kind"),
+        listen_port=_whole(device, "listenPort"),
+        connected=registry.get("connected") is True,
+        connected_since=_number(registry, "since"),
+        registry_reason=_string(registry, "reason"),
+        mapping=_string(status, "mapping"),
+        endpoints=tuple((_string(e, "endpoint"), _string(e, "kind")) for e in _objects(status, "endpoints")),
+        reflector=_string(status, "reflector"),
+        peers=tuple(_parse_peer(peer) for peer in _objects(status, "peers")),
+        conditions=tuple(
+            ConditionView(*(_string(condition, name) for name in ("type", "status", "reason", "message")))
+            for condition in _objects(status, "conditions")
+        ),
+    )
+
+
+def mesh_addresses(peer: PeerView) -> tuple[IPAddress, ...]:
+    """The addresses of a peer inside the mesh, without the length of its prefix."""
+    found = []
+    for text in peer.addresses:
+        try:
+            found.append(ip_interface(text).ip)
+        except ValueError:
+            continue
+    return tuple(found)
+
+
+def _parse_peer(peer: Mapping[str, object]) -> PeerView:
+    return PeerView(
+        name=_string(peer, "name"),
+        addresses=_strings(peer, "addresses"),
+        path=_string(peer, "path"),
+        endpoint=_string(peer, "endpoint"),
+        family=_string(peer, "family"),
+        rtt=_number(peer, "rttMs"),
+        handshake=_number(peer, "lastHandshakeSeconds"),
+        rx=_whole(peer, "rx"),
+        tx=_whole(peer, "tx"),
+        online=peer.get("online") is True,
+        reason=_string(peer, "reason"),
+    )
+
+
+def _read_line(connection: socket.socket) -> bytes:
+    data = bytearray()
+    while b"\n" not in data:
+        chunk = connection.recv(65536)
+        if not chunk or len(data) > MAX_ANSWER:
+            break
+        data += chunk
+    return bytes(data.partition(b"\n")[0])
+
+
+def _parse_answer(line: bytes, path: Path) -> Mapping[str, object]:
+    if not line:
+        raise CommandError(f"the agent at {path} closed the connection: `journalctl -u scope-agent` says why")
+    try:
+        answer = json.loads(line)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, Mapping):
+        raise CommandError(f"what answers at {path} is no agent: its line is not a JSON object")
+    if answer.get("ok") is not True:
+        raise CommandError(f"the agent refuses: {_clean(str(answer.get('error', 'it does not say why')))}")
+    return answer
+
+
+def _clean(text: str) -> str:
+    """Text for a terminal: nothing in it moves the cursor or changes the title."""
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
+def _string(values: Mapping[str, object], name: str) -> str:
+    value = values.get(name)
+    return "" if value is None else _clean(str(value))
+
+
+def _strings(values: Mapping[str, object], name: str) -> tuple[str, ...]:
+    found = values.get(name)
+    return tuple(_clean(str(value)) for value in found) if isinstance(found, list) else ()
+
+
+def _number(values: Mapping[str, object], name: str) -> float | None:
+    value = values.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _whole(values: Mapping[str, object], name: str) -> int:
+    return int(_number(values, name) or 0)
+
+
+def _object(values: Mapping[str, object], name: str) -> Mapping[str, object]:
+    value = values.get(name)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _objects(values: Mapping[str, object], name: str) -> list[Mapping[str, object]]:
+    found = values.get(name)
+    return [value for value in found if isinstance(value, Mapping)] if isinstance(found, list) else []

@@ -1,0 +1,308 @@
+"""Values become text: tables for people, JSON and YAML for programs. Pure; time and width are arguments."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from scope.ctl.local import AgentStatus, PeerView
+from scope.ctl.ping import Target
+from scope.model import Condition, Mesh, Peer
+from scope.resources import API_VERSION, parse_time, to_dict
+
+WIDE = 10_000  # columns where no terminal sets a limit, so that programs find one row on one line
+NOTHING = "-"
+STYLES = {"Direct": "green", "Relayed": "yellow", "None": "red", "Offline": "dim", "Removed": "dim"}
+
+Row = Sequence[str]
+
+
+def resources_document(resources: Sequence[Mesh | Peer], *, output: str, single: bool) -> str:
+    """Resources as JSON (one object, or a list as kubectl has it) or YAML (documents that `apply` takes)."""
+    documents = [to_dict(resource) for resource in resources]
+    if output == "yaml":
+        return yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True, width=WIDE)
+    whole: object = (
+        documents[0] if single else {"apiVersion": API_VERSION, "kind": "List", "items": documents}
+    )
+    return json_text(whole)
+
+
+def json_text(value: object) -> str:
+    """Indented JSON with its last line ended."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def yaml_text(value: object) -> str:
+    """YAML in the order of the value."""
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=WIDE)
+
+
+def meshes_table(meshes: Sequence[Mesh], *, wall: float, width: int | None, color: bool) -> str:
+    """One line per mesh, which answers whether it works."""
+    rows = [
+        (
+            mesh.meta.name,
+            str(mesh.spec.addressing.ipv6 or NOTHING),
+            str(mesh.spec.addressing.ipv4 or NOTHING),
+            f"{mesh.status.counts.online}/{mesh.status.counts.peers}",
+            str(mesh.status.counts.direct),
+            str(mesh.status.counts.relayed),
+            str(mesh.status.counts.unreachable),
+            age(mesh.meta.created, wall),
+            troubles(mesh.status.conditions),
+        )
+        for mesh in sorted(meshes, key=lambda mesh: mesh.meta.name)
+    ]
+    header = ("NAME", "IPV6", "IPV4", "ONLINE", "DIRECT", "RELAYED", "UNREACHABLE", "AGE", "TROUBLE")
+    return table(header, rows, width=width, color=color)
+
+
+def peers_table(peers: Sequence[Peer], *, wall: float, width: int | None, color: bool) -> str:
+    """One line per peer, which answers whether it is there and whom it reaches."""
+    rows = []
+    for peer in sorted(peers, key=lambda peer: (peer.spec.mesh, peer.meta.name)):
+        report, assignment = peer.report, peer.assignment
+        rows.append(
+            (
+                peer.meta.name,
+                peer.spec.mesh,
+                str(assignment.role),
+                ", ".join(str(interface.ip) for interface in assignment.addresses) or NOTHING,
+                peer_state(peer, wall),
+                str(report.mapping) if report else NOTHING,
+                *(
+                    (str(report.direct), str(report.relayed), str(report.unreachable))
+                    if report
+                    else (NOTHING,) * 3
+                ),
+                age(peer.meta.created, wall),
+                troubles(assignment.conditions),
+            )
+        )
+    header = (
+        "NAME",
+        "MESH",
+        "ROLE",
+        "ADDRESS",
+        "STATE",
+        "NAT",
+        "DIRECT",
+        "RELAYED",
+        "UNREACHABLE",
+        "AGE",
+        "TROUBLE",
+    )
+    return table(header, rows, width=width, color=color)
+
+
+def tokens_table(
+    tokens: Sequence[Mapping[str, object]], *, wall: float, width: int | None, color: bool
+) -> str:
+    """One line per join token, never with its secret."""
+    rows = [
+        (
+            printable(token.get("id")),
+            printable(token.get("mesh")),
+            printable(token.get("role")),
+            _left(printable(token.get("expires")), wall),
+            "yes" if token.get("singleUse") is True else "no",
+            printable(token.get("used", 0)),
+        )
+        for token in tokens
+    ]
+    header = ("ID", "MESH", "ROLE", "EXPIRES", "SINGLE USE", "USED")
+    return table(header, rows, width=width, color=color)
+
+
+def status_text(status: AgentStatus, *, width: int | None, color: bool) -> str:
+    """The agent's whole view: itself, what is wrong, then one line per peer."""
+    endpoints = ", ".join(f"{endpoint} ({kind})" for endpoint, kind in status.endpoints)
+    facts = [
+        ("Mesh", status.mesh),
+        ("Peer", f"{status.peer or 'not enrolled yet'}  {', '.join(status.addresses)}".rstrip()),
+        ("Device", f"{status.device} ({status.device_kind or 'not there yet'}), port {status.listen_port}"),
+        ("Registry", _registry_text(status)),
+        ("NAT", status.mapping or "Unknown"),
+        ("Endpoints", endpoints or "none known yet"),
+        ("Reflector", status.reflector or NOTHING),
+        *(
+            (condition.type, ": ".join(part for part in (condition.reason, condition.message) if part))
+            for condition in status.conditions
+        ),
+        ("Peers", _peers_summary(status.peers)),
+    ]
+    first = max(len(name) for name, _ in facts) + 2
+    top = "".join(f"{name + ':':<{first}}{value}\n" for name, value in facts)
+    return f"{top}\n{_status_table(status.peers, width=width, color=color)}" if status.peers else top
+
+
+def ping_line(target: Target, sequence: int, result: float | str, peer: PeerView | None) -> str:
+    """One ping: how long it took or why it failed, and the path that is in use."""
+    outcome = result if isinstance(result, str) else f"{result * 1000:.1f} ms"
+    return f"{target.name} ({target.address}) #{sequence}: {outcome}, {path_text(peer)}"
+
+
+def ping_summary(target: Target, results: Sequence[float | str]) -> str:
+    """How many came back, and how fast."""
+    times = [result * 1000 for result in results if isinstance(result, float)]
+    line = f"{target.name}: {len(times)} of {len(results)} pings answered"
+    if not times:
+        return line
+    average = sum(times) / len(times)
+    return f"{line}; fastest {min(times):.1f} ms, average {average:.1f} ms, slowest {max(times):.1f} ms"
+
+
+def path_text(peer: PeerView | None) -> str:
+    """The path towards a peer in a few words, with the reason why it is not direct."""
+    if peer is None:
+        return "the agent no longer knows this peer"
+    reason = f" ({peer.reason})" if peer.reason else ""
+    match peer.path:
+        case "Direct":
+            return f"direct by {peer.endpoint}"
+        case "Relayed":
+            return f"relayed by {peer.endpoint}{reason}"
+        case _:
+            return f"no path{reason}"
+
+
+def peer_state(peer: Peer, wall: float) -> str:
+    """Online, Offline and for how long, Removed, or Pending before the peer's agent ever reported."""
+    assignment = peer.assignment
+    if assignment.tombstone is not None:
+        return "Removed"
+    if assignment.online:
+        return "Online"
+    if peer.report is None:
+        return "Pending"
+    return f"Offline {age(assignment.last_seen, wall)}" if assignment.last_seen else "Offline"
+
+
+def troubles(conditions: Sequence[Condition]) -> str:
+    """What is wrong: conditions that ought to be true and are not, and those that name a fault."""
+    return "; ".join(
+        f"{condition.type}: {condition.message or condition.reason}"
+        for condition in conditions
+        if (condition.status == "False") == (condition.type in ("Ready", "HubsAvailable"))
+        and condition.status != "Unknown"
+    )
+
+
+def age(since: float, wall: float) -> str:
+    """Time passed since a wall-clock time, short; `-` where the time is not known."""
+    return short_duration(max(0.0, wall - since)) if since else NOTHING
+
+
+def short_duration(seconds: float) -> str:
+    """A duration in its one or two largest units: 45s, 12m, 3h20m, 5d."""
+    whole = int(seconds)
+    if whole < 120:
+        return f"{whole}s"
+    if whole < 7200:
+        return f"{whole // 60}m"
+    if whole < 172_800:
+        minutes = whole % 3600 // 60
+        return f"{whole // 3600}h{minutes}m" if minutes else f"{whole // 3600}h"
+    return f"{whole // 86_400}d"
+
+
+def byte_count(count: int) -> str:
+    """Bytes in a unit that leaves at most four digits."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def table(header: Row, rows: Sequence[Row], *, width: int | None, color: bool) -> str:
+    """Columns without lines, as kubectl has them. Empty last columns are left out; cells are never markup."""
+    shown = len(header)
+    while shown > 1 and all(not row[shown - 1] for row in rows):
+        shown -= 1
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold" if color else "")
+    for name in header[:shown]:
+        grid.add_column(Text(name), overflow="fold", no_wrap=width is None)
+    for row in rows:
+        grid.add_row(*(Text(cell, style=STYLES.get(cell.partition(" ")[0], "")) for cell in row[:shown]))
+    out = io.StringIO()
+    console = Console(
+        file=out,
+        width=width or WIDE,
+        force_terminal=color,
+        no_color=not color,
+        color_system="standard" if color else None,
+    )
+    console.print(grid)
+    return "".join(line.rstrip() + "\n" for line in out.getvalue().splitlines())
+
+
+def printable(value: object) -> str:
+    """Text of a value that came over the network, without what would steer a terminal."""
+    return "".join(character if character.isprintable() else "?" for character in str(value))
+
+
+def _status_table(peers: Sequence[PeerView], *, width: int | None, color: bool) -> str:
+    rows = [
+        (
+            peer.name,
+            ", ".join(peer.addresses) or NOTHING,
+            peer.path or "None",
+            peer.endpoint or NOTHING,
+            NOTHING if peer.rtt is None else f"{peer.rtt:.1f} ms",
+            NOTHING if peer.handshake is None else f"{short_duration(peer.handshake)} ago",
+            byte_count(peer.rx),
+            byte_count(peer.tx),
+            "yes" if peer.online else "no",
+            peer.reason,
+        )
+        for peer in peers
+    ]
+    header = (
+        "PEER",
+        "ADDRESS",
+        "PATH",
+        "ENDPOINT",
+        "RTT",
+        "HANDSHAKE",
+        "RECEIVED",
+        "SENT",
+        "ONLINE",
+        "WHY NOT DIRECT",
+    )
+    return table(header, rows, width=width, color=color)
+
+
+def _registry_text(status: AgentStatus) -> str:
+    since = "" if status.connected_since is None else f" for {short_duration(status.connected_since)}"
+    if status.connected:
+        return f"connected{since}"
+    reason = f": {status.registry_reason}" if status.registry_reason else ""
+    return f"not connected{since}{reason} (the mesh goes on without it; new peers wait)"
+
+
+def _peers_summary(peers: Sequence[PeerView]) -> str:
+    if not peers:
+        return "no other peer is known"
+    kinds = [("direct", "Direct"), ("relayed", "Relayed")]
+    counts = [(word, sum(peer.path == path for peer in peers)) for word, path in kinds]
+    rest = len(peers) - sum(count for _, count in counts)
+    return f"{len(peers)}: " + ", ".join(
+        f"{count} {word}" for word, count in [*counts, ("without a path", rest)]
+    )
+
+
+def _left(expires: str, wall: float) -> str:
+    try:
+        left = parse_time(expires) - wall
+    except ValueError:
+        return expires
+    return f"in {short_duration(left)}" if left > 0 else "expired"
