@@ -1,0 +1,187 @@
+"""What an agent keeps on disk survives what disks do, and nobody else reads it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from ipaddress import IPv4Interface, IPv4Network
+from pathlib import Path
+
+import pytest
+
+from scope.model import (
+    Addressing,
+    Assignment,
+    Candidate,
+    CandidateKind,
+    ConfigError,
+    Endpoint,
+    Mesh,
+    MeshSpec,
+    Meta,
+    Peer,
+    PeerReport,
+    PeerSpec,
+    PublicKey,
+    Revision,
+    Snapshot,
+)
+from scope.tombstones import sign_tombstone
+from scope_agent.inputs import DiskState
+from scope_agent.state import Enrolment, StateDir, enrolled_meshes, make_identity
+
+
+def numbers(seed: int = 1) -> object:
+    state = [seed]
+
+    def draw(count: int) -> bytes:
+        state[0] += 1
+        return bytes([state[0]]) * count
+
+    return draw
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> StateDir:
+    made = StateDir("home", tmp_path)
+    made.prepare()
+    return made
+
+
+@pytest.fixture
+def enrolment() -> Enrolment:
+    return Enrolment(
+        mesh="home",
+        device="scope0",
+        identity=make_identity(numbers()),  # type: ignore[arg-type]
+        url="https://192.0.2.1:7443",
+        pin=bytes(32),
+        registry_id="registry-1",
+        registry_key=PublicKey(bytes(range(32))),
+        peer_name="home.external.a",
+        peer_uid="uid-a",
+    )
+
+
+@pytest.fixture
+def state(enrolment: Enrolment) -> DiskState:
+    keys = make_identity(numbers(9)).public  # type: ignore[arg-type]
+    report = PeerReport(keys=keys, endpoints=(Candidate(Endpoint.parse("192.0.2.7:1"), CandidateKind.HOST),))
+    peer = Peer(
+        Meta("home.external.b", uid="uid-b", revision=4, created=12.0),
+        PeerSpec("home"),
+        report,
+        Assignment(addresses=(IPv4Interface("10.86.0.2/16"),)),
+    )
+    tombstone = sign_tombstone(
+        mesh_uid="mesh-uid", peer_uid="uid-c", key=PublicKey(bytes(32)), secret=enrolment.identity.signing
+    )
+    return DiskState(
+        Snapshot(
+            mesh=Mesh(Meta("home", uid="mesh-uid", created=1.0), MeshSpec(Addressing(IPv4Network("10.86.0.0/16")))),
+            peers={keys.wireguard: peer},
+            tombstones=(tombstone,),
+            revision=Revision("registry-1", 17),
+        ),
+        last_good={keys.wireguard: Endpoint.parse("[2001:db8::7]:21000")},
+        listen_port=21000,
+    )
+
+
+def test_a_snapshot_comes_back_as_it_was(directory: StateDir, state: DiskState) -> None:
+    directory.save(state)
+    assert directory.load() == (state, "")
+
+
+def test_an_enrolment_comes_back_as_it_was(directory: StateDir, enrolment: Enrolment) -> None:
+    directory.save_enrolment(enrolment)
+    assert directory.load_enrolment() == enrolment
+    assert enrolled_meshes(directory.path.parent) == ["home"]
+
+
+def test_files_and_directory_are_for_their_owner_alone(
+    directory: StateDir, enrolment: Enrolment, state: DiskState
+) -> None:
+    directory.save_enrolment(enrolment)
+    directory.save(state)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in sorted(directory.path.iterdir())]
+    assert modes == [0o600, 0o600]
+    assert stat.S_IMODE(directory.path.stat().st_mode) == 0o700
+
+
+def test_keys_that_others_could_read_are_refused(directory: StateDir, enrolment: Enrolment) -> None:
+    directory.save_enrolment(enrolment)
+    directory.enrolment_file.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        directory.load_enrolment()
+
+
+def test_a_link_in_the_place_of_a_file_is_not_followed(
+    directory: StateDir, enrolment: Enrolment, tmp_path: Path
+) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("untouched")
+    directory.enrolment_file.symlink_to(victim)
+    with pytest.raises(ConfigError, match="symbolic link"):
+        directory.load_enrolment()
+    directory.save_enrolment(enrolment)
+    assert victim.read_text() == "untouched"
+    assert not directory.enrolment_file.is_symlink()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format":1}', '{"format":"1"}', '{"format":1,"mesh":7}'])
+def test_a_damaged_snapshot_is_put_aside_and_named(directory: StateDir, content: str) -> None:
+    directory.snapshot_file.write_text(content)
+    directory.snapshot_file.chmod(0o600)
+    loaded, trouble = directory.load()
+    assert loaded == DiskState(Snapshot())
+    assert str(directory.snapshot_file) in trouble
+    assert directory.snapshot_file.with_suffix(".damaged").read_text() == content
+
+
+def test_a_file_of_a_newer_agent_is_left_alone(directory: StateDir, enrolment: Enrolment) -> None:
+    directory.save_enrolment(enrolment)
+    document = json.loads(directory.enrolment_file.read_text()) | {"format": 2}
+    directory.enrolment_file.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="newer scope-agent"):
+        directory.load_enrolment()
+
+
+def test_a_full_disk_keeps_the_old_snapshot_whole(
+    directory: StateDir, state: DiskState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory.save(state)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match="free some space"):
+        directory.save(DiskState(Snapshot()))
+    assert directory.load() == (state, "")
+    assert [path.name for path in directory.path.iterdir()] == ["snapshot.json"]
+
+
+def test_a_join_under_way_keeps_its_keys_until_it_is_answered(
+    directory: StateDir, enrolment: Enrolment
+) -> None:
+    first = directory.pending_identity(numbers(3))  # type: ignore[arg-type]
+    assert directory.pending_identity(numbers(5)) == first  # type: ignore[arg-type]
+    directory.save_enrolment(enrolment)
+    assert not directory.pending_file.exists()
+
+
+def test_no_key_shows_in_what_is_printed(enrolment: Enrolment) -> None:
+    secrets = (enrolment.identity.wireguard, enrolment.identity.probe, enrolment.identity.signing)
+    for secret in secrets:
+        assert repr(secret.raw) not in repr(enrolment)
+        assert str(secret) == "Secret(...)"
+
+
+def test_leaving_forgets_everything(directory: StateDir, enrolment: Enrolment, state: DiskState) -> None:
+    directory.save_enrolment(enrolment)
+    directory.save(state)
+    directory.remove()
+    assert not directory.path.exists()
