@@ -34,7 +34,6 @@ from scope.credentials import (
     pin_of,
     read_base64url,
 )
-from scope.enrolment import Enrolment, enrolment_to_dict
 from scope.model import (
     ConfigError,
     Kind,
@@ -46,7 +45,6 @@ from scope.model import (
     Revision,
     Role,
     StatusPart,
-    Tombstone,
     kind_of,
 )
 from scope.registry.port import (
@@ -268,9 +266,11 @@ class HttpRegistry:
         """Let nobody join with a token any more. Raises NotFound, Refused, Unavailable."""
         await self._ask("DELETE", f"/v1/tokens/{quote(token_id, safe='')}")
 
-    async def join(self, request: Enrolment) -> Joined:
-        """Join a mesh with a token. Raises Refused (its sentence says why), Unavailable."""
-        answer = await self._ask("POST", "/v1/join", body=enrolment_to_dict(request))
+    async def join(self, request: Mapping[str, object]) -> Joined:
+        """Join a mesh; `request` as `scope.enrolment` writes it. Raises Refused (it says why), "
+        "Unavailable.
+        """
+        answer = await self._ask("POST", "/v1/join", body=request)
         try:
             peer = resources.parse_peer(answer.document["peer"], ignore_unknown=True)
             mesh = resources.parse_mesh(answer.document["mesh"], ignore_unknown=True)
@@ -278,10 +278,12 @@ class HttpRegistry:
         except (KeyError, TypeError, ConfigError) as error:
             raise self._unreadable(error) from None
 
-    async def leave(self, tombstone: Tombstone) -> Peer:
-        """Leave the mesh with a tombstone signed by our own key. Raises Refused, Unavailable."""
-        body: dict[str, object] = {"tombstone": resources.tombstone_to_dict(tombstone)}
-        peer = self._resource(Kind.PEER, await self._ask("POST", "/v1/leave", body=body))
+    async def leave(self, tombstone: Mapping[str, object]) -> Peer:
+        """Leave the mesh with a tombstone of our own, as `scope.resources` writes it. Raises Refused, "
+        "Unavailable.
+        """
+        answer = await self._ask("POST", "/v1/leave", body={"tombstone": tombstone})
+        peer = self._resource(Kind.PEER, answer)
         if not isinstance(peer, Peer):
             raise self._unreadable(ValueError("not a ScopePeer"))
         return peer
@@ -289,7 +291,7 @@ class HttpRegistry:
     # --- requests -----------------------------------------------------------------------------------------
 
     async def _ask(
-        self, method: str, target: str, *, body: dict[str, object] | bytes | None = None
+        self, method: str, target: str, *, body: Mapping[str, object] | bytes | None = None
     ) -> _Answer:
         """One request and its answer, asked again once with the gateway's time where our clock is wrong."""
         raw, headers = _encoded(body)

@@ -25,7 +25,7 @@ from scope_operator.gateway.authorisation import Authority
 from scope_operator.gateway.feed import Feed
 from scope_operator.gateway.joining import Joining
 from scope_operator.gateway.limits import Limits
-from scope_operator.gateway.server import Server
+from scope_operator.gateway.server import Server, bound_socket
 from tests.unit.registry_conformance import MESH
 
 ADMIN = AdminCredential(Secret(b"administrator-of-the-test"))
@@ -109,11 +109,12 @@ async def gateway(
     ).application()
     server = Server(app, limits=limits, context=None)
     following = asyncio.create_task(feed.run())
-    (endpoint,) = await server.start([("127.0.0.1", 0)])
+    listener = bound_socket("127.0.0.1", 0)
+    await server.start([listener])
     try:
         async with asyncio.timeout(5):
             await feed.ready.wait()
-        yield Running(registry, feed, f"http://{endpoint}", clock)
+        yield Running(registry, feed, "http://{}:{}".format(*listener.getsockname()), clock)
     finally:
         feed.end_all()
         await server.stop()

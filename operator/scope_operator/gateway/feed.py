@@ -70,7 +70,7 @@ class Feed:
         self._streams: set[Stream] = set()
         self._of_peer: dict[str, Stream] = {}
         self._couriered = 0
-        self._changed = asyncio.Event()
+        self.changed = asyncio.Event()  # set, and replaced, at the next change
 
     async def run(self) -> None:
         """List and watch, again and again."""
@@ -146,7 +146,7 @@ class Feed:
             self._first += 1
         for stream in self._streams:
             stream.wake.set()
-        changed, self._changed = self._changed, asyncio.Event()
+        changed, self.changed = self.changed, asyncio.Event()
         changed.set()
 
     # --- streams ------------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ class Feed:
                 while not (
                     (peer := self.peers.get(name)) and peer.meta.uid == uid and peer.assignment.addresses
                 ):
-                    await self._changed.wait()
+                    await self.changed.wait()
         except TimeoutError:
             pass
         peer = self.peers.get(name)

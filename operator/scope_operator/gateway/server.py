@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 from aiohttp import web
 
-from scope.model import ConfigError, Endpoint, endpoint_at
+from scope.model import ConfigError
 from scope_operator.gateway.errors import Refusal
 from scope_operator.gateway.limits import Limits, source_of
 
@@ -49,14 +49,11 @@ class Server:
         self._silent: dict[asyncio.BaseTransport, asyncio.TimerHandle] = {}
         app.on_response_prepare.append(self._answered)
 
-    async def start(self, listen: Iterable[tuple[str, int]]) -> tuple[Endpoint, ...]:
-        """Listen on all of `listen` (address, port; port 0: any); gives the endpoints. Raises ConfigError."""
+    async def start(self, listeners: Iterable[socket.socket]) -> None:
+        """Accept connections on all of `listeners`, which then are the server's."""
         await self._runner.setup()
         loop = asyncio.get_running_loop()
-        bound = []
-        for address, port in listen:
-            sock = bound_socket(address, port)
-            bound.append(endpoint_at(*sock.getsockname()[:2]))
+        for sock in listeners:
             encrypted = self._context is not None
             listener = await loop.create_server(
                 lambda: _Door(self),
@@ -67,7 +64,6 @@ class Server:
                 ssl_shutdown_timeout=CLOSING_SECONDS if encrypted else None,
             )
             self._listeners.append(listener)
-        return tuple(bound)
 
     async def stop(self) -> None:
         """Take no new connection, let requests finish for CLOSING_SECONDS, close all."""
