@@ -15,6 +15,7 @@ from ipaddress import IPv4Address
 
 MAGIC = b"SCop"
 UDP_HEADER = 8
+MAX_PAYLOAD = 65535 - 20 - UDP_HEADER  # what an IPv4 packet without options can carry
 
 _LOAD_HALF, _LOAD_WORD = 0x28, 0x20  # from a fixed offset
 _LOAD_HALF_AFTER, _LOAD_WORD_AFTER = 0x48, 0x40  # from an offset after the index register

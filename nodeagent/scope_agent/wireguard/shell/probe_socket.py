@@ -53,8 +53,8 @@ class SendResult(enum.Enum):
 
     SENT = enum.auto()
     BUSY = enum.auto()  # a buffer is full: the datagram is dropped, as the network might have
-    UNREACHABLE = enum.auto()  # no route, or no address of that family
-    REFUSED = enum.auto()  # the machine's own firewall or a blackhole route
+    UNREACHABLE = enum.auto()  # no route, a blackhole, or no address of that family
+    REFUSED = enum.auto()  # the machine's own firewall
     TOO_LARGE = enum.auto()
 
 
@@ -127,6 +127,8 @@ class RawProbeSocket:
 
     def send(self, endpoint: Endpoint, data: bytes, *, ttl: int | None = None) -> SendResult:
         """Send one datagram from WireGuard's port."""
+        if len(data) > raw.MAX_PAYLOAD:
+            return SendResult.TOO_LARGE
         try:
             match endpoint.address:
                 case IPv4Address():

@@ -1,0 +1,226 @@
+"""The process behind a user-space device: what it and its supervisor survive, and what packets survive."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+from scope_agent.wireguard.device import DesiredDevice
+
+from scope.model import DeviceKind
+from tests.netns.device_fixture import (
+    Machine,
+    Namespace,
+    connect,
+    desired_device,
+    echo,
+    lost_while,
+    machine,
+    make_keys,
+    peer_at,
+    run,
+    unused_name,
+    wait_until,
+)
+
+A, B = make_keys(1), make_keys(2)
+THERE = ip_address("10.9.0.2")
+UAPI = Path("/var/run/wireguard")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two machines with a session, and the run directory of the left one."""
+
+    left: Machine
+    right: Machine
+    run_dir: Path
+
+    def lost_while(self, act: signal.Signals | None, pid: int) -> int:
+        """Datagrams lost around one signal to a process."""
+
+        def once(step: int) -> None:
+            if step == 3 and act is not None:
+                os.kill(pid, act)
+
+        return lost_while(self.left.namespace, THERE, 9, once)
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    a, b = Namespace(), Namespace()
+    connect(a, b, ["192.0.2.1/24"], ["192.0.2.2/24"])
+    with machine(a, tmp_path / "left") as left, machine(b, tmp_path / "right") as right:
+        there = peer_at(A, None, "10.9.0.1/32")
+        right.agree(desired_device(right.device.name, B, there, port=47002, addresses=("10.9.0.2/16",)))
+        here = peer_at(B, "192.0.2.2:47002", "10.9.0.2/32", keepalive=20)
+        left.agree(desired_device(left.device.name, A, here, port=47001))
+        with echo(b, THERE, 9):
+            wait_until(lambda: lost_while(a, THERE, 9, lambda _: None, steps=1) == 0, "no session")
+            yield Pair(left, right, tmp_path / "left")
+    a.close()
+    b.close()
+
+
+def process_of(device: str) -> int:
+    """The WireGuard process: the owner of the control socket."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(UAPI / f"{device}.sock"))
+        pid: int = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        return pid
+
+
+def supervisor_of(device: str) -> int:
+    """The supervisor: the process with the device's name among its arguments."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (entry / "cmdline").exists():
+            arguments = (entry / "cmdline").read_bytes().split(b"\0")
+            if b"scope_dataplane.wireguard" in arguments and device.encode() in arguments:
+                return int(entry.name)
+    raise AssertionError("no supervisor")
+
+
+def runs(device: str) -> bool:
+    try:
+        process_of(device)
+    except OSError:
+        return False
+    return True
+
+
+def test_a_killed_process_is_back_with_keys_peers_addresses_and_routes(pair: Pair) -> None:
+    name = pair.left.device.name
+    before = run(pair.left.device.observe())
+    killed = process_of(name)
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: runs(name) and process_of(name) != killed, "it is not restarted")
+    wait_until(
+        lambda: run(pair.left.device.observe()).peers.keys() == before.peers.keys(), "its peers are not back"
+    )
+    wait_until(lambda: run(pair.left.device.observe()).mtu == before.mtu, "its MTU is not back")
+    after = run(pair.left.device.observe())
+    assert (after.addresses, after.routes, after.public_key) == (
+        before.addresses,
+        before.routes,
+        before.public_key,
+    )
+    assert after.listen_port == before.listen_port
+    wait_until(
+        lambda: lost_while(pair.left.namespace, THERE, 9, lambda _: None, steps=1) == 0, "no traffic again"
+    )
+
+
+def test_killing_the_supervisor_loses_nothing_and_the_next_adopts_the_process(pair: Pair) -> None:
+    name = pair.left.device.name
+    process, supervisor = process_of(name), supervisor_of(name)
+    assert pair.lost_while(signal.SIGKILL, supervisor) == 0
+    observed = run(pair.left.device.observe())
+    assert observed.exists
+    pair.left.agree(desired_device(name, A, peer_at(B, "192.0.2.2:47002", "10.9.0.2/32"), port=47001))
+    assert supervisor_of(name) != supervisor
+    assert process_of(name) == process
+    os.kill(process, signal.SIGKILL)
+    wait_until(lambda: runs(name) and process_of(name) != process, "the adopted process is not restarted")
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_an_agent_that_dies_or_is_upgraded_loses_no_packet(
+    tmp_path: Path, how: signal.Signals, pair: Pair
+) -> None:
+    """The agent is a process of its own here, and all it started must outlive it."""
+    name = unused_name()
+    pair.left.namespace.ip("link", "set", pair.left.device.name, "down")
+    pair.left.namespace.ip("address", "del", "10.9.0.1/16", "dev", pair.left.device.name)
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from scope_agent.wireguard.shell import choose_device\n"
+        "from tests.netns import test_user_space_device as test\n"
+        "device = choose_device(sys.argv[1], run_dir=Path(sys.argv[2]))\n"
+        "test.Machine(None, device).agree(test.desired_device(\n"
+        "    device.name, test.A, test.peer_at(test.B, '192.0.2.2:47002', '10.9.0.2/32', keepalive=20),\n"
+        "    port=47003))\n"
+        "print('agreed', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    with pair.left.namespace.entered():
+        agent = subprocess.Popen(
+            [sys.executable, "-c", script, name, str(tmp_path / "agent")],
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+    assert agent.stdout is not None
+    assert agent.stdout.readline() == "agreed\n"
+    # The same device by another hand: what the agent's next start would be.
+    with machine(pair.left.namespace, tmp_path / "agent", name=name) as next_start:
+        wait_until(
+            lambda: lost_while(pair.left.namespace, THERE, 9, lambda _: None, steps=1) == 0, "no session"
+        )
+        process = process_of(name)
+        assert pair.lost_while(how, agent.pid) == 0
+        assert agent.wait() == -how
+        agent.stdout.close()
+        here = peer_at(B, "192.0.2.2:47002", "10.9.0.2/32", keepalive=20)
+        wanted = desired_device(name, A, here, port=47003)
+        assert lost_while(pair.left.namespace, THERE, 9, lambda _: agree(next_start, wanted)) == 0
+        assert process_of(name) == process
+
+
+def agree(machine: Machine, wanted: DesiredDevice) -> None:
+    machine.agree(wanted)
+
+
+def test_secrets_are_in_a_private_file_and_on_no_command_line(pair: Pair) -> None:
+    name = pair.left.device.name
+    state = pair.run_dir / "wireguard" / f"{name}.json"
+    assert stat.S_IMODE(state.stat().st_mode) == 0o600
+    assert stat.S_IMODE(state.parent.stat().st_mode) == 0o700
+    assert A.private.raw.hex() in json.loads(state.read_text())["uapi"]
+    for pid in (process_of(name), supervisor_of(name)):
+        for where in ("cmdline", "environ"):
+            assert A.private.raw.hex().encode() not in Path(f"/proc/{pid}/{where}").read_bytes()
+    assert A.private.raw.hex() not in (state.parent / f"{name}.log").read_text()
+
+
+def test_a_second_supervisor_refuses_and_disturbs_nothing(pair: Pair) -> None:
+    name = pair.left.device.name
+    state = pair.run_dir / "wireguard" / f"{name}.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "scope_dataplane.wireguard", name, "--state", str(state)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "another scope-wireguard" in done.stderr
+    assert pair.lost_while(None, 0) == 0
+
+
+def test_a_state_file_that_cannot_be_read_leaves_the_device_to_the_agent(pair: Pair) -> None:
+    name = pair.left.device.name
+    state = pair.run_dir / "wireguard" / f"{name}.json"
+    state.write_text("{")
+    killed = process_of(name)
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: runs(name) and process_of(name) != killed, "it is not restarted")
+    here = peer_at(B, "192.0.2.2:47002", "10.9.0.2/32", keepalive=20)
+    pair.left.agree(desired_device(name, A, here, port=47001))
+    assert pair.left.device.kind is DeviceKind.USER_SPACE
+
+
+def test_the_supervisor_keeps_a_small_memory(pair: Pair) -> None:
+    status = Path(f"/proc/{supervisor_of(pair.left.device.name)}/status").read_text()
+    (resident,) = (int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+    assert resident < 20 << 10  # kB
