@@ -1,0 +1,417 @@
+"""The whole registry side, sans-IO: facts of a registry in, writes to it out.
+
+`take` keeps the newest of every mesh and peer, with an index of the addresses in use, and puts the keys
+that a fact touches into a queue in which each key stands once. `plan` takes keys from it and gives an
+action for each resource that is not as it should be: a key that is planned twice gives nothing the second
+time. The shell does each action and says how it ended (`succeeded`, `outdated`, `failed`); until then that
+resource is not planned again, so a slow registry never has two writes of one resource under way.
+
+Peers are planned at once, since a peer without an address is waiting for it; a mesh's status, which counts
+them, at most every `MESH_INTERVAL` seconds. `now` is monotonic, `wall` is in resources.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from scope.model import (
+    Assignment,
+    IPAddress,
+    Kind,
+    Mesh,
+    MeshStatus,
+    Peer,
+    PublicKey,
+    Reflector,
+    Resource,
+)
+from scope.registry.port import Deleted, Listed, Put
+from scope_operator.plan.conditions import RouteConflict, mesh_conditions
+from scope_operator.plan.routes import route_conflicts
+from scope_operator.plan.status import ALIVE, is_expired, plan_assignment, plan_mesh_status
+
+MESH_INTERVAL = 5.0  # seconds between writes of a mesh's counts: they are for people
+MAX_IN_FLIGHT = 64  # writes under way: enough to fill a batch of the embedded registry, few for an API server
+
+Key: TypeAlias = tuple[Kind, str]
+
+
+@dataclass(frozen=True, slots=True)
+class WriteAssignment:
+    """Replace the registry side's part of the peer's status, if it is still at the revision of `peer`."""
+
+    peer: Peer
+    part: Assignment
+
+
+@dataclass(frozen=True, slots=True)
+class WriteMeshStatus:
+    """Replace the mesh's status, if it is still at the revision of `mesh`."""
+
+    mesh: Mesh
+    part: MeshStatus
+
+
+@dataclass(frozen=True, slots=True)
+class DeletePeer:
+    """Delete a peer that was away, or removed, for too long."""
+
+    peer: Peer
+
+
+Action: TypeAlias = WriteAssignment | WriteMeshStatus | DeletePeer
+
+
+def key_of(action: Action) -> Key:
+    """What an action is about."""
+    match action:
+        case WriteMeshStatus(mesh=mesh):
+            return Kind.MESH, mesh.meta.name
+        case WriteAssignment(peer=peer) | DeletePeer(peer=peer):
+            return Kind.PEER, peer.meta.name
+
+
+@dataclass(slots=True)
+class _Members:
+    """The peers of one mesh, with what planning one of them needs to know of the others."""
+
+    peers: dict[str, Peer] = field(default_factory=dict)
+    taken: dict[IPAddress, str] = field(default_factory=dict)
+    lacking: set[str] = field(default_factory=set)  # peers for which no address was left
+    routed: dict[str, Peer] = field(default_factory=dict)  # members with routes
+    conflicts: dict[str, RouteConflict] = field(default_factory=dict)
+
+
+class Planner:
+    """The registry side of all meshes of one registry.
+
+    `tells_liveness` says whether `hear` is called: where it is not, something else writes `online`.
+    """
+
+    def __init__(
+        self,
+        *,
+        now: float,
+        tells_liveness: bool,
+        signing_key: PublicKey | None = None,
+        reflectors: tuple[Reflector, ...] = (),
+    ) -> None:
+        self._started = now
+        self._tells_liveness = tells_liveness
+        self._signing_key = signing_key
+        self._reflectors = reflectors
+        self._listed: set[Kind] = set()
+        self._meshes: dict[str, Mesh] = {}
+        self._peers: dict[str, Peer] = {}
+        self._members: dict[str, _Members] = {}
+        self._alive: set[str] = set()
+        self._heard_out = False  # a peer alive before our start has had the time to say so
+        self._queue: dict[Key, None] = {}
+        self._later: list[tuple[float, Key]] = []
+        self._delayed: set[Key] = set()  # the keys in `_later`
+        self._in_flight: set[Key] = set()
+        self._mesh_due: dict[str, float] = {}
+
+    @property
+    def depth(self) -> int:
+        """How many keys wait, those that wait for a time included."""
+        return len(self._queue) + len(self._later)
+
+    # --- what is known ------------------------------------------------------------------------------------
+
+    def take(self, fact: Listed | Put | Deleted) -> None:
+        """Take what a list, a watch or the answer to a write says."""
+        match fact:
+            case Listed(kind, resources=resources, complete=complete):
+                if complete:
+                    self._forget_absent(kind, {resource.meta.uid for resource in resources})
+                # The elder of two that claim one address is indexed first, and keeps it.
+                for resource in sorted(resources, key=lambda each: (each.meta.created, each.meta.uid)):
+                    self._put(resource)
+                self._listed.add(kind)
+            case Put(resource):
+                self._put(resource)
+            case Deleted(last):
+                self._forget(last)
+
+    def hear(self, ages: Mapping[str, float], *, now: float) -> None:
+        """Take the age of every peer's last heartbeat; peers that came or fell silent are planned."""
+        self._alive = {name for name, age in ages.items() if age < ALIVE}
+        self._heard_out = now - self._started >= ALIVE
+        for name, peer in self._peers.items():
+            if self._is_online(peer) != peer.assignment.online:
+                self._queue[Kind.PEER, name] = None
+
+    def sweep(self) -> None:
+        """Plan everything anew: for what time alone brings about."""
+        self._queue.update(((Kind.PEER, name), None) for name in self._peers)
+        self._queue.update(((Kind.MESH, name), None) for name in self._meshes)
+
+    # --- what is to be done -------------------------------------------------------------------------------
+
+    def plan(self, *, now: float, wall: float) -> list[Action]:
+        """The next actions; empty when there are none, when enough are under way, or before both kinds are
+        listed.
+        """
+        if not {Kind.MESH, Kind.PEER} <= self._listed:
+            return []
+        while self._later and self._later[0][0] <= now:
+            _, key = heapq.heappop(self._later)
+            self._delayed.discard(key)
+            self._queue[key] = None
+        actions: list[Action] = []
+        blocked: list[Key] = []
+        while self._queue and len(self._in_flight) < MAX_IN_FLIGHT:
+            key = next(iter(self._queue))
+            del self._queue[key]
+            if key in self._in_flight:
+                blocked.append(key)
+                continue
+            action = self._plan_one(key, now=now, wall=wall)
+            if action is not None:
+                self._in_flight.add(key)
+                actions.append(action)
+        self._queue.update(dict.fromkeys(blocked))
+        return actions
+
+    def next_time(self) -> float | None:
+        """When `plan` is to be called even if nothing happens (monotonic)."""
+        return self._later[0][0] if self._later else None
+
+    def succeeded(self, action: Action, stored: Resource | None) -> None:
+        """The action is done; `stored` is the resource as it is now, None when it was deleted."""
+        self._in_flight.discard(key_of(action))
+        if stored is not None:
+            self._put(stored)
+        elif isinstance(action, DeletePeer):
+            self._forget(action.peer)
+
+    def outdated(self, action: Action, stored: Resource | None) -> None:
+        """The resource had changed: here it is as it is now (None: it is gone), to be planned anew."""
+        self._undo(action)
+        if stored is not None:
+            self._put(stored)
+            self._queue[key_of(action)] = None
+        else:
+            self._forget(action.mesh if isinstance(action, WriteMeshStatus) else action.peer)
+
+    def failed(self, action: Action, *, again_at: float) -> None:
+        """The registry could not do it; it is planned anew at `again_at` (monotonic)."""
+        self._undo(action)
+        self._delay(key_of(action), again_at)
+
+    def _delay(self, key: Key, until: float) -> None:
+        if key not in self._delayed:
+            self._delayed.add(key)
+            heapq.heappush(self._later, (until, key))
+
+    def _plan_one(self, key: Key, *, now: float, wall: float) -> Action | None:
+        kind, name = key
+        if kind is Kind.PEER:
+            peer = self._peers.get(name)
+            return self._plan_peer(peer, wall=wall) if peer is not None else None
+        mesh = self._meshes.get(name)
+        if mesh is None:
+            return None
+        due = self._mesh_due.get(name, now)
+        if due > now:
+            self._delay(key, due)
+            return None
+        return self._plan_mesh(mesh, now=now, wall=wall)
+
+    def _plan_peer(self, peer: Peer, *, wall: float) -> Action | None:
+        name, mesh = peer.meta.name, self._meshes.get(peer.spec.mesh)
+        members = self._members[peer.spec.mesh]
+        if mesh is not None and self._is_expired(peer, mesh, wall=wall):
+            return DeletePeer(peer)
+        part = plan_assignment(
+            peer,
+            mesh=mesh,
+            taken=members.taken,
+            conflict=members.conflicts.get(name),
+            online=self._is_online(peer),
+            wall=wall,
+        )
+        self._note_lack(members, peer, part)
+        if part == peer.assignment:
+            return None
+        for interface in part.addresses:
+            members.taken[interface.ip] = name  # from now on, so that no other peer is planned onto it
+        return WriteAssignment(peer, part)
+
+    def _note_lack(self, members: _Members, peer: Peer, part: Assignment) -> None:
+        name, mesh = peer.meta.name, self._meshes.get(peer.spec.mesh)
+        wanted = 0
+        if mesh is not None and peer.assignment.tombstone is None:
+            wanted = sum(
+                prefix is not None for prefix in (mesh.spec.addressing.ipv4, mesh.spec.addressing.ipv6)
+            )
+        lacks = len(part.addresses) < wanted
+        if lacks == (name in members.lacking):
+            return
+        (members.lacking.add if lacks else members.lacking.discard)(name)
+        self._queue[Kind.MESH, peer.spec.mesh] = None
+
+    def _plan_mesh(self, mesh: Mesh, *, now: float, wall: float) -> Action | None:
+        members = self._members_of(mesh.meta.name)
+        part = plan_mesh_status(
+            mesh,
+            peers=members.peers.values(),
+            conditions=mesh_conditions(
+                mesh,
+                overlaps=_older_overlap(mesh, self._meshes.values()),
+                without_address=sorted(members.lacking),
+                conflicting=sorted(members.conflicts),
+                wall=wall,
+            ),
+            signing_key=self._signing_key,
+            reflectors=self._reflectors,
+        )
+        if part == mesh.status:
+            return None
+        self._mesh_due[mesh.meta.name] = now + MESH_INTERVAL
+        return WriteMeshStatus(mesh, part)
+
+    def _is_online(self, peer: Peer) -> bool:
+        if not self._tells_liveness or peer.assignment.tombstone is not None:
+            return peer.assignment.online
+        if peer.meta.name in self._alive:
+            return True
+        return peer.assignment.online and not self._heard_out
+
+    def _is_expired(self, peer: Peer, mesh: Mesh, *, wall: float) -> bool:
+        if self._is_online(peer) or not is_expired(peer, mesh=mesh, wall=wall):
+            return False
+        # After a long time without a registry every peer looks expired, until it had the time to be heard.
+        return peer.assignment.tombstone is not None or self._heard_out or not self._tells_liveness
+
+    # --- the cache and its indices ------------------------------------------------------------------------
+
+    def _members_of(self, mesh: str) -> _Members:
+        return self._members.setdefault(mesh, _Members())
+
+    def _put(self, resource: Resource) -> None:
+        match resource:
+            case Mesh(meta=meta):
+                before = self._meshes.get(meta.name)
+                if _is_old(resource, before):
+                    return
+                self._meshes[meta.name] = resource
+                self._queue[Kind.MESH, meta.name] = None
+                if before is None or before.meta.uid != meta.uid or before.spec != resource.spec:
+                    self._mesh_changed(meta.name)
+            case Peer(meta=meta):
+                known = self._peers.get(meta.name)
+                if _is_old(resource, known):
+                    return
+                if known is not None and known.spec.mesh != resource.spec.mesh:
+                    self._forget(known)
+                self._index(resource)
+                self._queue[Kind.PEER, meta.name] = None
+                self._queue[Kind.MESH, resource.spec.mesh] = None
+            case _:
+                return
+
+    def _index(self, peer: Peer) -> None:
+        """Make `peer` the one that is known under its name."""
+        name, members = peer.meta.name, self._members_of(peer.spec.mesh)
+        before = members.peers.get(name)
+        self._peers[name] = members.peers[name] = peer
+        holds = {interface.ip for interface in peer.assignment.addresses}
+        held = {interface.ip for interface in before.assignment.addresses} if before is not None else set()
+        self._release(members, name, held - holds)
+        for address in holds:
+            members.taken.setdefault(address, name)
+        is_routed = bool(peer.spec.routes) and peer.assignment.tombstone is None
+        was = members.routed.get(name)
+        if is_routed:
+            members.routed[name] = peer
+        else:
+            members.routed.pop(name, None)
+        if is_routed != (was is not None) or (was is not None and was.spec.routes != peer.spec.routes):
+            self._judge_routes(peer.spec.mesh)
+
+    def _forget(self, resource: Resource) -> None:
+        name = resource.meta.name
+        if isinstance(resource, Mesh):
+            known: Resource | None = self._meshes.get(name)
+            if known is not None and known.meta.uid == resource.meta.uid:
+                del self._meshes[name]
+                self._mesh_due.pop(name, None)
+                self._mesh_changed(name)
+        elif isinstance(resource, Peer):
+            peer = self._peers.get(name)
+            if peer is None or peer.meta.uid != resource.meta.uid:
+                return
+            members = self._members_of(peer.spec.mesh)
+            del self._peers[name], members.peers[name]
+            members.lacking.discard(name)
+            self._release(members, name, {interface.ip for interface in peer.assignment.addresses})
+            if members.routed.pop(name, None) is not None:
+                self._judge_routes(peer.spec.mesh)
+            self._queue[Kind.MESH, peer.spec.mesh] = None
+
+    def _forget_absent(self, kind: Kind, present: set[str]) -> None:
+        known: Iterable[Resource] = self._meshes.values() if kind is Kind.MESH else self._peers.values()
+        for resource in [each for each in known if each.meta.uid not in present]:
+            self._forget(resource)
+
+    def _release(self, members: _Members, name: str, addresses: Iterable[IPAddress]) -> None:
+        """Free what `name` holds of `addresses`; whoever found none left is planned again."""
+        freed = [address for address in addresses if members.taken.get(address) == name]
+        for address in freed:
+            del members.taken[address]
+        if freed:
+            self._queue.update(((Kind.PEER, each), None) for each in members.lacking)
+
+    def _undo(self, action: Action) -> None:
+        """Forget what was reserved for an action that was not done."""
+        self._in_flight.discard(key_of(action))
+        if isinstance(action, WriteAssignment):
+            peer = action.peer
+            planned = {interface.ip for interface in action.part.addresses}
+            has = {interface.ip for interface in peer.assignment.addresses}
+            self._release(self._members_of(peer.spec.mesh), peer.meta.name, planned - has)
+
+    def _mesh_changed(self, name: str) -> None:
+        self._judge_routes(name)
+        self._queue.update(((Kind.PEER, peer), None) for peer in self._members_of(name).peers)
+        self._queue.update(((Kind.MESH, other), None) for other in self._meshes)  # they may overlap it
+
+    def _judge_routes(self, name: str) -> None:
+        members, mesh = self._members_of(name), self._meshes.get(name)
+        before = members.conflicts
+        members.conflicts = route_conflicts(mesh, members.routed.values()) if mesh is not None else {}
+        for peer in before.keys() | members.conflicts.keys():
+            if before.get(peer) != members.conflicts.get(peer):
+                self._queue[Kind.PEER, peer] = None
+                self._queue[Kind.MESH, name] = None
+
+
+def _is_old(resource: Resource, known: Resource | None) -> bool:
+    """Whether what is known of the same resource is as new or newer."""
+    return (
+        known is not None
+        and known.meta.uid == resource.meta.uid
+        and known.meta.revision >= resource.meta.revision
+    )
+
+
+def _older_overlap(mesh: Mesh, meshes: Iterable[Mesh]) -> Mesh | None:
+    """The oldest mesh whose address space `mesh` overlaps, among those older than it."""
+    older = (
+        other
+        for other in meshes
+        if (other.meta.created, other.meta.uid) < (mesh.meta.created, mesh.meta.uid) and _overlap(mesh, other)
+    )
+    return min(older, key=lambda each: (each.meta.created, each.meta.uid), default=None)
+
+
+def _overlap(one: Mesh, other: Mesh) -> bool:
+    ours, theirs = one.spec.addressing, other.spec.addressing
+    if ours.ipv4 is not None and theirs.ipv4 is not None and ours.ipv4.overlaps(theirs.ipv4):
+        return True
+    return ours.ipv6 is not None and theirs.ipv6 is not None and ours.ipv6.overlaps(theirs.ipv6)

@@ -1,0 +1,101 @@
+"""What the registry side writes: each peer's assignment, each mesh's status, and which peers are to go.
+
+Each function looks at one resource and an index of the others, so that a change of one peer among ten
+thousand costs as much as among ten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from scope.model import (
+    Assignment,
+    Condition,
+    IPAddress,
+    Mesh,
+    MeshCounts,
+    MeshStatus,
+    Peer,
+    PublicKey,
+    Reflector,
+)
+from scope_operator.plan.addresses import Assigned, assign_addresses, is_released, removed_at
+from scope_operator.plan.conditions import RouteConflict, peer_conditions
+from scope_operator.plan.roles import assign_role
+
+ALIVE = 180.0  # seconds that a heartbeat counts for: three of the agents', sent every 60 s
+
+
+def plan_assignment(
+    peer: Peer,
+    *,
+    mesh: Mesh | None,
+    taken: Mapping[IPAddress, str],
+    conflict: RouteConflict | None,
+    online: bool,
+    wall: float,
+) -> Assignment:
+    """The registry side's part of a peer's status, equal to the present one when nothing is to be written."""
+    now = peer.assignment
+    if now.tombstone is not None:
+        gone = replace(now, online=False, last_seen=wall) if now.online else now
+        return replace(gone, addresses=()) if is_released(peer, wall=wall) else gone
+    # A mesh that is away may come back: its peers keep what they have.
+    assigned = assign_addresses(mesh, peer, taken=taken) if mesh else Assigned(now.addresses)
+    return Assignment(
+        addresses=assigned.addresses,
+        role=assign_role(peer.spec.role),
+        online=online,
+        last_seen=wall if online != now.online else now.last_seen,
+        conditions=peer_conditions(
+            peer,
+            mesh=mesh,
+            lacks_address=bool(assigned.exhausted),
+            conflict=conflict,
+            online=online,
+            wall=wall,
+        ),
+    )
+
+
+def is_expired(peer: Peer, *, mesh: Mesh, wall: float) -> bool:
+    """Whether a peer is to be deleted: offline, or removed, for longer than its mesh's `peerExpiry`."""
+    removal = removed_at(peer)
+    if removal is not None:
+        return wall >= removal + mesh.spec.peer_expiry
+    last_alive = max(peer.assignment.last_seen, peer.meta.created)
+    return not peer.assignment.online and wall >= last_alive + mesh.spec.peer_expiry
+
+
+def plan_mesh_status(
+    mesh: Mesh,
+    *,
+    peers: Iterable[Peer],
+    conditions: tuple[Condition, ...],
+    signing_key: PublicKey | None,
+    reflectors: tuple[Reflector, ...],
+) -> MeshStatus:
+    """The status of a mesh with these peers."""
+    return MeshStatus(
+        signing_key=signing_key,
+        reflectors=reflectors,
+        counts=count(peers),
+        conditions=conditions,
+        observed_generation=mesh.meta.generation,
+    )
+
+
+def count(peers: Iterable[Peer]) -> MeshCounts:
+    """Totals over a mesh. Both ends of a link report it, so links are halved; half a link counts as one."""
+    members = online = direct = relayed = unreachable = 0
+    for peer in peers:
+        if peer.assignment.tombstone is not None:
+            continue
+        members += 1
+        online += peer.assignment.online
+        if peer.report is not None and peer.assignment.online:
+            direct += peer.report.direct
+            relayed += peer.report.relayed
+            unreachable += peer.report.unreachable
+    return MeshCounts(members, online, -(-direct // 2), -(-relayed // 2), -(-unreachable // 2))

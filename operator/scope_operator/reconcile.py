@@ -1,0 +1,219 @@
+"""Keeps a registry's meshes and peers as they should be, over any Registry: cache, queue, plan, write.
+
+The decisions are `plan.planner`'s. This shell lists and watches both kinds, hands every fact to the planner,
+does the actions that it gives, at most 64 at once, and tells it how they ended. A write names the revision it
+was planned from; on a conflict the resource is read and planned again, so no write of another is undone, a
+tombstone least of all. What the registry refuses for now is tried again with backoff, longer each time.
+
+Nothing is written at rest. A new peer is planned as soon as its fact arrives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import assert_never
+
+from scope.model import Kind, PublicKey, Reflector, Resource
+from scope.registry.port import (
+    Conflict,
+    Deleted,
+    Gone,
+    Listed,
+    Liveness,
+    NotFound,
+    Put,
+    Registry,
+    RegistryError,
+)
+from scope_operator.plan.planner import (
+    Action,
+    DeletePeer,
+    Planner,
+    WriteAssignment,
+    WriteMeshStatus,
+    key_of,
+)
+
+log = logging.getLogger(__name__)
+
+HEAR_INTERVAL = 5.0  # seconds: `online` is right to this, and reading 10,000 ages takes milliseconds
+SWEEP_INTERVAL = 60.0  # seconds: what time alone brings about (expiry, freed addresses) is a matter of days
+FIRST_BACKOFF = 0.5  # seconds
+MAX_BACKOFF = 30.0  # seconds: an outage that ends is noticed within half a minute
+
+
+@dataclass(frozen=True, slots=True)
+class ReconcileHealth:
+    """What /healthz says of the reconciler. Ages are in seconds; None: never."""
+
+    listed: bool
+    event_age: float | None
+    queue: int
+    last_error: str
+    error_age: float | None
+
+
+def backoff(failures: int, *, uniform: Callable[[float, float], float]) -> float:
+    """Seconds to wait after the `failures`-th failure in a row, from 1 on: doubled each time, jittered."""
+    longest = min(MAX_BACKOFF, FIRST_BACKOFF * 2.0 ** min(failures - 1, 16))
+    return uniform(longest / 2, longest)
+
+
+class Reconciler:
+    """One for each registry. `now` is monotonic, `uniform` draws the jitter (`random.uniform`).
+
+    `liveness` is the registry where it keeps heartbeats in this process; without it `online` is left alone.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        liveness: Liveness | None,
+        now: Callable[[], float],
+        wall: Callable[[], float],
+        uniform: Callable[[float, float], float],
+        signing_key: PublicKey | None = None,
+        reflectors: tuple[Reflector, ...] = (),
+    ) -> None:
+        self._registry = registry
+        self._liveness = liveness
+        self._now = now
+        self._wall = wall
+        self._uniform = uniform
+        self._planner = Planner(
+            now=now(),
+            tells_liveness=liveness is not None,
+            signing_key=signing_key,
+            reflectors=reflectors,
+        )
+        self._wake = asyncio.Event()
+        self._failures: dict[tuple[Kind, str], int] = {}
+        self._listed: set[Kind] = set()
+        self._event_at: float | None = None
+        self._error_at: float | None = None
+        self._error = ""
+
+    @property
+    def health(self) -> ReconcileHealth:
+        """How it goes."""
+        now = self._now()
+        return ReconcileHealth(
+            listed={Kind.MESH, Kind.PEER} <= self._listed,
+            event_age=None if self._event_at is None else now - self._event_at,
+            queue=self._planner.depth,
+            last_error=self._error,
+            error_age=None if self._error_at is None else now - self._error_at,
+        )
+
+    async def run(self) -> None:
+        """Run until cancelled; a registry that closes is left at rest."""
+        async with asyncio.TaskGroup() as tasks:
+            for kind in (Kind.MESH, Kind.PEER):
+                tasks.create_task(self._follow(kind))
+            tasks.create_task(self._every(SWEEP_INTERVAL, self._planner.sweep))
+            if self._liveness is not None:
+                liveness = self._liveness
+                tasks.create_task(
+                    self._every(
+                        HEAR_INTERVAL,
+                        lambda: self._planner.hear(liveness.seconds_since_heartbeat(), now=self._now()),
+                    )
+                )
+            await self._work(tasks)
+
+    async def _follow(self, kind: Kind) -> None:
+        """Keep the planner's cache of a kind: list, watch, and list again when the watch breaks."""
+        failures = 0
+        while True:
+            try:
+                listed = await self._registry.list(kind)
+                self._take(listed)
+                self._listed.add(kind)
+                async for fact in self._registry.watch(kind, listed.revision):
+                    failures = 0
+                    self._take(fact)
+                return
+            except Gone as error:
+                log.info("reconcile.relist kind=%s reason=%s", kind, error)
+            except RegistryError as error:
+                self._note(error)
+            failures += 1
+            await asyncio.sleep(backoff(failures, uniform=self._uniform))
+
+    async def _every(self, interval: float, step: Callable[[], None]) -> None:
+        while True:
+            step()
+            self._wake.set()
+            await asyncio.sleep(interval)
+
+    async def _work(self, tasks: asyncio.TaskGroup) -> None:
+        while True:
+            self._wake.clear()
+            for action in self._planner.plan(now=self._now(), wall=self._wall()):
+                tasks.create_task(self._do(action))
+            due = self._planner.next_time()
+            try:
+                async with asyncio.timeout(None if due is None else max(0.0, due - self._now())):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+
+    async def _do(self, action: Action) -> None:
+        key = key_of(action)
+        try:
+            stored = await self._perform(action)
+        except (Conflict, NotFound):
+            await self._read_again(action)
+        except RegistryError as error:
+            self._fail(action, error)
+        else:
+            self._failures.pop(key, None)
+            self._planner.succeeded(action, stored)
+        self._wake.set()
+
+    async def _perform(self, action: Action) -> Resource | None:
+        match action:
+            case WriteAssignment(peer, part):
+                meta = peer.meta
+                return await self._registry.update_status(
+                    Kind.PEER, meta.name, part, uid=meta.uid, if_revision=meta.revision
+                )
+            case WriteMeshStatus(mesh, status):
+                meta = mesh.meta
+                return await self._registry.update_status(
+                    Kind.MESH, meta.name, status, uid=meta.uid, if_revision=meta.revision
+                )
+            case DeletePeer(peer):
+                log.info("reconcile.expired peer=%s uid=%s", peer.meta.name, peer.meta.uid)
+                await self._registry.delete(Kind.PEER, peer.meta.name, uid=peer.meta.uid)
+                return None
+        assert_never(action)
+
+    async def _read_again(self, action: Action) -> None:
+        try:
+            stored = await self._registry.get(*key_of(action))
+        except NotFound:
+            self._planner.outdated(action, None)
+        except RegistryError as error:
+            self._fail(action, error)
+        else:
+            self._planner.outdated(action, stored)
+
+    def _fail(self, action: Action, error: RegistryError) -> None:
+        key = key_of(action)
+        failures = self._failures[key] = self._failures.get(key, 0) + 1
+        self._note(error)
+        self._planner.failed(action, again_at=self._now() + backoff(failures, uniform=self._uniform))
+
+    def _take(self, fact: Listed | Put | Deleted) -> None:
+        self._event_at = self._now()
+        self._planner.take(fact)
+        self._wake.set()
+
+    def _note(self, error: RegistryError) -> None:
+        self._error, self._error_at = str(error), self._now()
+        log.warning("reconcile.failed error=%s", error)

@@ -1,0 +1,197 @@
+"""Conditions name the first thing that is wrong, routes stay with the elder, and counts count pairs once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from ipaddress import ip_interface, ip_network
+
+import pytest
+from scope_operator.plan.addresses import HOLD
+from scope_operator.plan.conditions import mesh_conditions, peer_conditions
+from scope_operator.plan.roles import assign_role
+from scope_operator.plan.routes import route_conflicts
+from scope_operator.plan.status import count, is_expired, plan_assignment
+
+from scope.model import (
+    Assignment,
+    Condition,
+    Mesh,
+    MeshCounts,
+    Meta,
+    Peer,
+    PeerReport,
+    PeerSpec,
+    PublicKey,
+    Role,
+    Tombstone,
+)
+from scope.resources import parse, to_dict
+from tests.unit.registry_conformance import MESH, keys
+
+HOME = replace(MESH, meta=replace(MESH.meta, uid="m", revision=1, created=1.0))
+KEY = PublicKey(bytes(32))
+TOMBSTONE = Tombstone("m", "u", KEY, KEY, bytes(64))
+
+
+def member(number: int, *, routes: tuple[str, ...] = (), assignment: Assignment = Assignment()) -> Peer:  # noqa: B008
+    return Peer(
+        Meta(f"p{number}", uid=f"u{number}", revision=number, created=float(number)),
+        PeerSpec("home", routes=tuple(map(ip_network, routes))),
+        report=PeerReport(keys(number)),
+        assignment=assignment,
+    )
+
+
+def removed(number: int, *, at: float) -> Peer:
+    gone = Condition("Removed", "True", "ByAdministrator", "removed", at)
+    addresses = (ip_interface("100.64.0.9/16"),)
+    return member(number, assignment=Assignment(addresses=addresses, conditions=(gone,), tombstone=TOMBSTONE))
+
+
+def planned(peer: Peer, *, online: bool, wall: float) -> Assignment:
+    return plan_assignment(peer, mesh=HOME, taken={}, conflict=None, online=online, wall=wall)
+
+
+def test_an_unchanged_peer_is_planned_as_it_is() -> None:
+    first = planned(member(1), online=True, wall=10.0)
+    again = planned(member(1, assignment=first), online=True, wall=99.0)
+    assert again == first
+    assert first.online
+    assert first.last_seen == 10.0
+    assert len(first.addresses) == 2
+    assert parse(to_dict(member(1, assignment=first))) == member(1, assignment=first)
+
+
+def test_going_offline_is_written_once_with_its_time() -> None:
+    first = planned(member(1), online=True, wall=10.0)
+    off = planned(member(1, assignment=first), online=False, wall=300.0)
+    assert (off.online, off.last_seen) == (False, 300.0)
+    assert planned(member(1, assignment=off), online=False, wall=999.0) == off
+    assert [(each.reason, each.changed) for each in off.conditions] == [("Offline", 300.0)]
+
+
+def test_the_first_failing_check_gives_the_reason() -> None:
+    def ready(peer: Peer, *, mesh: Mesh | None = HOME, lacks: bool = False, online: bool = True) -> str:
+        (condition, *_) = peer_conditions(
+            peer, mesh=mesh, lacks_address=lacks, conflict=None, online=online, wall=5.0
+        )
+        assert condition.type == "Ready"
+        return condition.reason
+
+    bare = replace(member(1), report=None)
+    assert ready(bare, mesh=None, lacks=True, online=False) == "NoMesh"
+    assert ready(bare, lacks=True, online=False) == "NoKeys"
+    assert ready(member(1), lacks=True, online=False) == "NoAddressLeft"
+    assert ready(member(1), online=False) == "Offline"
+    assert ready(member(1)) == "Ready"
+
+
+def test_a_mesh_says_who_has_no_address_and_whom_it_overlaps() -> None:
+    def conditions(
+        *, overlaps: Mesh | None = None, lacking: tuple[str, ...] = (), conflicting: tuple[str, ...] = ()
+    ) -> dict[str, Condition]:
+        made = mesh_conditions(
+            HOME, overlaps=overlaps, without_address=lacking, conflicting=conflicting, wall=5.0
+        )
+        return {each.type: each for each in made}
+
+    well = conditions()
+    assert {name: each.status for name, each in well.items()} == {
+        "Ready": "True",
+        "AddressesExhausted": "False",
+        "RouteConflict": "False",
+    }
+    short = conditions(lacking=("a", "b", "c", "d", "e"))
+    assert short["Ready"].reason == "NoAddressLeft"
+    assert short["AddressesExhausted"].status == "True"
+    assert "a, b, c and 2 more: widen spec.addressing" in short["AddressesExhausted"].message
+    older = replace(HOME, meta=Meta("older"))
+    assert conditions(overlaps=older, lacking=("a",))["Ready"].reason == "AddressesOverlap"
+    disputed = conditions(conflicting=("a",))
+    assert (disputed["Ready"].status, disputed["RouteConflict"].status) == ("True", "True")
+
+
+def test_a_condition_keeps_the_time_of_its_last_change_of_status() -> None:
+    first = planned(member(1), online=False, wall=10.0)
+    bare = replace(member(1, assignment=first), report=None)
+    still = planned(bare, online=False, wall=20.0)
+    assert (still.conditions[0].reason, still.conditions[0].changed) == ("NoKeys", 10.0)
+
+
+def test_a_removed_peer_keeps_its_tombstone_and_gives_its_address_back_after_a_day() -> None:
+    peer = removed(1, at=1000.0)
+    assert planned(peer, online=False, wall=2000.0) == peer.assignment
+    released = planned(peer, online=False, wall=1000.0 + HOLD)
+    assert released == replace(peer.assignment, addresses=())
+
+
+def test_peers_expire_after_the_meshs_time_offline_or_removed_and_never_online() -> None:
+    expiry = HOME.spec.peer_expiry
+    away = member(1, assignment=Assignment(last_seen=500.0))
+    assert not is_expired(away, mesh=HOME, wall=500.0 + expiry - 1)
+    assert is_expired(away, mesh=HOME, wall=500.0 + expiry)
+    assert not is_expired(
+        replace(away, meta=replace(away.meta, created=1000.0)), mesh=HOME, wall=900.0 + expiry
+    )
+    online = member(1, assignment=Assignment(online=True, last_seen=500.0))
+    assert not is_expired(online, mesh=HOME, wall=500.0 + 10 * expiry)
+    assert is_expired(removed(1, at=1000.0), mesh=HOME, wall=1000.0 + expiry)
+    assert not is_expired(removed(1, at=1000.0), mesh=HOME, wall=999.0 + expiry)
+
+
+@pytest.mark.parametrize(("asked", "role"), [("Auto", "Edge"), ("Edge", "Edge"), ("Hub", "Hub")])
+def test_a_hub_is_a_hub_only_when_asked(asked: str, role: str) -> None:
+    assert assign_role(Role(asked)) is Role(role)
+
+
+def test_the_elder_keeps_a_route_and_the_younger_is_told() -> None:
+    conflicts = route_conflicts(
+        HOME,
+        [
+            member(2, routes=("10.1.0.0/16",)),
+            member(1, routes=("10.1.2.0/24",)),
+            member(3, routes=("10.2.0.0/16",)),
+        ],
+    )
+    assert set(conflicts) == {"p2"}
+    (condition, conflict) = peer_conditions(
+        member(2), mesh=HOME, lacks_address=False, conflict=conflicts["p2"], online=True, wall=5.0
+    )
+    assert condition.status == "True"
+    assert conflict.type == "RouteConflict"
+    assert "its route 10.1.0.0/16 overlaps 10.1.2.0/24 of ScopePeer p1" in conflict.message
+
+
+@pytest.mark.parametrize(
+    ("elder", "younger", "conflicts"),
+    [
+        (("10.0.0.0/8",), ("10.9.9.0/24",), True),
+        (("10.9.9.0/24",), ("10.0.0.0/8",), True),
+        (("10.1.0.0/24", "10.3.0.0/24"), ("10.0.0.0/8",), True),
+        (("10.1.0.0/24", "10.0.0.0/8"), ("10.200.0.0/16",), True),  # its own wider route counts as well
+        (("10.0.0.0/8", "10.1.0.0/24"), ("10.200.0.0/16",), True),
+        (("10.1.0.0/24",), ("10.1.1.0/24", "10.0.255.0/24"), False),
+        (("fd01::/16",), ("fd01:2::/48",), True),
+        (("10.0.0.0/8",), ("fd01::/48",), False),
+        ((), ("100.64.0.0/10",), True),  # the mesh's own addresses
+    ],
+)
+def test_any_overlap_is_a_conflict(elder: tuple[str, ...], younger: tuple[str, ...], conflicts: bool) -> None:
+    found = route_conflicts(HOME, [member(1, routes=elder), member(2, routes=younger)])
+    assert set(found) == ({"p2"} if conflicts else set())
+
+
+def test_counts_are_of_members_and_of_pairs() -> None:
+    def reporting(number: int, direct: int, unreachable: int = 0) -> Peer:
+        peer = member(number, assignment=Assignment(online=True))
+        return replace(peer, report=PeerReport(keys(number), direct=direct, unreachable=unreachable))
+
+    peers = [
+        reporting(1, 2),
+        reporting(2, 2),
+        reporting(3, 2),
+        reporting(4, 0, 3),
+        removed(5, at=1.0),
+        member(6),
+    ]
+    assert count(peers) == MeshCounts(peers=5, online=4, direct=3, relayed=0, unreachable=2)
