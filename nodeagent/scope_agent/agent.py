@@ -9,12 +9,14 @@ with the whole of what is.
 from __future__ import annotations
 
 from collections.abc import Callable, Set
+from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass, replace
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 from scope.channel import Channel, Confirmed, Hello, NotACorrespondent, Received
 from scope.model import (
     DeviceKind,
+    Endpoint,
     IPInterface,
     Mapping,
     PathKind,
@@ -25,13 +27,14 @@ from scope.model import (
     Tombstone,
 )
 from scope.registry.port import Fact, Listed, Put
+from scope.topology import Topology, peers_for
 from scope.wire import Forward, Forwarded, Message, Removed, WireError
 from scope_agent.desired import (
     DeviceSettings,
     Identity,
     desired_device,
+    desired_peer,
     is_news,
-    is_urgent,
     report,
 )
 from scope_agent.inputs import (
@@ -61,7 +64,7 @@ from scope_agent.inputs import (
 )
 from scope_agent.membership import Membership
 from scope_agent.paths.candidates import contains
-from scope_agent.paths.core import Call, Outgoing, Paths, PathsView, PeerReading
+from scope_agent.paths.core import Call, Changes, Outgoing, Paths, PathsView, PeerReading
 from scope_agent.wireguard.device import (
     AddPeer,
     DesiredDevice,
@@ -79,8 +82,8 @@ OBSERVE_TRAFFIC = 0.25  # while traffic flows: a path that swallows it is suspec
 OBSERVE_IDLE = 10.0  # foreign changes to an idle device are put right within so long
 OBSERVE_SHARE = 50.0  # a look that took t seconds is followed by t times this of not looking
 REPORT_URGENT = 0.05  # endpoints and mapping: others wait for them; bursts still make one write
-REPORT_LINKS = 4.0  # links and counts: within the ladder's 16 s, and few writes while a mesh forms
-REPORT_STABLE = 30.0  # the same once our own endpoints have stood for a minute
+REPORT_LINKS = 0.25  # of the ladder's report bound, for paths: one write while a mesh forms or falls back
+REPORT_LATENCY = 30.0  # latencies alone
 SAVE_AFTER = 1.0  # the disk gets one write for a burst of changes
 RETRY_MIN, RETRY_MAX = 1.0, 30.0  # after a failed batch
 GOSSIP_AGAIN = 1.0  # a tombstone is passed on twice: the first datagram may be lost
@@ -134,19 +137,23 @@ class Agent:
         self._observe_floor = now
         self._device_error = ""
         self._device_retry = RETRY_MIN
-        self._plan_due = False
+        self._desired: DesiredDevice | None = None
+        self._topology = Topology({})
+        self._plan_all = True  # the whole device is to be compared
+        self._touched: set[PublicKey] = set()  # else these peers
         # registry
         self._written: PeerReport | None = None
         self._writing: PeerReport | None = None
         self._report_at: float | None = None
         self._registry_retry = RETRY_MIN
         self._registry_error = ""
-        self._published_at = now
+        self._report_due = True  # something may be worth a report
         # disk
         self._saved = state
         self._saving: DiskState | None = None
         self._save_at: float | None = None
         self._disk_error = ""
+        self._last_good: MappingOf[PublicKey, Endpoint] = {}
         # gossip and forwarding
         self._passed: dict[str, tuple[Tombstone, float]] = {}
         self._known_tombstones: set[str] = {t.peer_uid for t in state.snapshot.tombstones}
@@ -154,10 +161,12 @@ class Agent:
         self._origins: dict[PublicKey, bytes] = {}
         self._dropped = 0
         self._snapshot = Snapshot()
+        self._peer_keys: dict[PublicKey, PublicKey] = {}  # probe key -> WireGuard key of the peers
         self._membership.restore(state.snapshot)
         if state.snapshot.own is not None and state.snapshot.own.report is not None:
             self._written = state.snapshot.own.report
         self._paths.restore(state.last_good, now)
+        self._last_good = self._paths.last_good()
 
     # --- the five verbs ------------------------------------------------------------------------------------
 
@@ -172,6 +181,7 @@ class Agent:
                 self._snapshot_changed(now)
             case InterfacesChanged(addresses, mtu):
                 self._interfaces, self._underlay_mtu = self._usable(addresses), mtu
+                self._plan_all = True
                 self._paths.set_interfaces(self._interfaces, self._listen_port, now)
                 self._snapshot_changed(now)
             case DeviceObserved(device, kind, wall):
@@ -191,7 +201,6 @@ class Agent:
     def handle_timer(self, now: float) -> None:
         """Do what is due."""
         self._paths.handle_timer(now)
-        self._plan_due = True
         if self._membership.wants_list(now):
             self._out.append(ListAgain())
         for uid, (tombstone, at) in list(self._passed.items()):
@@ -280,15 +289,16 @@ class Agent:
 
     def _greet(self, sender: PublicKey, leg: Leg, now: float) -> None:
         """A peer that was away may have missed removals."""
+        if sender not in self._peer_keys:
+            return
         for tombstone in self._snapshot.tombstones[-MAX_BATCH:]:
-            if sender in self._peer_keys():
-                self._seal_and_send(sender, Removed(tombstone), _back(leg, sender), now)
+            self._seal_and_send(sender, Removed(tombstone), _back(leg, sender), now)
 
     def _forward(self, asker: PublicKey, to: PublicKey, datagram: bytes, now: float) -> None:
         tokens, at = self._allowance.get(asker, (FORWARD_BURST, now))
         tokens = min(FORWARD_BURST, tokens + (now - at) * FORWARD_PER_SECOND)
         endpoint = self._paths.endpoint_of(to, now)
-        if tokens < 1.0 or endpoint is None or to not in self._peer_keys():
+        if tokens < 1.0 or endpoint is None or to not in self._peer_keys:
             self._dropped += 1
             return
         self._allowance[asker] = (tokens - 1.0, now)
@@ -325,15 +335,11 @@ class Agent:
 
     # --- membership ----------------------------------------------------------------------------------------
 
-    def _peer_keys(self) -> dict[PublicKey, PublicKey]:
-        """Probe key -> WireGuard key of the peers."""
-        return {p.report.keys.probe: key for key, p in self._snapshot.peers.items() if p.report is not None}
-
     def _snapshot_changed(self, now: float) -> None:
         before, snapshot = self._snapshot, self._membership.snapshot()
         if snapshot is before:
             return
-        for tombstone in snapshot.tombstones:
+        for tombstone in snapshot.tombstones if snapshot.tombstones != before.tombstones else ():
             if tombstone.peer_uid not in self._known_tombstones:
                 self._known_tombstones.add(tombstone.peer_uid)
                 self._passed[tombstone.peer_uid] = (tombstone, now + GOSSIP_AGAIN)
@@ -343,12 +349,17 @@ class Agent:
         if mesh is not None and mesh.spec.listen_port and mesh.spec.listen_port != self._listen_port:
             self._listen_port = mesh.spec.listen_port
             self._paths.set_interfaces(self._interfaces, self._listen_port, now)
-        reflectors = {r.probe_key for r in mesh.status.reflectors} if mesh is not None else set()
-        self._channel.set_correspondents(frozenset(reflectors | self._peer_keys().keys()))
+        if snapshot.peers.keys() != before.peers.keys() or mesh is not before.mesh:
+            self._peer_keys = {p.report.keys.probe: k for k, p in snapshot.peers.items() if p.report}
+            reflectors = {r.probe_key for r in mesh.status.reflectors} if mesh is not None else set()
+            self._channel.set_correspondents(frozenset(reflectors | self._peer_keys.keys()))
         self._interfaces = self._usable(self._interfaces)
+        if _shape_differs(before, snapshot) or snapshot.tombstones != before.tombstones:
+            self._topology = peers_for(snapshot)
+            self._plan_all = True
         self._paths.set_snapshot(snapshot, now)
         self._adopt(now, new=snapshot.peers.keys() - before.peers.keys())
-        self._plan_due = True
+        self._report_due = True
         self._save_soon(now)
 
     def _pass_on(self, tombstone: Tombstone, now: float) -> None:
@@ -385,7 +396,8 @@ class Agent:
                 self._agreed = None
         self._observe_at = None
         self._observe_soon(now, OBSERVE_BUSY if self._paths.busy() else OBSERVE_IDLE)
-        self._plan_due = True
+        self._plan_all = True
+        self._report_due |= first
 
     def _read(self, key: PublicKey, peer: ObservedPeer, wall: float, now: float) -> PeerReading:
         known = self._sessions.get(key)
@@ -422,29 +434,22 @@ class Agent:
             self._observe_at = at
 
     def _plan_device(self, now: float) -> None:
-        if (
-            not self._plan_due
-            or self._device_busy
-            or self._observed is None
-            or self._observing_since is not None
-        ):
+        if not (self._plan_all or self._touched) or self._device_busy:
             return
-        self._plan_due = False
-        settings = DeviceSettings(
-            self._config.device,
-            listen_port=self._listen_port,
-            underlay_mtu=self._underlay_mtu,
-            fwmark=self._config.fwmark,
-        )
-        view = self._paths.view(now)
-        desired = desired_device(self._snapshot, view, identity=self._config.identity, settings=settings)
+        if self._observed is None or self._observing_since is not None:
+            return
+        desired, observed = self._want(now), self._observed
         if desired is None:
             return
-        if self.removed:
-            desired = replace(desired, peers={})
-        actions = plan_device(desired, self._observed)
+        if self._plan_all:
+            actions = plan_device(desired, observed)
+        else:
+            actions = plan_device(_only(desired, self._touched), _only(observed, self._touched))
+        complete = self._plan_all or self._agreed is not None
+        self._plan_all = False
+        self._touched.clear()
         if not actions:
-            self._agreed = desired
+            self._agreed = desired if complete else None
             return
         batch = actions[:MAX_BATCH]
         self._agreed = None
@@ -456,6 +461,32 @@ class Agent:
             elif isinstance(action, RemovePeer):
                 self._sessions.pop(action.key, None)
 
+    def _want(self, now: float) -> DesiredDevice | None:
+        """The device as it should be: worked out anew for peers that were touched, else for all."""
+        view, desired = self._paths.view(now), self._desired
+        if self._plan_all or desired is None:
+            settings = DeviceSettings(
+                self._config.device,
+                listen_port=self._listen_port,
+                underlay_mtu=self._underlay_mtu,
+                fwmark=self._config.fwmark,
+            )
+            desired = desired_device(
+                self._snapshot, self._topology, view, identity=self._config.identity, settings=settings
+            )
+            if desired is not None and self.removed:
+                desired = replace(desired, peers={})
+        else:
+            allowed = self._topology.allowed_ips
+            wanted = {
+                key: desired_peer(key, allowed.get(key, frozenset()), view.pairs.get(key))
+                for key in self._touched & desired.peers.keys()
+            }
+            if any(desired.peers[key] != peer for key, peer in wanted.items()):
+                desired = replace(desired, peers=desired.peers | wanted)
+        self._desired = desired
+        return desired
+
     # --- batches -------------------------------------------------------------------------------------------
 
     def _applied(self, target: Target, now: float) -> None:
@@ -466,6 +497,7 @@ class Agent:
                 self._observing_since = now  # the shell looks after each batch
             case Target.REGISTRY:
                 self._written, self._writing = self._writing, None
+                self._report_due = True
                 self._registry_error, self._registry_retry = "", RETRY_MIN
             case Target.DISK:
                 if self._saving is not None:
@@ -484,6 +516,7 @@ class Agent:
                     and not self._snapshot.mesh.spec.listen_port
                 ):
                     self._listen_port = pick_port(self._random)
+                    self._plan_all = True
                     self._paths.set_interfaces(self._interfaces, self._listen_port, now)
                     self._save_soon(now)
                 self._observing_since = None
@@ -510,6 +543,8 @@ class Agent:
                     self._call(out, now)
                 case _:
                     assert_never(out)
+        changes = self._paths.changes(now)
+        self._touched |= changes.pairs
         self._plan_device(now)
         if self._observe_at is not None and now >= self._observe_at:
             if self._observing_since is None and not self._device_busy:
@@ -518,48 +553,60 @@ class Agent:
                 self._out.append(Observe())
         elif self._paths.busy():
             self._observe_soon(now, OBSERVE_BUSY)
-        self._plan_report(now)
+        self._plan_report(changes, now)
         self._plan_save(now)
 
     def _note_own_report(self, fact: Fact) -> None:
-        """What the registry holds of us, when it is not what we wrote, is what the next report is compared to."""
+        """The next report is held to what the registry holds of us, whoever wrote that."""
         if self._writing is not None:
             return
         resources = (
             fact.resources if isinstance(fact, Listed) else (fact.resource,) if isinstance(fact, Put) else ()
         )
         for resource in resources:
-            if isinstance(resource, Peer) and resource.report is not None:
-                if resource.report.keys.wireguard == self._config.identity.public.wireguard:
-                    self._written = resource.report
+            if not isinstance(resource, Peer) or resource.report is None:
+                continue
+            if resource.report.keys.wireguard == self._config.identity.public.wireguard:
+                self._written = resource.report
 
-    def _plan_report(self, now: float) -> None:
+    def _plan_report(self, changes: Changes, now: float) -> None:
         own = self._snapshot.own
-        if own is None or self._writing is not None or not self._listen_port or self._observed is None:
+        if self._report_due or changes.own or changes.moved:
+            self._report_due = False
+            self._report_soon(now, self._report_delay(urgent=self._owe_endpoints(now)))
+        elif changes.pairs and self._report_at is None:
+            self._report_soon(now, REPORT_LATENCY)
+        if self._report_at is None or now < self._report_at or self._writing is not None:
             return
+        self._report_at = None
+        if own is None or not self._listen_port or self._observed is None:
+            return  # whatever brings these makes a report due
+        if not self._membership.registration().connected:
+            return  # so does a list
         wanted = report(
             self._snapshot, self._paths.view(now), identity=self._config.identity, device=self._device_kind
         )
-        if not is_news(wanted, self._written):
-            self._report_at = None
-            return
-        urgent = is_urgent(wanted, self._written)
-        if urgent:
-            self._published_at = now
-        calm = now - self._published_at > 60.0 and now - self._started > 60.0
-        delay = (
-            REPORT_URGENT
-            if urgent
-            else (REPORT_STABLE if calm else REPORT_LINKS) * (0.8 + 0.4 * self._random())
-        )
-        if self._report_at is None or (urgent and self._report_at > now + delay and not self._registry_error):
-            self._report_at = now + delay
-        if now >= self._report_at and self._membership.registration().connected:
-            self._report_at = None
+        if is_news(wanted, self._written):
             self._writing = wanted
             self._out.append(WriteReport(own.meta.name, own.meta.uid, wanted))
-        elif now >= self._report_at:
-            self._report_at = now + RETRY_MIN
+
+    def _owe_endpoints(self, now: float) -> bool:
+        """Whether others cannot reach us by what is written."""
+        view, written = self._paths.view(now), self._written
+        return written is None or (view.candidates, view.mapping) != (written.endpoints, written.mapping)
+
+    def _report_delay(self, *, urgent: bool) -> float:
+        if self._registry_error:
+            return self._registry_retry
+        if urgent:
+            return REPORT_URGENT
+        mesh = self._snapshot.mesh
+        return REPORT_LINKS * mesh.spec.timers.report if mesh is not None else RETRY_MIN
+
+    def _report_soon(self, now: float, delay: float) -> None:
+        at = now + delay * (0.8 + 0.4 * self._random())
+        if self._report_at is None or at < self._report_at:
+            self._report_at = at
 
     def _save_soon(self, now: float) -> None:
         if self._save_at is None:
@@ -568,12 +615,13 @@ class Agent:
     def _plan_save(self, now: float) -> None:
         if self._saving is not None:
             return
-        if self._paths.last_good() != self._saved.last_good:
+        if self._paths.last_good() is not self._last_good:
+            self._last_good = self._paths.last_good()
             self._save_soon(now)
         if self._save_at is None or now < self._save_at:
             return
         self._save_at = None
-        state = DiskState(self._snapshot, last_good=self._paths.last_good(), listen_port=self._listen_port)
+        state = DiskState(self._snapshot, last_good=dict(self._last_good), listen_port=self._listen_port)
         if state != self._saved:
             self._saving = state
             self._out.append(SaveState(state))
@@ -652,6 +700,30 @@ class Agent:
 def pick_port(random: Callable[[], float]) -> int:
     """A port of one's own: below the ephemeral and NodePort ranges, and below those that hubs relay on."""
     return 20000 + int(random() * 6000)
+
+
+def _shape_differs(before: Snapshot, after: Snapshot) -> bool:
+    """Whether what the device and its allowed IPs are made of differs; endpoints and links are not that."""
+    if before.peers.keys() != after.peers.keys() or before.own is None or after.own is None:
+        return True
+    if before.mesh is not after.mesh or _claim(before.own) != _claim(after.own):
+        return True
+    return any(
+        before.peers[key] is not peer and _claim(before.peers[key]) != _claim(peer)
+        for key, peer in after.peers.items()
+    )
+
+
+def _claim(peer: Peer) -> tuple[object, ...]:
+    return peer.assignment.addresses, peer.spec.routes, peer.meta.uid, peer.meta.created
+
+
+_Device = TypeVar("_Device", DesiredDevice, ObservedDevice)
+
+
+def _only(device: _Device, keys: Set[PublicKey]) -> _Device:
+    """The device with some of its peers; to plan for these alone costs the same in a mesh of any size."""
+    return replace(device, peers={key: device.peers[key] for key in keys if key in device.peers})
 
 
 def _back(leg: Leg, sender: PublicKey) -> Leg:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from scope.topology import peers_for
-
 from scope.model import (
     DeviceKind,
     IPNetwork,
@@ -21,6 +19,7 @@ from scope.model import (
     Secret,
     Snapshot,
 )
+from scope.topology import Topology
 from scope_agent.paths.core import PathsView
 from scope_agent.paths.pair import PairView
 from scope_agent.wireguard.device import DesiredDevice, DesiredPeer
@@ -53,16 +52,16 @@ class DeviceSettings:
 
 
 def desired_device(
-    snapshot: Snapshot, paths: PathsView, *, identity: Identity, settings: DeviceSettings
+    snapshot: Snapshot, topology: Topology, paths: PathsView, *, identity: Identity, settings: DeviceSettings
 ) -> DesiredDevice | None:
     """The device as it should be; None until the mesh and our own address are known."""
     mesh, own = snapshot.mesh, snapshot.own
     if mesh is None or own is None:
         return None
     prefixes = frozenset(p for p in (mesh.spec.addressing.ipv4, mesh.spec.addressing.ipv6) if p is not None)
-    allowed = peers_for(snapshot).allowed_ips
+    allowed = topology.allowed_ips
     peers = {
-        key: _desired_peer(key, allowed.get(key, frozenset()), paths.pairs.get(key)) for key in snapshot.peers
+        key: desired_peer(key, allowed.get(key, frozenset()), paths.pairs.get(key)) for key in snapshot.peers
     }
     offered: frozenset[IPNetwork] = frozenset(
         prefix for ips in allowed.values() for prefix in ips if prefix.prefixlen < prefix.max_prefixlen
@@ -81,7 +80,7 @@ def desired_device(
     )
 
 
-def _desired_peer(key: PublicKey, allowed: frozenset[IPNetwork], pair: PairView | None) -> DesiredPeer:
+def desired_peer(key: PublicKey, allowed: frozenset[IPNetwork], pair: PairView | None) -> DesiredPeer:
     """Until a path is chosen a peer is only known: it may handshake with us, we send it nothing."""
     if pair is None or not pair.ready:
         return DesiredPeer(key)
@@ -158,11 +157,6 @@ def is_news(wanted: PeerReport, written: PeerReport | None) -> bool:
     if before.keys() != {link.peer for link in wanted.links}:
         return True
     return any(_link_changed(link, before[link.peer]) for link in wanted.links)
-
-
-def is_urgent(wanted: PeerReport, written: PeerReport | None) -> bool:
-    """Whether others wait for it: they cannot reach us by what is written."""
-    return written is None or (wanted.endpoints, wanted.mapping) != (written.endpoints, written.mapping)
 
 
 def _without_links(value: PeerReport) -> PeerReport:

@@ -8,9 +8,12 @@ questions, and says in words why a pair has no direct path. Sans-IO, in five ver
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Mapping as MappingOf
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TypeAlias
 
 from scope.model import (
@@ -18,7 +21,6 @@ from scope.model import (
     CandidateKind,
     Endpoint,
     Family,
-    IPAddress,
     IPInterface,
     IPNetwork,
     Mapping,
@@ -28,14 +30,15 @@ from scope.model import (
     Timers,
 )
 from scope.wire import MAX_CANDIDATES, CallMeMaybe, Message, Nominate, Nominated, Ping, Pong
-from scope_agent.paths.candidates import own_candidates, refusal
+from scope_agent.paths.candidates import is_private, own_candidates, refusal
 from scope_agent.paths.pair import CallPeer, Pair, PairView, SendTo
-from scope_agent.paths.reflexive import ReflectorTarget, Reflexive
+from scope_agent.paths.reflexive import MAX_TARGETS, ReflectorTarget, Reflexive
 
 # A ping is about 150 bytes on the wire. A thousand peers that are searched at once are spread over seconds, a
 # hundred are not held up; home routers take this rate of new sessions.
 PACE_PER_SECOND = 400.0
 PACE_BURST = 120
+MAX_CARRIERS = 3  # a call-me-maybe goes over so many at once: each may be lost, or not reach the other side
 _QUEUE_MAX = 8192  # pings waiting for the pace: 32 routes of 256 peers; more would be stale before they go
 
 
@@ -73,13 +76,22 @@ class PeerReading:
 
 @dataclass(frozen=True, slots=True)
 class PathsView:
-    """What the rest of the agent may know of paths."""
+    """What others may know of paths. `pairs` is by WireGuard key, and good until the next input."""
 
-    pairs: dict[PublicKey, PairView] = field(default_factory=dict)  # by WireGuard key
+    pairs: MappingOf[PublicKey, PairView] = field(default_factory=dict)
     candidates: tuple[Candidate, ...] = ()
     mapping: Mapping = Mapping.UNKNOWN
     reflectors_silent_since: float | None = None  # None while one answers, or none is known
     reflectors_known: bool = False
+
+
+@dataclass(slots=True)
+class Changes:
+    """What differs from when it was last asked."""
+
+    pairs: set[PublicKey] = field(default_factory=set)  # whose view differs in anything
+    moved: bool = False  # a path, an endpoint or a reason differs, not only a latency
+    own: bool = False  # our candidates or our mapping differ
 
 
 class Paths:
@@ -105,36 +117,80 @@ class Paths:
         self._tokens = float(PACE_BURST)
         self._tokens_at = 0.0
         self._restored: dict[PublicKey, Endpoint] = {}
+        # kept up to date by `_touch` and `view`, so that one datagram costs the same in a mesh of any size
         self._dirty: set[PublicKey] = set()
         self._views: dict[PublicKey, PairView] = {}
+        self._changes = Changes()
+        self._living: dict[PublicKey, None] = {}
+        self._busy: set[PublicKey] = set()
+        self._last_good: dict[PublicKey, Endpoint] = {}
+        self._open_peers: dict[PublicKey, tuple[ReflectorTarget, ...]] = {}
+        self._targets: tuple[ReflectorTarget, ...] = ()
+        self._observers: dict[str, dict[str, Endpoint]] = {}  # subject's name -> observer's name -> where
+        self._candidates: tuple[Candidate, ...] = ()
+        self._mapping = Mapping.UNKNOWN
+        self._families: frozenset[Family] = frozenset()
+        self._own_endpoints: frozenset[Endpoint] = frozenset()
 
     # --- what is known -------------------------------------------------------------------------------------
 
     def set_snapshot(self, snapshot: Snapshot, now: float) -> None:
         """Take the peers, their endpoints, the mesh's timers and reflectors."""
         before, self._snapshot = self._snapshot, snapshot
-        timers, prefer = self._timers(), self._prefer()
         if before.mesh is not None and snapshot.mesh is not None and before.mesh.spec != snapshot.mesh.spec:
             for pair in self._pairs.values():
-                pair.configure(timers, prefer)
-        for key in self._pairs.keys() - snapshot.peers.keys():
+                pair.configure(self._timers(), self._prefer())
+        gone = before.peers.keys() - snapshot.peers.keys()
+        news = [key for key, peer in snapshot.peers.items() if before.peers.get(key) is not peer]
+        stale = set(news)  # whose routes are to be worked out anew
+        for key in gone:
+            stale |= self._note_observations(before.peers[key], None)
             self._forget(key)
-        observed = _observed_by_others(snapshot)
-        for key, peer in snapshot.peers.items():
-            if peer.report is None:
-                continue
-            probe = peer.report.keys.probe
-            if self._keys.get(key) != probe:
-                self._keys[key] = probe
-                self._peer_of[probe] = key
-            pair = self._pairs.get(key)
-            if pair is None:
-                pair = self._new_pair(key, now)
-            elif before.peers.get(key) == peer and not observed.get(peer.meta.name):
-                continue
-            pair.set_candidates(self._routes_to(peer, observed), peer.report.mapping, now)
-            self._touch(key, now)
+        for key in news:
+            stale |= self._note_observations(before.peers.get(key), snapshot.peers[key])
+            self._note_open(key, snapshot.peers[key])
+        for key in sorted(stale & snapshot.peers.keys()):
+            self._know(key, snapshot.peers[key], now)
         self._set_reflectors(now)
+
+    def _know(self, key: PublicKey, peer: Peer, now: float) -> None:
+        if peer.report is None:
+            return
+        probe = peer.report.keys.probe
+        if self._keys.get(key) != probe:
+            self._keys[key] = probe
+            self._peer_of[probe] = key
+        pair = self._pairs.get(key) or self._new_pair(key, now)
+        pair.set_candidates(self._routes_to(peer), peer.report.mapping, now)
+        self._touch(key, now)
+
+    def _note_observations(self, before: Peer | None, after: Peer | None) -> set[PublicKey]:
+        """Take where a peer saw others; the keys of those it now sees elsewhere."""
+        was, is_now = _observations(before), _observations(after)
+        if was == is_now:
+            return set()
+        for observer, name in was.keys() - is_now.keys():
+            del self._observers[name][observer]
+            if not self._observers[name]:
+                del self._observers[name]
+        for (observer, name), endpoint in is_now.items():
+            self._observers.setdefault(name, {})[observer] = endpoint
+        moved = {link[1] for link in was.keys() | is_now.keys() if was.get(link) != is_now.get(link)}
+        return {key for key, peer in self._snapshot.peers.items() if peer.meta.name in moved}
+
+    def _note_open(self, key: PublicKey, peer: Peer) -> None:
+        """A peer without a NAT can tell us where it sees us."""
+        report = peer.report
+        self._open_peers.pop(key, None)
+        if report is None or report.mapping is not Mapping.NONE or not peer.assignment.online:
+            return
+        self._open_peers[key] = tuple(
+            ReflectorTarget(report.keys.probe, candidate.endpoint)
+            for candidate in report.endpoints
+            if candidate.kind in (CandidateKind.HOST, CandidateKind.STATIC)
+            and not is_private(candidate.endpoint.address)
+            and self._refusal(candidate.endpoint) is None
+        )
 
     def set_interfaces(self, interfaces: frozenset[IPInterface], listen_port: int, now: float) -> None:
         """Take our own addresses and WireGuard's port; a change makes every path doubtful."""
@@ -142,7 +198,13 @@ class Paths:
         if before == (interfaces, listen_port):
             return
         self._interfaces, self._listen_port = interfaces, listen_port
+        self._families = frozenset(Family.IPV4 if i.version == 4 else Family.IPV6 for i in interfaces)
+        self._own_endpoints = frozenset(Endpoint(i.ip, listen_port) for i in interfaces if listen_port)
         self._set_reflectors(now)
+        for key, peer in self._snapshot.peers.items():
+            if key in self._pairs and peer.report is not None:
+                self._pairs[key].set_candidates(self._routes_to(peer), peer.report.mapping, now)
+                self._touch(key, now)
         if not before[0]:
             return
         self._reflexive.restart(now, forget=True)
@@ -175,11 +237,12 @@ class Paths:
             endpoint = reading.endpoint
             if endpoint is not None and self._refusal(endpoint) is not None:
                 endpoint = None
-            pair.observe(
+            news = pair.observe(
                 tx=reading.tx, rx=reading.rx, endpoint=endpoint, handshake=reading.handshake,
                 session=reading.session, now=now,
             )  # fmt: skip
-            self._touch(key, now)
+            if news:
+                self._touch(key, now)
 
     # --- datagrams -----------------------------------------------------------------------------------------
 
@@ -221,7 +284,7 @@ class Paths:
         if key is not None and key in self._pairs:
             self._pairs[key].confirmed(source, now)
             self._touch(key, now)
-        if any(target.probe_key == sender for target in self._targets()):
+        if any(target.probe_key == sender for target in self._targets):
             self._reflexive.restart(now, forget=False)
 
     # --- time ----------------------------------------------------------------------------------------------
@@ -230,7 +293,7 @@ class Paths:
         """When `handle_timer` wants to run next."""
         times = [self._heap[0][0]] if self._heap else []
         reflexive = self._reflexive.get_timer()
-        if reflexive is not None and self._families():
+        if reflexive is not None and self._families:
             times.append(reflexive)
         if self._waiting:
             times.append(self._tokens_at + (1.0 - self._tokens) / PACE_PER_SECOND)
@@ -238,11 +301,12 @@ class Paths:
 
     def handle_timer(self, now: float) -> None:
         """Do what is due."""
-        if self._families():
-            for question in self._reflexive.handle_timer(now, self._transaction + 1):
-                self._transaction = question.transaction
+        asks = self._reflexive.get_timer()
+        if self._families and asks is not None and asks <= now:
+            for question in self._reflexive.handle_timer(now, self._next_transaction):
                 ping = Ping(question.transaction, has_session=False, received=0)
                 self._out.append(Outgoing(question.target.probe_key, ping, question.target.endpoint))
+            self._publish(now)
         while self._heap and self._heap[0][0] <= now:
             at, _, key = heapq.heappop(self._heap)
             if self._armed.get(key) != at:
@@ -257,7 +321,7 @@ class Paths:
                         self._pace(Outgoing(self._keys[key], message, endpoint, ttl))
                     case CallPeer():
                         self._out.append(
-                            Call(self._keys[key], CallMeMaybe(self.candidates(now)[:MAX_CANDIDATES]))
+                            Call(self._keys[key], CallMeMaybe(self._candidates[:MAX_CANDIDATES]))
                         )
             if not pair.alive:
                 pair.explain(self._why_not(key, now))
@@ -274,46 +338,54 @@ class Paths:
 
     def view(self, now: float) -> PathsView:
         """All pairs; only those that were touched since the last view are worked out anew."""
+        self._look(now)
+        return PathsView(
+            pairs=MappingProxyType(self._views),
+            candidates=self._candidates,
+            mapping=self._mapping,
+            reflectors_silent_since=self._reflexive.silent_since(),
+            reflectors_known=bool(self._targets),
+        )
+
+    def changes(self, now: float) -> Changes:
+        """What changed since the last call."""
+        self._look(now)
+        changes, self._changes = self._changes, Changes()
+        return changes
+
+    def _look(self, now: float) -> None:
         for key in self._dirty:
             pair = self._pairs.get(key)
-            if pair is not None:
-                self._views[key] = pair.view(now)
+            if pair is None:
+                continue
+            before, view = self._views.get(key), pair.view(now)
+            if view != before:
+                self._views[key] = view
+                self._changes.pairs.add(key)
+                self._changes.moved |= before is None or replace(before, rtt=view.rtt) != view
         self._dirty.clear()
-        return PathsView(
-            pairs=dict(self._views),
-            candidates=self.candidates(now),
-            mapping=self.mapping(now),
-            reflectors_silent_since=self._reflexive.silent_since(),
-            reflectors_known=bool(self._targets()),
-        )
 
-    def candidates(self, now: float) -> tuple[Candidate, ...]:
-        """What we publish of ourselves."""
-        reflexive = self._reflexive.endpoints(now)
-        if self._reflexive.mapping(self._own_addresses(), now) is Mapping.ENDPOINT_DEPENDENT:
-            reflexive = frozenset()  # nobody else would be let in there
+    def _publish(self, now: float) -> None:
+        """Work out anew what we say of ourselves."""
         own = self._snapshot.own
-        return (
-            own_candidates(
-                interfaces=self._interfaces,
-                listen_port=self._listen_port,
-                static=own.spec.endpoints if own is not None else (),
-                reflexive=reflexive,
-                mesh=self._mesh_prefixes(),
-            )
-            if self._listen_port
-            else ()
+        addresses = frozenset(interface.ip for interface in self._interfaces)
+        candidates = own_candidates(
+            interfaces=self._interfaces,
+            listen_port=self._listen_port,
+            static=own.spec.endpoints if own is not None else (),
+            reflexive=self._reflexive.published(now),
+            mesh=self._mesh_prefixes(),
         )
-
-    def mapping(self, now: float) -> Mapping:
-        """Our mapping class."""
-        return self._reflexive.mapping(self._own_addresses(), now)
+        mapping = self._reflexive.mapping(addresses, now)
+        if (candidates, mapping) != (self._candidates, self._mapping):
+            self._candidates, self._mapping = candidates, mapping
+            self._changes.own = True
 
     def carriers(self, to: PublicKey, now: float) -> list[PublicKey]:
         """Probe keys of whoever may pass a datagram on to `to`: reflectors that answer, then living peers."""
         reflectors = [target.probe_key for target in self._reflexive.answering(now)]
-        peers = [self._keys[key] for key, pair in self._pairs.items() if pair.alive]
-        return [key for key in dict.fromkeys(reflectors + peers) if key != to][:3]
+        peers = [self._keys[key] for key in itertools.islice(self._living, MAX_CARRIERS + 1)]
+        return [key for key in dict.fromkeys(reflectors + peers) if key != to][:MAX_CARRIERS]
 
     def endpoint_of(self, probe: PublicKey, now: float) -> Endpoint | None:
         """Where a carrier or peer is reached now, by probe key."""
@@ -331,15 +403,13 @@ class Paths:
             pair.settled()
             self._touch(key, now)
 
-    def last_good(self) -> dict[PublicKey, Endpoint]:
-        """What to try first after a restart."""
-        found = dict(self._restored)
-        found.update((key, pair.last_good) for key, pair in self._pairs.items() if pair.last_good is not None)
-        return {key: endpoint for key, endpoint in found.items() if key in self._pairs}
+    def last_good(self) -> MappingOf[PublicKey, Endpoint]:
+        """What to try first after a restart; another object once anything in it changed."""
+        return self._last_good
 
     def busy(self) -> bool:
         """Whether some pair waits for the device's news."""
-        return any(pair.busy for pair in self._pairs.values())
+        return bool(self._busy)
 
     # --- inside --------------------------------------------------------------------------------------------
 
@@ -355,20 +425,8 @@ class Paths:
         addressing = self._snapshot.mesh.spec.addressing
         return tuple(prefix for prefix in (addressing.ipv4, addressing.ipv6) if prefix is not None)
 
-    def _own_addresses(self) -> frozenset[IPAddress]:
-        return frozenset(interface.ip for interface in self._interfaces)
-
-    def _families(self) -> frozenset[Family]:
-        """The families we can send in at all."""
-        return frozenset(
-            Family.IPV4 if interface.version == 4 else Family.IPV6 for interface in self._interfaces
-        )
-
     def _refusal(self, endpoint: Endpoint) -> str | None:
-        own = frozenset(
-            Endpoint(interface.ip, self._listen_port) for interface in self._interfaces if self._listen_port
-        )
-        return refusal(endpoint, mesh=self._mesh_prefixes(), own=own)
+        return refusal(endpoint, mesh=self._mesh_prefixes(), own=self._own_endpoints)
 
     def _new_pair(self, key: PublicKey, now: float) -> Pair:
         pair = Pair(
@@ -391,42 +449,42 @@ class Paths:
         self._peer_of.pop(probe, None)
         self._origins.pop(probe, None)
         self._armed.pop(key, None)
-        self._views.pop(key, None)
         self._restored.pop(key, None)
+        self._open_peers.pop(key, None)
+        self._living.pop(key, None)
+        self._busy.discard(key)
+        self._note_last_good(key, None)
+        self._dirty.discard(key)
+        self._changes.moved |= self._views.pop(key, None) is not None
 
-    def _routes_to(self, peer: Peer, observed: dict[str, frozenset[Endpoint]]) -> frozenset[Endpoint]:
+    def _routes_to(self, peer: Peer) -> frozenset[Endpoint]:
         report = peer.report
         published = {c.endpoint for c in report.endpoints} if report is not None else set()
-        claimed = published | set(peer.spec.endpoints) | observed.get(peer.meta.name, frozenset())
-        families = self._families()
+        observed = set(self._observers.get(peer.meta.name, {}).values())
+        claimed = published | set(peer.spec.endpoints) | observed
         return frozenset(
-            e for e in claimed if self._refusal(e) is None and (not families or e.family in families)
+            e
+            for e in claimed
+            if self._refusal(e) is None and (not self._families or e.family in self._families)
         )
 
-    def _targets(self) -> tuple[ReflectorTarget, ...]:
-        """The registry's reflectors, and every peer without a NAT."""
+    def _set_reflectors(self, now: float) -> None:
+        """The registry's reflectors, and a few peers without a NAT: not the same ones for everybody."""
         mesh = self._snapshot.mesh
-        families = self._families()
         named = [
             ReflectorTarget(reflector.probe_key, endpoint)
             for reflector in (mesh.status.reflectors if mesh is not None else ())
             for endpoint in reflector.endpoints
         ]
-        open_peers = [
-            ReflectorTarget(peer.report.keys.probe, candidate.endpoint)
-            for _, peer in sorted(self._snapshot.peers.items())
-            if peer.report is not None and peer.report.mapping is Mapping.NONE and peer.assignment.online
-            for candidate in peer.report.endpoints
-            if candidate.kind in (CandidateKind.HOST, CandidateKind.STATIC)
-            and self._refusal(candidate.endpoint) is None
-        ]
-        return tuple(t for t in named + open_peers if t.endpoint.family in families)
-
-    def _set_reflectors(self, now: float) -> None:
-        self._reflexive.set_targets(self._targets(), now)
+        nearest = heapq.nsmallest(MAX_TARGETS, self._open_peers, key=lambda key: (key < self._own, key))
+        targets = named + [target for key in nearest for target in self._open_peers[key]]
+        self._targets = tuple(t for t in targets if t.endpoint.family in self._families)
+        self._reflexive.set_targets(self._targets, now)
+        self._publish(now)
 
     def _mapping_changed(self, now: float) -> None:
         """Peers that do not hear us yet should hear of the new mapping."""
+        self._publish(now)
         for key, pair in self._pairs.items():
             if not pair.alive:
                 pair.mapping_known(now)
@@ -435,7 +493,17 @@ class Paths:
     def _touch(self, key: PublicKey, now: float) -> None:
         """Work out the pair's view and timer anew."""
         self._dirty.add(key)
-        due = self._pairs[key].get_timer()
+        pair = self._pairs[key]
+        if pair.alive:
+            self._living[key] = None
+        else:
+            self._living.pop(key, None)
+        if pair.busy:
+            self._busy.add(key)
+        else:
+            self._busy.discard(key)
+        self._note_last_good(key, pair.last_good)
+        due = pair.get_timer()
         if due is None:
             self._armed.pop(key, None)
             return
@@ -444,6 +512,13 @@ class Paths:
             self._armed[key] = due
             self._sequence += 1
             heapq.heappush(self._heap, (due, self._sequence, key))
+
+    def _note_last_good(self, key: PublicKey, endpoint: Endpoint | None) -> None:
+        if self._last_good.get(key) == endpoint:
+            return
+        self._last_good = {k: e for k, e in self._last_good.items() if k != key}
+        if endpoint is not None:
+            self._last_good[key] = endpoint
 
     def _next_transaction(self) -> int:
         self._transaction = (self._transaction + 1) & 0xFFFFFFFF
@@ -469,15 +544,15 @@ class Paths:
         report = peer.report if peer is not None else None
         if report is None:
             return "the peer has not reported its endpoints yet"
-        if not self._families():
+        if not self._families:
             return "this machine has no usable address"
         if not report.endpoints:
             return "the peer publishes no endpoint"
         theirs = {c.endpoint.family for c in report.endpoints}
-        if not theirs & self._families():
-            here, there = (_families_text(f) for f in (self._families(), theirs))
+        if not theirs & self._families:
+            here, there = (_families_text(f) for f in (self._families, theirs))
             return f"no address family in common: {here} here, {there} there"
-        mine = self.mapping(now)
+        mine = self._mapping
         silent = self._reflexive.silent_since()
         if (
             silent is not None
@@ -498,14 +573,12 @@ class Paths:
         return f"no answer from {', '.join(tried[:3])}" if tried else "no endpoint to try"
 
 
-def _observed_by_others(snapshot: Snapshot) -> dict[str, frozenset[Endpoint]]:
-    """By peer name: endpoints at which other peers report to have seen it."""
-    found: dict[str, frozenset[Endpoint]] = {}
-    for peer in snapshot.peers.values():
-        for link in peer.report.links if peer.report is not None else ():
-            if link.observed is not None:
-                found[link.peer] = found.get(link.peer, frozenset()) | {link.observed}
-    return found
+def _observations(peer: Peer | None) -> dict[tuple[str, str], Endpoint]:
+    """By (its own name, the other's): where the peer reports to have seen others."""
+    if peer is None or peer.report is None:
+        return {}
+    links = peer.report.links
+    return {(peer.meta.name, link.peer): link.observed for link in links if link.observed is not None}
 
 
 def _families_text(families: set[Family] | frozenset[Family]) -> str:

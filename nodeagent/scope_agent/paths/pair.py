@@ -165,6 +165,7 @@ class Pair:
         self._gate_until: float | None = None
         self._ready = False
         self._tx = self._rx = -1
+        self._reading: tuple[int, int, Endpoint | None, bool] | None = None
         self._tx_moved = NEVER
         self._unanswered_since: float | None = None
         self._suspect: float | None = None
@@ -368,8 +369,15 @@ class Pair:
 
     def observe(
         self, *, tx: int, rx: int, endpoint: Endpoint | None, handshake: bool, session: bool, now: float
-    ) -> None:
-        """Take the device's counters (bytes since its start), endpoint, and whether a new handshake was seen."""
+    ) -> bool:
+        """Take the device's counters (bytes since its start), endpoint, and whether a new handshake was seen.
+
+        False when nothing came of it.
+        """
+        reading = (tx, rx, endpoint, session)
+        if reading == self._reading and not handshake and endpoint in (None, self._current):
+            return False
+        self._reading = reading
         self._session = session
         if handshake:
             self._gate_until = now if self._gate_until is not None else None
@@ -386,9 +394,10 @@ class Pair:
         self._tx, self._rx = tx, rx
         if endpoint is not None and endpoint != self._current and self._ready:
             self._device_roamed(endpoint, now)
+        return True
 
     def _device_roamed(self, endpoint: Endpoint, now: float) -> None:
-        """WireGuard moved by itself to where an authenticated packet came from: prove it, then agree on it."""
+        """WireGuard moved to where an authenticated packet came from: prove it, then agree on it."""
         route = self._route(endpoint)
         if route is None:
             return

@@ -8,6 +8,7 @@ answer it is unknown. A reflector that sees one of our own interface addresses s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from scope.model import Endpoint, Family, IPAddress, Mapping, PublicKey
@@ -54,6 +55,7 @@ class Reflexive:
         self._silent_since: float | None = None
         self._awaited: _Asked | None = None  # the refresher of this round, until it answers
         self._asked_at = 0.0
+        self._published: frozenset[Endpoint] = frozenset()
 
     def set_targets(self, targets: tuple[ReflectorTarget, ...], now: float) -> None:
         """Replace the reflectors; new ones are asked at once."""
@@ -100,8 +102,8 @@ class Reflexive:
         """When `handle_timer` wants to run."""
         return self._due
 
-    def handle_timer(self, now: float, next_transaction: int) -> list[Question]:
-        """The pings due now, numbered upwards from `next_transaction`."""
+    def handle_timer(self, now: float, new_transaction: Callable[[], int]) -> list[Question]:
+        """The pings due now."""
         if self._due is None or now < self._due:
             return []
         if self._awaited is not None and self._awaited.at < self._asked_at:
@@ -121,7 +123,7 @@ class Reflexive:
             if target.endpoint.family in refreshed and not (first_round and now - asked.at > REFRESH):
                 continue
             refreshed.add(target.endpoint.family)
-            transaction = next_transaction + len(questions)
+            transaction = new_transaction()
             asked.pending = {t: at for t, at in asked.pending.items() if now - at < REFRESH}
             asked.pending[transaction] = now
             questions.append(Question(target, transaction))
@@ -132,6 +134,24 @@ class Reflexive:
     def endpoints(self, now: float) -> frozenset[Endpoint]:
         """The endpoints that reflectors saw lately."""
         return frozenset(a.seen for a in self._targets.values() if a.seen and now - a.at < ANSWER_VALID)
+
+    def published(self, now: float) -> frozenset[Endpoint]:
+        """What others may try: all that was seen, or of a dependent mapping one port per address.
+
+        Nobody else is let in at the port of a dependent mapping, but a ping to its address opens NATs that
+        filter by address. One that was published stays while its address is seen: the port says nothing.
+        """
+        seen = self.endpoints(now)
+        kept: dict[IPAddress, Endpoint] = {}
+        for endpoint in sorted(seen, key=lambda e: (e not in self._published, str(e))):
+            if self.mapping_of(endpoint.family, now) is not Mapping.ENDPOINT_DEPENDENT:
+                continue
+            earlier = [e for e in self._published if e.address == endpoint.address]
+            kept.setdefault(endpoint.address, earlier[0] if earlier else endpoint)
+        self._published = frozenset(kept.values()) | {
+            e for e in seen if self.mapping_of(e.family, now) is not Mapping.ENDPOINT_DEPENDENT
+        }
+        return self._published
 
     def answering(self, now: float) -> tuple[ReflectorTarget, ...]:
         """Reflectors that answered lately, the latest first."""
