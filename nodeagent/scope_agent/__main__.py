@@ -115,7 +115,7 @@ def _join(options: argparse.Namespace) -> None:
 
 async def _enrol(invitation: JoinString, state: StateDir, options: argparse.Namespace) -> Enrolment:
     from scope.enrolment import Enrolment as Request
-    from scope.enrolment import sign_enrolment
+    from scope.enrolment import enrolment_to_dict, sign_enrolment
     from scope.registry.http import HttpRegistry
     from scope.registry.port import RegistryError
 
@@ -133,7 +133,7 @@ async def _enrol(invitation: JoinString, state: StateDir, options: argparse.Name
     )
     async with HttpRegistry(invitation.url, pin=invitation.pin, credential=None) as registry:
         try:
-            joined = await registry.join(request)
+            joined = await registry.join(enrolment_to_dict(request))
         except RegistryError as error:
             raise ConfigError(f"cannot join {invitation.mesh}: {error}") from None
     port = joined.mesh.spec.listen_port or _free_port()
@@ -233,6 +233,7 @@ def _leave(options: argparse.Namespace) -> None:
 
 async def _tell(enrolment: Enrolment, stored: DiskState) -> None:
     """Bury ourselves, so that every peer forgets us at once."""
+    from scope import resources
     from scope.credentials import PeerCredential
     from scope.registry.http import HttpRegistry, PeerRemoved
     from scope.registry.port import RegistryError
@@ -252,7 +253,7 @@ async def _tell(enrolment: Enrolment, stored: DiskState) -> None:
     )
     async with HttpRegistry(enrolment.url, pin=enrolment.pin, credential=credential) as registry:
         try:
-            await registry.leave(tombstone)
+            await registry.leave(resources.tombstone_to_dict(tombstone))
         except PeerRemoved:
             return
         except RegistryError as error:
