@@ -1,0 +1,220 @@
+"""One machine's agent: join, run, kill, leave, and what it says over its local socket."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab import LabError, Machine
+from lab.hosts import end
+from meshlab.programs import await_line, program, tail
+from meshlab.registry import Registry
+
+_JOIN_S = 30.0
+_LEAVE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How one agent reaches one peer. Times are monotonic seconds of this machine."""
+
+    peer: str
+    address: str | None  # IPv4, inside the mesh
+    path: str  # Direct, Relayed, None
+    family: str | None
+    endpoint: str | None
+    rtt_ms: float | None
+    since: float
+    reason: str
+
+    @property
+    def is_direct(self) -> bool:
+        return self.path == "Direct"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What one agent says."""
+
+    peer: str
+    address: str | None
+    mapping: str
+    connected: bool
+    device: str
+    drift: int
+    peers: Mapping[str, Reach]
+
+    @staticmethod
+    def of(document: Mapping[str, object], *, now: float) -> Status:
+        """From the answer to `status`, which came at monotonic `now`."""
+        said = _Json(document)
+        peers = (_reach(_Json(peer), now) for peer in said.mappings("peers"))
+        return Status(
+            peer=said.text("peer") or "",
+            address=_ipv4(said.texts("addresses")),
+            mapping=said.text("mapping") or "",
+            connected=bool(_Json(said.mapping("registry")).get("connected")),
+            device=_Json(said.mapping("device")).text("kind") or "",
+            drift=int(_Json(said.mapping("device")).number("drift") or 0),
+            peers={reach.peer: reach for reach in peers},
+        )
+
+
+class Member:
+    """The agent of one machine in one mesh."""
+
+    def __init__(self, machine: Machine, *, mesh: str, registry: Registry) -> None:
+        self.machine = machine
+        self.mesh = mesh
+        self.log = machine.directory / "agent.log"
+        self.process: subprocess.Popen[str] | None = None
+        self.asked_at: float | None = None
+        self._connection: socket.socket | None = None
+        self._received = b""
+        registry.introduce(machine)
+
+    @property
+    def name(self) -> str:
+        return self.machine.name
+
+    def join(self, token: str, *, wait: bool = False, arguments: Sequence[str] = ()) -> None:
+        """Join and go on as an agent; with `wait` return once the registry has taken it."""
+        self.asked_at = time.monotonic()
+        self._start("join", token, "--name", self.name, "--run", *arguments)
+        if wait:
+            self.await_joined()
+
+    def await_joined(self) -> None:
+        """Return when the registry has taken it; LabError with the end of its log when it does not."""
+        assert self.process is not None
+        await_line(self.process, self.log, "Joined ", within_s=_JOIN_S)
+
+    def run(self, *arguments: str) -> None:
+        """Start the agent of a machine that has joined."""
+        self._start("run", *arguments)
+
+    def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
+        """End the agent, and nothing else; its device stays."""
+        assert self.process is not None
+        self.process.send_signal(number)
+        self.process.wait()
+        self._disconnect()
+
+    def leave(self) -> None:
+        """Leave the mesh: LabError when that fails."""
+        self.machine.run([program("scope-agent"), "leave"], timeout=_LEAVE_S)
+        self._disconnect()
+        if self.process is not None:
+            end([self.process])
+
+    def joined_at(self) -> float | None:
+        """When the registry's answer to the join was on disk (monotonic); None before."""
+        try:
+            written = (self._root() / "var/lib/scope" / self.mesh / "enrolment.json").stat().st_mtime
+        except OSError:
+            return None
+        return written - time.time() + time.monotonic()
+
+    def check_alive(self) -> None:
+        """LabError with the end of its log when the agent has ended."""
+        if self.process is not None and self.process.poll() is not None:
+            raise LabError(f"the agent of {self.name} ended with {self.process.returncode}:\n{tail(self.log)}")
+
+    def ask(self) -> bool:
+        """Ask for the status without waiting for it; whether there is an agent to ask."""
+        try:
+            if self._connection is None:
+                self._connection = socket.socket(socket.AF_UNIX)
+                self._connection.connect(str(self._root() / "run/scope" / f"{self.mesh}.sock"))
+            self._connection.sendall(b'{"command": "status"}\n')
+        except OSError:
+            self._disconnect()
+            return False
+        return True
+
+    def answer(self, *, within_s: float = 2.0) -> Status | None:
+        """The answer to `ask`; None when the agent gives none."""
+        if self._connection is None:
+            return None
+        self._connection.settimeout(within_s)
+        try:
+            while b"\n" not in self._received:
+                if not (more := self._connection.recv(1 << 18)):
+                    raise ConnectionResetError
+                self._received += more
+        except OSError:
+            self._disconnect()
+            return None
+        line, _, self._received = self._received.partition(b"\n")
+        document = json.loads(line)
+        return Status.of(document["status"], now=time.monotonic()) if document["ok"] else None
+
+    def status(self) -> Status | None:
+        """What the agent says now; None while there is none."""
+        return self.answer() if self.ask() else None
+
+    def _start(self, *arguments: str) -> None:
+        with self.log.open("a") as log:
+            self.process = self.machine.popen([program("scope-agent"), *arguments], stdout=log, stderr=log)
+
+    def _root(self) -> Path:
+        # The machine's directories as its own processes see them.
+        return Path("/proc", str(self.machine.holder_pid), "root")
+
+    def _disconnect(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+        self._connection, self._received = None, b""
+
+
+class _Json:
+    """Reads members of a JSON object as the type that they should have, else as absent."""
+
+    def __init__(self, value: Mapping[str, object]) -> None:
+        self._value = value
+
+    def get(self, key: str) -> object:
+        return self._value.get(key)
+
+    def text(self, key: str) -> str | None:
+        value = self.get(key)
+        return value if isinstance(value, str) else None
+
+    def number(self, key: str) -> float | None:
+        value = self.get(key)
+        return value if isinstance(value, int | float) else None
+
+    def mapping(self, key: str) -> Mapping[str, object]:
+        value = self.get(key)
+        return value if isinstance(value, dict) else {}
+
+    def mappings(self, key: str) -> list[Mapping[str, object]]:
+        value = self.get(key)
+        return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+    def texts(self, key: str) -> list[str]:
+        value = self.get(key)
+        return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
+def _reach(peer: _Json, now: float) -> Reach:
+    return Reach(
+        peer=peer.text("name") or "",
+        address=_ipv4(peer.texts("addresses")),
+        path=peer.text("path") or "None",
+        family=peer.text("family"),
+        endpoint=peer.text("endpoint"),
+        rtt_ms=peer.number("rttMs"),
+        since=now - (peer.number("sinceSeconds") or 0.0),
+        reason=peer.text("reason") or "",
+    )
+
+
+def _ipv4(addresses: Sequence[str]) -> str | None:
+    return next((address for address in addresses if ":" not in address), None)
