@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from scope.ctl import files, output, remote, render
+from scope.ctl import files, remote, render
 from scope.ctl.arguments import ADMIN_FILE, ADMIN_FILE_VARIABLE
 from scope.model import Kind, Mesh, Peer, Role
 from scope.registry.http import HttpRegistry
@@ -55,11 +55,11 @@ async def _get(args: argparse.Namespace, registry: HttpRegistry) -> None:
         print("there are none", file=sys.stderr)
     elif kind is Kind.MESH:
         meshes = [mesh for mesh in found if isinstance(mesh, Mesh)]
-        text = render.meshes_table(meshes, wall=time.time(), width=output.width(), color=output.color())
+        text = render.meshes_table(meshes, wall=time.time(), color=render.in_color(sys.stdout))
         print(text, end="")
     else:
         peers = [peer for peer in found if isinstance(peer, Peer)]
-        text = render.peers_table(peers, wall=time.time(), width=output.width(), color=output.color())
+        text = render.peers_table(peers, wall=time.time(), color=render.in_color(sys.stdout))
         print(text, end="")
 
 
@@ -86,5 +86,5 @@ async def _list_tokens(args: argparse.Namespace, registry: HttpRegistry) -> None
     elif not tokens:
         print("there are none: `scopectl token create --mesh MESH` makes one", file=sys.stderr)
     else:
-        text = render.tokens_table(tokens, wall=time.time(), width=output.width(), color=output.color())
+        text = render.tokens_table(tokens, wall=time.time(), color=render.in_color(sys.stdout))
         print(text, end="")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import secrets
+import sys
 import time
 from pathlib import Path
 
-from scope.ctl import output, render
+from scope.ctl import render
 from scope.ctl.local import AgentStatus, ask, find_socket, parse_status
 from scope.ctl.ping import INTERVAL, NONCE_BYTES, Pinger, choose_target, find_peer
 
@@ -18,7 +19,7 @@ def show_status(args: argparse.Namespace) -> None:
     if args.output == "json":
         print(render.json_text(status), end="")
     else:
-        text = render.status_text(parse_status(status), width=output.width(), color=output.color())
+        text = render.status_text(parse_status(status), color=render.in_color(sys.stdout))
         print(text, end="")
 
 

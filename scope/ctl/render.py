@@ -1,10 +1,11 @@
-"""Values become text: tables for people, JSON and YAML for programs. Pure; time and width are arguments."""
+"""Values become text: tables for people, JSON and YAML for programs. Pure; the time is an argument."""
 
 from __future__ import annotations
 
 import io
 import json
 from collections.abc import Mapping, Sequence
+from typing import TextIO
 
 import yaml
 from rich.console import Console
@@ -16,7 +17,7 @@ from scope.ctl.ping import Target
 from scope.model import Condition, Mesh, Peer
 from scope.resources import API_VERSION, parse_time, to_dict
 
-WIDE = 10_000  # columns where no terminal sets a limit, so that programs find one row on one line
+WIDE = 10_000  # columns: one row is one line, as in kubectl, also where the terminal then breaks it
 NOTHING = "-"
 STYLES = {"Direct": "green", "Relayed": "yellow", "None": "red", "Offline": "dim", "Removed": "dim"}
 
@@ -44,7 +45,7 @@ def yaml_text(value: object) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=WIDE)
 
 
-def meshes_table(meshes: Sequence[Mesh], *, wall: float, width: int | None, color: bool) -> str:
+def meshes_table(meshes: Sequence[Mesh], *, wall: float, color: bool) -> str:
     """One line per mesh, which answers whether it works."""
     rows = [
         (
@@ -61,10 +62,10 @@ def meshes_table(meshes: Sequence[Mesh], *, wall: float, width: int | None, colo
         for mesh in sorted(meshes, key=lambda mesh: mesh.meta.name)
     ]
     header = ("NAME", "IPV6", "IPV4", "ONLINE", "DIRECT", "RELAYED", "UNREACHABLE", "AGE", "TROUBLE")
-    return table(header, rows, width=width, color=color)
+    return table(header, rows, color=color)
 
 
-def peers_table(peers: Sequence[Peer], *, wall: float, width: int | None, color: bool) -> str:
+def peers_table(peers: Sequence[Peer], *, wall: float, color: bool) -> str:
     """One line per peer, which answers whether it is there and whom it reaches."""
     rows = []
     for peer in sorted(peers, key=lambda peer: (peer.spec.mesh, peer.meta.name)):
@@ -99,12 +100,10 @@ def peers_table(peers: Sequence[Peer], *, wall: float, width: int | None, color:
         "AGE",
         "TROUBLE",
     )
-    return table(header, rows, width=width, color=color)
+    return table(header, rows, color=color)
 
 
-def tokens_table(
-    tokens: Sequence[Mapping[str, object]], *, wall: float, width: int | None, color: bool
-) -> str:
+def tokens_table(tokens: Sequence[Mapping[str, object]], *, wall: float, color: bool) -> str:
     """One line per join token, never with its secret."""
     rows = [
         (
@@ -118,10 +117,10 @@ def tokens_table(
         for token in tokens
     ]
     header = ("ID", "MESH", "ROLE", "EXPIRES", "SINGLE USE", "USED")
-    return table(header, rows, width=width, color=color)
+    return table(header, rows, color=color)
 
 
-def status_text(status: AgentStatus, *, width: int | None, color: bool) -> str:
+def status_text(status: AgentStatus, *, color: bool) -> str:
     """The agent's whole view: itself, what is wrong, then one line per peer."""
     endpoints = ", ".join(f"{endpoint} ({kind})" for endpoint, kind in status.endpoints)
     facts = [
@@ -138,9 +137,9 @@ def status_text(status: AgentStatus, *, width: int | None, color: bool) -> str:
         ),
         ("Peers", _peers_summary(status.peers)),
     ]
-    first = max(len(name) for name, _ in facts) + 2
+    first = max(len(name) for name, _ in facts) + 3
     top = "".join(f"{name + ':':<{first}}{value}\n" for name, value in facts)
-    return f"{top}\n{_status_table(status.peers, width=width, color=color)}" if status.peers else top
+    return f"{top}\n{_status_table(status.peers, color=color)}" if status.peers else top
 
 
 def ping_line(target: Target, sequence: int, result: float | str, peer: PeerView | None) -> str:
@@ -223,20 +222,20 @@ def byte_count(count: int) -> str:
     return f"{size:.1f} TiB"
 
 
-def table(header: Row, rows: Sequence[Row], *, width: int | None, color: bool) -> str:
+def table(header: Row, rows: Sequence[Row], *, color: bool) -> str:
     """Columns without lines, as kubectl has them. Empty last columns are left out; cells are never markup."""
     shown = len(header)
     while shown > 1 and all(not row[shown - 1] for row in rows):
         shown -= 1
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold" if color else "")
     for name in header[:shown]:
-        grid.add_column(Text(name), overflow="fold", no_wrap=width is None)
+        grid.add_column(Text(name), no_wrap=True)
     for row in rows:
         grid.add_row(*(Text(cell, style=STYLES.get(cell.partition(" ")[0], "")) for cell in row[:shown]))
     out = io.StringIO()
     console = Console(
         file=out,
-        width=width or WIDE,
+        width=WIDE,
         force_terminal=color,
         no_color=not color,
         color_system="standard" if color else None,
@@ -245,40 +244,39 @@ def table(header: Row, rows: Sequence[Row], *, width: int | None, color: bool) -
     return "".join(line.rstrip() + "\n" for line in out.getvalue().splitlines())
 
 
+def in_color(out: TextIO) -> bool:
+    """Whether `out` shows colours: a terminal does."""
+    return out.isatty()
+
+
 def printable(value: object) -> str:
     """Text of a value that came over the network, without what would steer a terminal."""
     return "".join(character if character.isprintable() else "?" for character in str(value))
 
 
-def _status_table(peers: Sequence[PeerView], *, width: int | None, color: bool) -> str:
+def _status_table(peers: Sequence[PeerView], *, color: bool) -> str:
     rows = [
         (
             peer.name,
-            ", ".join(peer.addresses) or NOTHING,
             peer.path or "None",
             peer.endpoint or NOTHING,
             NOTHING if peer.rtt is None else f"{peer.rtt:.1f} ms",
             NOTHING if peer.handshake is None else f"{short_duration(peer.handshake)} ago",
             byte_count(peer.rx),
             byte_count(peer.tx),
-            "yes" if peer.online else "no",
-            peer.reason,
+            ", ".join(peer.addresses) or NOTHING,
+            _why(peer),
         )
         for peer in peers
     ]
-    header = (
-        "PEER",
-        "ADDRESS",
-        "PATH",
-        "ENDPOINT",
-        "RTT",
-        "HANDSHAKE",
-        "RECEIVED",
-        "SENT",
-        "ONLINE",
-        "WHY NOT DIRECT",
-    )
-    return table(header, rows, width=width, color=color)
+    header = ("PEER", "PATH", "ENDPOINT", "RTT", "HANDSHAKE", "RECEIVED", "SENT", "ADDRESS", "WHY NOT DIRECT")
+    return table(header, rows, color=color)
+
+
+def _why(peer: PeerView) -> str:
+    if peer.reason or peer.path == "Direct":
+        return peer.reason
+    return "" if peer.online else "the registry does not hear from it either"
 
 
 def _registry_text(status: AgentStatus) -> str:
