@@ -373,11 +373,15 @@ def _read_identity(database: sqlite3.Connection, path: Path) -> tuple[Identity, 
 
 def _load(database: sqlite3.Connection, store: Store, number: int) -> None:
     """Fill the store. Raises ValueError for a body that cannot be read."""
-    stored = [_resource(body) for (body,) in database.execute("SELECT body FROM resources")]
+    # The newest change of a resource has the very body that is stored, and reading one is what takes time.
+    read: dict[str, Resource] = {}
+    for (body,) in database.execute("SELECT body FROM resources"):
+        read[body] = _resource(body)
+    stored = list(read.values())
     stored.sort(key=lambda resource: (resource.meta.created, resource.meta.name))
     changes: list[Change] = []
     for at, deleted, body in database.execute("SELECT number, deleted, body FROM changes ORDER BY number"):
-        resource, revision = _resource(body), Revision(store.registry_id, at)
+        resource, revision = read.get(body) or _resource(body), Revision(store.registry_id, at)
         changes.append(Deleted(resource, revision) if deleted else Put(resource, revision))
     numbers = [change.revision.number for change in changes]
     if numbers != list(range(number - len(numbers) + 1, number + 1)):

@@ -40,7 +40,8 @@ class Machine:
     def __init__(self, number: int, hostname: str = "") -> None:
         self.hostname = hostname or f"host{number}"
         self.signing = Secret(bytes([3]) + number.to_bytes(31, "big"))
-        private = [bytes([part]) + number.to_bytes(31, "big") for part in (8, 16)]
+        # The first and last byte of an X25519 key are clamped, so these tell no two apart.
+        private = [bytes([part, part]) + number.to_bytes(29, "big") + bytes(1) for part in (8, 16)]
         public = [
             PublicKey(X25519PrivateKey.from_private_bytes(raw).public_key().public_bytes_raw())
             for raw in private

@@ -203,6 +203,11 @@ def test_a_file_that_is_absent_is_made_only_when_asked(tmp_path: Path) -> None:
     assert not (tmp_path / "r.db").exists()
 
 
+def test_a_directory_that_is_absent_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot make .*absent/r\.db: No such file.*make its directory"):
+        opened(tmp_path / "absent" / "r.db")
+
+
 def test_the_file_and_its_journal_are_for_their_owner_alone(tmp_path: Path) -> None:
     async def body() -> None:
         async with running(tmp_path / "r.db") as registry:
