@@ -163,6 +163,12 @@ def get_link(name: str) -> Request:
     return Request(GET_LINK, REQUEST | ACK, _link_body() + mask + _attribute(_IFLA_NAME, _text(name)))
 
 
+def get_links() -> Request:
+    """Ask for every interface."""
+    mask = _attribute(_IFLA_EXT_MASK, struct.pack("=I", _SKIP_STATISTICS))
+    return Request(GET_LINK, REQUEST | DUMP, _link_body() + mask)
+
+
 def set_up(index: int) -> Request:
     """Bring an interface up."""
     return Request(NEW_LINK, REQUEST | ACK, _link_body(index, flags=_UP, change=_UP))
@@ -203,19 +209,25 @@ def remove_address(index: int, address: IPInterface) -> Request:
 
 
 def get_addresses(index: int) -> Request:
-    """Ask for an interface's addresses."""
+    """Ask for an interface's addresses, or for all where `index` is 0."""
     return Request(GET_ADDRESS, REQUEST | DUMP, struct.pack("=BBBBI", AF_UNSPEC, 0, 0, 0, index))
 
 
 def parse_address(reply: Reply, index: int) -> IPInterface | None:
     """Read one address; None for another interface's and for link-local ones, which the kernel makes."""
+    found = parse_any_address(reply)
+    return found[1] if found is not None and found[0] == index else None
+
+
+def parse_any_address(reply: Reply) -> tuple[int, IPInterface] | None:
+    """Read one address with its interface's index; None for link-local ones."""
     _, length, _, scope, owner = _unpack("=BBBBI", reply.body)
     found = dict(_attributes(reply.body[8:]))
     raw = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)
-    if owner != index or scope == _SCOPE_LINK or raw is None:
+    if scope == _SCOPE_LINK or raw is None:
         return None
     try:
-        return ip_interface((ip_address(raw), length))
+        return owner, ip_interface((ip_address(raw), length))
     except ValueError as error:
         raise NetlinkError(f"an address cannot be read: {error}") from None
 

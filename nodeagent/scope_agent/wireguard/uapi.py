@@ -9,11 +9,12 @@ One operation a connection: `get=1` or `set=1`, lines of `key=value`, an empty l
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import ip_network
 from typing import assert_never
 
-from scope.model import Endpoint, PublicKey, Secret, endpoint_at
+from scope.model import Endpoint, IPNetwork, PublicKey, Secret, endpoint_at
 from scope_agent.wireguard.device import (
     NO_PSK,
     AddAllowedIps,
@@ -101,25 +102,39 @@ def parse_errno(answer: str) -> int:
 
 def parse_device(answer: str) -> UapiDevice:
     """Read the answer to `get=1`, skipping keys that a newer WireGuard may add. Raises UapiError."""
-    device = UapiDevice(private_key=None, listen_port=0, fwmark=0, peers={})
-    peer: ObservedPeer | None = None
+    sections: list[_Section] = [_Section({}, [])]
     for line in answer.splitlines():
         if not line:
             break
         key, equals, value = line.partition("=")
         if not equals:
             raise UapiError("a line without '='")
-        if key == "errno":
-            continue
         if key == "public_key":
-            peer = ObservedPeer(PublicKey(_key_bytes(key, value)))
-        elif peer is None:
-            device = _with_device_fact(device, key, value)
-            continue
+            sections.append(_Section({}, []))
+        if key == "allowed_ip":
+            sections[-1].allowed_ips.append(value)
         else:
-            peer = _with_peer_fact(peer, key, value)
-        device.peers[peer.key] = peer
-    return device
+            sections[-1].facts[key] = value
+    device, *peers = sections
+    private_key = device.facts.get("private_key")
+    return UapiDevice(
+        private_key=None if private_key is None else Secret(_key_bytes("private_key", private_key)),
+        listen_port=device.integer("listen_port"),
+        fwmark=device.integer("fwmark"),
+        peers={peer.key: peer for peer in map(_parse_peer, peers)},
+    )
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class _Section:
+    """The lines of the device, or of one peer. May hold keys, so it has no printable form."""
+
+    facts: dict[str, str]
+    allowed_ips: list[str]
+
+    def integer(self, name: str) -> int:
+        value = self.facts.get(name)
+        return 0 if value is None else _integer(name, value)
 
 
 def _lines(action: UapiAction) -> list[str]:
@@ -161,50 +176,32 @@ def _known(key: PublicKey) -> list[str]:
     return [f"public_key={key.raw.hex()}", "update_only=true"]
 
 
-def _with_device_fact(device: UapiDevice, key: str, value: str) -> UapiDevice:
-    match key:
-        case "private_key":
-            return replace(device, private_key=Secret(_key_bytes(key, value)))
-        case "listen_port":
-            return replace(device, listen_port=_integer(key, value))
-        case "fwmark":
-            return replace(device, fwmark=_integer(key, value))
-        case _:
-            return device
+def _parse_peer(section: _Section) -> ObservedPeer:
+    facts = section.facts
+    psk = _key_bytes("preshared_key", facts.get("preshared_key", NO_PSK.raw.hex()))
+    seconds = section.integer("last_handshake_time_sec")
+    endpoint = facts.get("endpoint")
+    return ObservedPeer(
+        key=PublicKey(_key_bytes("public_key", facts["public_key"])),
+        endpoint=None if endpoint is None else _endpoint(endpoint),
+        allowed_ips=frozenset(map(_prefix, section.allowed_ips)),
+        keepalive=section.integer("persistent_keepalive_interval"),
+        psk=None if psk == NO_PSK.raw else Secret(psk),
+        rx=section.integer("rx_bytes"),
+        tx=section.integer("tx_bytes"),
+        last_handshake=seconds + section.integer("last_handshake_time_nsec") / 1e9 if seconds else None,
+    )
 
 
-def _with_peer_fact(peer: ObservedPeer, key: str, value: str) -> ObservedPeer:
-    match key:
-        case "preshared_key":
-            psk = _key_bytes(key, value)
-            return replace(peer, psk=None if psk == NO_PSK.raw else Secret(psk))
-        case "endpoint":
-            return replace(peer, endpoint=_endpoint(value))
-        case "persistent_keepalive_interval":
-            return replace(peer, keepalive=_integer(key, value))
-        case "rx_bytes":
-            return replace(peer, rx=_integer(key, value))
-        case "tx_bytes":
-            return replace(peer, tx=_integer(key, value))
-        case "last_handshake_time_sec":
-            return _with_handshake(peer, float(_integer(key, value)))
-        case "last_handshake_time_nsec":
-            return _with_handshake(peer, _integer(key, value) / 1e9)
-        case "allowed_ip":
-            try:
-                prefix = ip_network(value)
-            except ValueError:
-                raise UapiError("an allowed_ip that is no prefix") from None
-            return replace(peer, allowed_ips=peer.allowed_ips | {prefix})
-        case _:
-            return peer
+@lru_cache(maxsize=16384)  # a reading every second names the same prefixes and endpoints again
+def _prefix(value: str) -> IPNetwork:
+    try:
+        return ip_network(value)
+    except ValueError:
+        raise UapiError("an allowed_ip that is no prefix") from None
 
 
-def _with_handshake(peer: ObservedPeer, seconds: float) -> ObservedPeer:
-    """Add the whole seconds or the fraction; zero and zero mean that there was none."""
-    return replace(peer, last_handshake=(peer.last_handshake or 0.0) + seconds) if seconds else peer
-
-
+@lru_cache(maxsize=4096)
 def _endpoint(value: str) -> Endpoint:
     host, _, port = value.rpartition(":")
     try:
