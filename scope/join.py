@@ -10,17 +10,15 @@ public CA vouches for it. REGISTRYKEY is the registry's Ed25519 public key.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from dataclasses import dataclass
 from ipaddress import IPv6Address
 from urllib.parse import SplitResult, urlsplit
 
-from scope.model import ConfigError, PublicKey, Secret
+from scope.credentials import PIN_BYTES, base64url, read_base64url
+from scope.model import KEY_BYTES, ConfigError, PublicKey, Secret
 
 SECRET_BYTES = 32
-PIN_BYTES = 32  # SHA-256
 MAX_JOIN_STRING = 1024  # a host name of 253, a mesh of 63, a token id of 63 and three keys, three times over
 NO_PIN = "-"
 PARTS = ("token id", "secret", "certificate pin", "registry key")
@@ -29,7 +27,6 @@ NEW_ONE = "`scopectl token create --mesh MESH` prints a fresh one"
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
-_BASE64URL = re.compile(r"[A-Za-z0-9_-]*")
 
 
 class InvalidJoinString(ConfigError):
@@ -74,13 +71,14 @@ class JoinString:
             token_id=token_id,
             secret=Secret(_decode("secret", secret, SECRET_BYTES)),
             pin=None if pin == NO_PIN else _decode("certificate pin", pin, PIN_BYTES),
-            registry_key=PublicKey(_decode("registry key", key, 32)),
+            registry_key=PublicKey(_decode("registry key", key, KEY_BYTES)),
         )
 
     def format(self) -> str:
         """The whole string, secret included: for the one who joins, and for no log."""
-        pin = NO_PIN if self.pin is None else _encode(self.pin)
-        fragment = ".".join((self.token_id, _encode(self.secret.raw), pin, _encode(self.registry_key.raw)))
+        pin = NO_PIN if self.pin is None else base64url(self.pin)
+        parts = (self.token_id, base64url(self.secret.raw), pin, base64url(self.registry_key.raw))
+        fragment = ".".join(parts)
         return f"{self.url}/{self.mesh}#{fragment}"
 
 
@@ -116,19 +114,12 @@ def _is_host(host: str, parts: SplitResult) -> bool:
     return True
 
 
-def _encode(raw: bytes) -> str:
-    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
-
-
 def _decode(what: str, text: str, size: int) -> bytes:
     """Canonical base64url of exactly `size` bytes; no refusal repeats the text, it may be the secret."""
-    damaged = InvalidJoinString(f"the {what} after # is damaged: copy the string whole, or {NEW_ONE}")
-    if not _BASE64URL.fullmatch(text):
-        raise damaged
     try:
-        raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
-    except (binascii.Error, ValueError):
-        raise damaged from None
-    if len(raw) != size or _encode(raw) != text:
-        raise damaged
+        raw = read_base64url(text)
+    except ValueError:
+        raw = b""
+    if len(raw) != size:
+        raise InvalidJoinString(f"the {what} after # is damaged: copy the string whole, or {NEW_ONE}")
     return raw

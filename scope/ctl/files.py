@@ -11,13 +11,12 @@ from pathlib import Path
 
 import yaml
 
-from scope.credentials import AdminCredential, read_base64url
+from scope.credentials import PIN_BYTES, AdminCredential, read_base64url
 from scope.ctl.errors import CommandError
 from scope.model import Mesh, Peer, Secret
 from scope.resources import InvalidResource, parse
 
 MAX_FILE = 16 * 1024 * 1024  # thousands of resources
-PIN_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True)

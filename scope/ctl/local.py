@@ -83,7 +83,7 @@ def find_socket(named: Path | None, directory: Path = SOCKETS) -> Path:
     if not found:
         raise CommandError(
             f"no agent runs on this machine (there is no socket in {directory}): start it with "
-            "`systemctl start scope-agent`, or join a mesh with `scope-agent join 'JOIN STRING'`"
+            "`systemctl start scope-agent@MESH`, or join a mesh with `scope-agent join 'JOIN STRING'`"
         )
     if len(found) > 1:
         raise CommandError(
@@ -105,18 +105,18 @@ def ask(
             line = _read_line(connection)
     except FileNotFoundError:
         raise CommandError(
-            f"there is no socket {path}: is the agent running? `systemctl status scope-agent`"
+            f"there is no socket {path}: is the agent running? `systemctl status {_unit(path)}`"
         ) from None
     except ConnectionRefusedError:
         raise CommandError(
-            f"nobody answers at {path}: the agent has died; `journalctl -u scope-agent` says why"
+            f"nobody answers at {path}: the agent has died; `journalctl -u {_unit(path)}` says why"
         ) from None
     except PermissionError:
         raise CommandError(f"{path} is for root alone: run this with sudo") from None
     except TimeoutError:
         raise CommandError(
             f"the agent took the request but gave no answer in {timeout:g} s: it hangs; "
-            "`systemctl restart scope-agent` loses no packet"
+            f"`systemctl restart {_unit(path)}` loses no packet"
         ) from None
     except OSError as error:
         raise CommandError(f"{path} cannot be used: {error.strerror or error}") from None
@@ -190,7 +190,9 @@ def _read_line(connection: socket.socket) -> bytes:
 
 def _parse_answer(line: bytes, path: Path) -> Mapping[str, object]:
     if not line:
-        raise CommandError(f"the agent at {path} closed the connection: `journalctl -u scope-agent` says why")
+        raise CommandError(
+            f"the agent at {path} closed the connection: `journalctl -u {_unit(path)}` says why"
+        )
     try:
         answer = json.loads(line)
     except ValueError:
@@ -200,6 +202,11 @@ def _parse_answer(line: bytes, path: Path) -> Mapping[str, object]:
     if answer.get("ok") is not True:
         raise CommandError(f"the agent refuses: {_clean(str(answer.get('error', 'it does not say why')))}")
     return answer
+
+
+def _unit(path: Path) -> str:
+    """The systemd unit behind a socket, which is named after its mesh."""
+    return f"scope-agent@{path.stem}"
 
 
 def _clean(text: str) -> str:

@@ -12,7 +12,7 @@ from scope.ctl.files import Admin
 from scope.join import JoinString
 from scope.model import Kind, Mesh, Meta, Peer, Role, kind_of
 from scope.registry.http import HttpRegistry
-from scope.registry.port import AlreadyExists, Conflict, NotFound, Registry, RegistryError
+from scope.registry.port import AlreadyExists, Conflict, NotFound, Registry, RegistryError, Unavailable
 from scope.resources import PLURALS
 
 
@@ -22,6 +22,10 @@ async def connected(admin: Admin) -> AsyncIterator[HttpRegistry]:
     try:
         async with HttpRegistry(admin.url, pin=admin.pin, credential=admin.credential) as registry:
             yield registry
+    except Unavailable as error:
+        raise CommandError(
+            f"{error}; `systemctl status scope-registry` on its machine says whether it runs"
+        ) from None
     except RegistryError as error:
         raise CommandError(str(error)) from None
 

@@ -190,6 +190,7 @@ def test_a_registry_that_is_away_or_refuses_is_told_in_a_sentence(
     assert main(["get", "meshes", "--admin-file", str(admin)]) == 1
     err = capsys.readouterr().err
     assert "127.0.0.1:1" in err
+    assert "`systemctl status scope-registry` on its machine says whether it runs" in err
     assert "Traceback" not in err
     assert "secret-of-the-test" not in err
 

@@ -108,7 +108,7 @@ def test_a_status_of_another_release_is_read_as_far_as_it_goes() -> None:
 
 def test_what_goes_wrong_with_the_agent_names_the_next_step(tmp_path: Path) -> None:
     path = tmp_path / "home.sock"
-    with pytest.raises(CommandError, match="is the agent running"):
+    with pytest.raises(CommandError, match=r"is the agent running.*scope-agent@home"):
         ask(path, {"command": "status"})
     with _agent(path), pytest.raises(CommandError, match="the agent refuses: unknown command dance"):
         ask(path, {"command": "dance"})
