@@ -73,10 +73,10 @@ async def enrol(
     `registry_key` is the registry's signing key, for which the request was signed. Raises Refused when the
     machine may not join (the message says what to do), Unavailable.
     """
+    token = await _authenticated(registry, request)  # first: a stranger costs one hash
     _require_sound(request.keys)
     if not verify_enrolment(request, registry=registry_key):
         raise Refused("the request is not signed by its signing key for this registry: check the join string")
-    token = await _authenticated(registry, request)
     try:
         await registry.get(Kind.MESH, request.mesh)
     except NotFound:
@@ -205,7 +205,11 @@ def _known(members: Iterable[Peer], keys: PeerKeys) -> Peer | None:
 
 
 def _shares(one: PeerKeys, other: PeerKeys) -> bool:
-    return one.wireguard == other.wireguard or one.probe == other.probe or one.signing == other.signing
+    return (  # raw bytes: every join looks at every peer
+        one.wireguard.raw == other.wireguard.raw
+        or one.probe.raw == other.probe.raw
+        or one.signing.raw == other.signing.raw
+    )
 
 
 async def _consume(
@@ -309,12 +313,12 @@ def _require_sound(keys: PeerKeys) -> None:
 
 
 # Once clamped, every X25519 private key is a multiple of 8, the largest low order (RFC 7748): any will do.
-_ANY_SCALAR = bytes(range(32))
+_ANY_KEY = X25519PrivateKey.from_private_bytes(bytes(range(32)))
 
 
 def _is_low_order(coordinate: int) -> bool:
     key = X25519PublicKey.from_public_bytes(coordinate.to_bytes(32, "little"))
     try:
-        return not any(X25519PrivateKey.from_private_bytes(_ANY_SCALAR).exchange(key))
+        return not any(_ANY_KEY.exchange(key))
     except ValueError:  # what the library raises for an all-zero secret (RFC 7748, section 6.1)
         return True
