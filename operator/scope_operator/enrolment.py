@@ -77,10 +77,7 @@ async def enrol(
     _require_sound(request.keys)
     if not verify_enrolment(request, registry=registry_key):
         raise Refused("the request is not signed by its signing key for this registry: check the join string")
-    try:
-        await registry.get(Kind.MESH, request.mesh)
-    except NotFound:
-        raise Refused(f"there is no ScopeMesh {request.mesh!r}: `scopectl apply -f` creates it") from None
+    await _require_mesh(registry, token)
     members = await _members(registry, request.mesh)
     known = _known(members, request.keys)
     if known is not None:
@@ -181,6 +178,20 @@ async def _authenticated(registry: Registry, request: Enrolment) -> JoinToken:
         found = None
     token = found if isinstance(found, JoinToken) else None
     return authenticate(token, secret=request.secret, mesh=request.mesh)
+
+
+async def _require_mesh(registry: Registry, token: JoinToken) -> None:
+    """Raises Refused when the mesh is absent, or made anew since the token: a name alone grants nothing."""
+    name = token.spec.mesh
+    try:
+        mesh = await registry.get(Kind.MESH, name)
+    except NotFound:
+        raise Refused(f"there is no ScopeMesh {name!r}: `scopectl apply -f` creates it") from None
+    if token.meta.created < mesh.meta.created:
+        raise Refused(
+            f"join token {token.meta.name} is older than ScopeMesh {name!r}: "
+            f"`scopectl token create --mesh {name}` makes a new one"
+        )
 
 
 async def _members(registry: Registry, mesh: str) -> list[Peer]:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from scope_operator.enrolment import FIELD, enrol, leave, peer_names, remove_peer
+from scope_operator.sqlite import Identity, open_registry
 from scope_operator.tokens import authenticate, hash_secret, make_token
 
 from scope.enrolment import Enrolment, enrolment_to_dict, parse_enrolment, sign_enrolment, verify_enrolment
-from scope.model import ConfigError, JoinToken, Kind, Mesh, Peer, PeerKeys, PublicKey, Role, Secret
+from scope.model import ConfigError, JoinToken, Kind, Mesh, Peer, PeerKeys, PublicKey, Revision, Role, Secret
 from scope.registry.memory import MemoryRegistry
-from scope.registry.port import Conflict, NotFound, Refused
+from scope.registry.port import Conflict, Deleted, NotFound, Put, Refused
 from scope.resources import parse, to_dict
 from scope.tombstones import sign_tombstone, verify_tombstone
 from tests.unit.registry_conformance import MESH
@@ -359,6 +362,47 @@ def test_a_mesh_that_is_absent_is_refused_with_the_next_step() -> None:
     asyncio.run(registry.delete(Kind.MESH, "home", uid=mesh.meta.uid))
     with pytest.raises(Refused, match="scopectl apply"):
         join(registry, Machine(1).request())
+
+
+def test_fifty_parallel_joins_with_a_single_use_token_make_one_peer_on_disk(tmp_path: Path) -> None:
+    async def body() -> tuple[int, int]:
+        registry = open_registry(
+            tmp_path / "r.db",
+            wall=lambda: WALL,
+            now=lambda: 0.0,
+            new_uid=lambda: os.urandom(8).hex(),
+            new_identity=lambda: Identity("registry-1", REGISTRY_SEED, Secret(b"p" * 32)),
+        )
+        token = make_token(
+            token_id="tk-1",
+            secret=SECRET,
+            mesh="home",
+            role=Role.AUTO,
+            wall=WALL,
+            lifetime=3600.0,
+            single_use=True,
+        )
+        await registry.create(MESH)
+        await registry.create(token)
+        answers = await asyncio.gather(
+            *(enrol(registry, Machine(n).request(), registry_key=REGISTRY, wall=WALL) for n in range(50)),
+            return_exceptions=True,
+        )
+        stored = (await registry.list(Kind.PEER)).resources
+        await registry.close()
+        return sum(isinstance(answer, Peer) for answer in answers), len(stored)
+
+    assert asyncio.run(body()) == (1, 1)
+
+
+def test_a_token_does_not_open_a_mesh_that_was_made_anew_under_its_name() -> None:
+    registry = registry_with()
+    mesh = registry.store.get(Kind.MESH, "home")
+    registry.store.apply(Deleted(mesh, Revision("memory", registry.store.number + 1)))
+    anew = replace(mesh, meta=replace(mesh.meta, uid="anew", created=WALL + 1))
+    registry.store.apply(Put(anew, Revision("memory", registry.store.number + 1)))
+    with pytest.raises(Refused, match="is older than ScopeMesh 'home': `scopectl token create"):
+        join(registry, Machine(1).request(), wall=WALL + 2)
 
 
 def test_a_removed_peer_stays_listed_with_a_tombstone_and_its_keys_do_not_come_back() -> None:
