@@ -33,6 +33,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_interface, ip_network
 from itertools import pairwise
 from typing import TypeVar, assert_never
@@ -593,7 +594,8 @@ def _text(value: object, limit: int, allowed: str = "") -> str:
     return value
 
 
-_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
+_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_SUBDOMAIN = re.compile(rf"{_LABEL.pattern}(?:\.{_LABEL.pattern})*")
 
 
 def _label(value: object) -> str:
@@ -607,7 +609,7 @@ def _label(value: object) -> str:
 def _subdomain(value: object) -> str:
     allowed = f"DNS labels (a-z, 0-9 and -) joined by dots, at most {MAX_NAME}"
     text = _text(value, MAX_NAME, allowed)
-    if not all(len(label) <= MAX_LABEL and _LABEL.fullmatch(label) for label in text.split(".")):
+    if not _SUBDOMAIN.fullmatch(text):
         raise _refusal(value, allowed, _name_hint(text))
     return text
 
@@ -647,7 +649,12 @@ def _one_of(choices: Sequence[str], value: object) -> str:
 
 
 def _choice(kinds: type[E], value: object) -> E:
-    return kinds(_one_of([str(kind.value) for kind in kinds], value))
+    if isinstance(value, str):
+        try:
+            return kinds(value)
+        except ValueError:
+            pass
+    return kinds(_one_of([str(kind) for kind in kinds], value))
 
 
 def _meant(value: object, choices: Sequence[str]) -> str:
@@ -737,9 +744,15 @@ _ENDPOINT_FORM = "ADDRESS:PORT, IPv6 as [ADDRESS]:PORT, port 1 to 65535"
 def _endpoint(value: object) -> Endpoint:
     text = _unzoned(value, MAX_ENDPOINT, _ENDPOINT_FORM)
     try:
-        return Endpoint.parse(text)
+        return _parsed_endpoint(text)
     except ValueError as error:
         raise _refusal(value, _ENDPOINT_FORM, str(error)) from None
+
+
+# Every peer's links name the endpoints of the same others: a mesh has far fewer endpoints than links.
+@lru_cache(maxsize=16384)
+def _parsed_endpoint(text: str) -> Endpoint:
+    return Endpoint.parse(text)
 
 
 def _static_endpoint(value: object) -> Endpoint:
@@ -859,7 +872,7 @@ class _Fields:
         value = self.values.get(name)
         if value is None:
             return default
-        return self._read(self._at(name), value, read, default)
+        return self._read(name, value, read, default)
 
     def required(self, name: str, read: Callable[[object], T], stand_in: T) -> T:
         """The field's value; a missing one is noted, and the stand-in never leaves this module."""
@@ -872,7 +885,7 @@ class _Fields:
     def items(self, name: str, read: Callable[[object], T], *, limit: int) -> tuple[T, ...]:
         """The values of a list field."""
         values = self._list(name, limit)
-        found = [self._read(f"{self._at(name)}[{i}]", value, read, None) for i, value in enumerate(values)]
+        found = [self._read(f"{name}[{i}]", value, read, None) for i, value in enumerate(values)]
         return tuple(value for value in found if value is not None)
 
     def parts(self, name: str, read: Callable[[_Fields], T], *, limit: int) -> tuple[T, ...]:
@@ -915,11 +928,11 @@ class _Fields:
                 Problem(self._at(shown[:SHOWN_VALUE]), "unknown field", allowed, _meant(name, known))
             )
 
-    def _read(self, path: str, value: object, read: Callable[[object], T], default: T) -> T:
+    def _read(self, name: str, value: object, read: Callable[[object], T], default: T) -> T:
         try:
             return read(value)
         except _Refused as refused:
-            self.problems.append(Problem(path, refused.found, refused.allowed, refused.hint))
+            self.problems.append(Problem(self._at(name), refused.found, refused.allowed, refused.hint))
             return default
 
     def _list(self, name: str, limit: int) -> Sequence[object]:
