@@ -396,6 +396,30 @@ def test_an_incomplete_list_forgets_nobody_and_a_complete_one_does() -> None:
     assert world.mesh().status.counts.peers == 0
 
 
+def test_a_registry_that_was_restored_is_believed_from_its_list_on() -> None:
+    world = World()
+    world.join(1)
+    world.start()
+    old = {kind: world.store.list(kind) for kind in (Kind.MESH, Kind.PEER)}
+    has = world.peer(1).assignment
+    for port in range(1, 9):
+        joined = world.peer(1)
+        world.store.write(UpdateStatus(Kind.PEER, joined.meta.name, report(1, port=port), joined.meta.uid))
+    world.join(2)
+    world.settle()
+    world.store = Store("sim", wall=lambda: WALL + world.now, new_uid=lambda: "after")
+    restored = [resource for listed in old.values() for resource in listed.resources]
+    world.store.restore(restored, (), number=old[Kind.PEER].revision.number)
+    for kind in (Kind.MESH, Kind.PEER):
+        world.planner.take(world.store.list(kind))
+    world.seen = world.store.revision
+    world.settle()
+    joined = world.peer(1)
+    world.store.write(UpdateStatus(Kind.PEER, joined.meta.name, Assignment(), joined.meta.uid))
+    world.settle()
+    assert world.peer(1).assignment.addresses == has.addresses
+
+
 def test_a_younger_mesh_in_the_elders_addresses_is_told() -> None:
     world = World()
     world.now += 1

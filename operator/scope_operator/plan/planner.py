@@ -27,6 +27,8 @@ from scope.model import (
     PublicKey,
     Reflector,
     Resource,
+    Revision,
+    kind_of,
 )
 from scope.registry.port import Deleted, Listed, Put
 from scope_operator.plan.conditions import RouteConflict, mesh_conditions
@@ -104,6 +106,7 @@ class Planner:
         self._signing_key = signing_key
         self._reflectors = reflectors
         self._listed: set[Kind] = set()
+        self._seen: dict[Kind, Revision] = {}  # the newest revision that a fact told
         self._meshes: dict[str, Mesh] = {}
         self._peers: dict[str, Peer] = {}
         self._members: dict[str, _Members] = {}
@@ -125,17 +128,22 @@ class Planner:
     def take(self, fact: Listed | Put | Deleted) -> None:
         """Take what a list, a watch or the answer to a write says."""
         match fact:
-            case Listed(kind, resources=resources, complete=complete):
+            case Listed(kind, revision, resources, complete):
+                if self._went_back(kind, revision):
+                    self._forget_absent(kind, set())
                 if complete:
                     self._forget_absent(kind, {resource.meta.uid for resource in resources})
                 # The elder of two that claim one address is indexed first, and keeps it.
                 for resource in sorted(resources, key=lambda each: (each.meta.created, each.meta.uid)):
                     self._put(resource)
                 self._listed.add(kind)
-            case Put(resource):
+                self._seen[kind] = revision
+            case Put(resource, revision):
                 self._put(resource)
-            case Deleted(last):
+                self._seen[kind_of(resource)] = revision
+            case Deleted(last, revision):
                 self._forget(last)
+                self._seen[kind_of(last)] = revision
 
     def hear(self, ages: Mapping[str, float], *, now: float) -> None:
         """Take the age of every peer's last heartbeat; peers that came or fell silent are planned."""
@@ -292,6 +300,11 @@ class Planner:
 
     def _members_of(self, mesh: str) -> _Members:
         return self._members.setdefault(mesh, _Members())
+
+    def _went_back(self, kind: Kind, revision: Revision) -> bool:
+        """Whether the registry was restored or made anew: what is known says nothing about it then."""
+        seen = self._seen.get(kind)
+        return seen is not None and (revision.registry != seen.registry or revision < seen)
 
     def _put(self, resource: Resource) -> None:
         match resource:
