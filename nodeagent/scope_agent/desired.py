@@ -104,7 +104,7 @@ def report(
     )
     kinds = [link.path for link in links]
     own = snapshot.own
-    return PeerReport(
+    whole = PeerReport(
         keys=identity.public,
         endpoints=paths.candidates,
         mapping=paths.mapping,
@@ -119,6 +119,7 @@ def report(
         if own is not None
         else (),
     )
+    return fit_report(whole)
 
 
 def _link(snapshot: Snapshot, key: PublicKey, pair: PairView) -> Link | None:

@@ -18,7 +18,7 @@ import stat
 import tempfile
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -248,7 +248,7 @@ def _state_dict(state: DiskState) -> dict[str, object]:
     return {
         "mesh": resources.to_dict(snapshot.mesh) if snapshot.mesh is not None else None,
         "own": resources.to_dict(snapshot.own) if snapshot.own is not None else None,
-        "peers": [resources.to_dict(peer) for peer in snapshot.peers.values()],
+        "peers": [resources.to_dict(_without_links(peer)) for peer in snapshot.peers.values()],
         "tombstones": [resources.tombstone_to_dict(tombstone) for tombstone in snapshot.tombstones],
         "revision": (
             {"registry": snapshot.revision.registry, "number": snapshot.revision.number}
@@ -281,6 +281,13 @@ def _parse_state(document: Mapping[str, object]) -> DiskState:
         last_good={PublicKey.parse(key): Endpoint.parse(value) for key, value in last_good.items()},
         listen_port=int(str(document["listenPort"])),
     )
+
+
+def _without_links(peer: Peer) -> Peer:
+    """How a peer reaches others helps nobody at a start, and reading it would hold up the first ping."""
+    if peer.report is None:
+        return peer
+    return replace(peer, report=replace(peer.report, links=()))
 
 
 def _by_key(peers: list[Peer]) -> dict[PublicKey, Peer]:
