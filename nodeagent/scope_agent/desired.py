@@ -19,6 +19,7 @@ from scope.model import (
     Secret,
     Snapshot,
 )
+from scope.resources import fit_report
 from scope.topology import Topology
 from scope_agent.paths.core import PathsView
 from scope_agent.paths.pair import PairView
