@@ -7,16 +7,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from ipaddress import ip_interface
 
 from scope_agent.inputs import InterfacesChanged
 from scope_agent.underlay.core import Interface, underlay_of
+from scope_agent.wireguard.device import ApplyError
+from scope_agent.wireguard.shell.interfaces import InterfaceFacts, Interfaces
 
 log = logging.getLogger(__name__)
 
-_UP = 0x1
 BURST = 0.02  # a dump per event would cost more than it tells while a cable is plugged in
-RETRY = 1.0  # after netlink lost events or answered with an error
+RETRY = 1.0  # after the kernel answered with an error
 
 
 class InterfaceWatch:
@@ -35,45 +35,26 @@ class InterfaceWatch:
         self._stopping = True
 
     def _run(self) -> None:
-        from pyroute2 import IPRoute  # 100 ms that the first ping need not wait for
-        from pyroute2.netlink import rtnl
-
-        groups = rtnl.RTMGRP_LINK | rtnl.RTMGRP_IPV4_IFADDR | rtnl.RTMGRP_IPV6_IFADDR
+        interfaces = Interfaces()
         last: InterfacesChanged | None = None
         while not self._stopping:
             try:
-                with IPRoute() as events, IPRoute() as reader:
-                    events.bind(groups)
-                    while not self._stopping:
-                        found = underlay_of(_read(reader), own=self._own)
-                        if found != last:
-                            last = found
-                            self._report(found)
-                        for _ in events.get():
-                            pass
-                        time.sleep(BURST)
-            except Exception as error:  # noqa: BLE001 - pyroute2 raises its own kinds, and OSError; all mean "ask again"
+                found = underlay_of(map(_interface, interfaces.read()), own=self._own)
+            except ApplyError as error:
                 log.warning("interfaces.unreadable error=%s", error)
                 time.sleep(RETRY)
+                continue
+            if found != last:
+                last = found
+                self._report(found)
+            interfaces.wait()
+            time.sleep(BURST)
 
     def _report(self, found: InterfacesChanged) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._changed, found)
 
 
-def _read(reader: object) -> list[Interface]:
-    addresses: dict[int, list[str]] = {}
-    for message in reader.get_addr():  # type: ignore[attr-defined]
-        text = message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")
-        if text:
-            addresses.setdefault(message["index"], []).append(f"{text}/{message['prefixlen']}")
-    return [
-        Interface(
-            name=link.get("IFLA_IFNAME"),
-            kind=(link.get(("linkinfo", "kind")) or ""),
-            up=bool(link["flags"] & _UP),
-            mtu=link.get("IFLA_MTU") or 1500,
-            addresses=frozenset(ip_interface(text) for text in addresses.get(link["index"], ())),
-        )
-        for link in reader.get_links()  # type: ignore[attr-defined]
-    ]
+def _interface(facts: InterfaceFacts) -> Interface:
+    link = facts.link
+    return Interface(name=link.name, kind=link.kind, up=link.up, mtu=link.mtu, addresses=facts.addresses)
