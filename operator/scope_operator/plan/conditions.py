@@ -34,7 +34,6 @@ class RouteConflict:
 
     route: IPNetwork
     holder: str
-    held: IPNetwork
 
 
 def mesh_conditions(
@@ -94,8 +93,7 @@ def peer_conditions(
         return (ready,)
     failure = Failure(
         "RoutesOverlap",
-        f"its route {conflict.route} overlaps {conflict.held} of {conflict.holder}, which had it first: "
-        "remove one of the two",
+        f"its route {conflict.route} overlaps what {conflict.holder} had first: remove one of the two",
     )
     return (ready, _problem(earlier, ROUTE_CONFLICT, failure, wall))
 
