@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lab import LabError, Machine
 from lab.hosts import end
+
 from meshlab.programs import await_line, program, tail
 from meshlab.registry import Registry
 
@@ -124,7 +125,9 @@ class Member:
     def check_alive(self) -> None:
         """LabError with the end of its log when the agent has ended."""
         if self.process is not None and self.process.poll() is not None:
-            raise LabError(f"the agent of {self.name} ended with {self.process.returncode}:\n{tail(self.log)}")
+            raise LabError(
+                f"the agent of {self.name} ended with {self.process.returncode}:\n{tail(self.log)}"
+            )
 
     def ask(self) -> bool:
         """Ask for the status without waiting for it; whether there is an agent to ask."""

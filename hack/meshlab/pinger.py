@@ -169,6 +169,6 @@ def _echo(identifier: int, sequence: int, body: bytes) -> bytes:
 
 def _checksum(data: bytes) -> int:
     """RFC 1071: the ones' complement of the ones' complement sum of 16-bit words; `data` is even."""
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     total = (total & 0xFFFF) + (total >> 16)
     return ~(total + (total >> 16)) & 0xFFFF

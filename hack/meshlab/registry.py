@@ -12,6 +12,7 @@ import subprocess
 
 from lab import Host, Server
 from lab.hosts import end
+
 from meshlab.programs import await_line, program
 
 # What programs of the mesh share machine-wide: each host of the lab needs its own.

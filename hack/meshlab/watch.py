@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from lab import place_reason
+
 from meshlab.member import Member, Reach, Status
 from meshlab.pinger import Flow, Pinger
 
@@ -118,7 +119,7 @@ class Watch:
         return [pair for key, pair in self.pairs.items() if names & set(key)]
 
     def until(self, done: Callable[[], bool], *, within_s: float, missing: Callable[[], str]) -> float:
-        """Look until it is done, and how long that took; WatchError with what is `missing` when time is over."""
+        """Look until it is done: the seconds it took. WatchError with what is `missing` when time is over."""
         started = time.monotonic()
         while True:
             self.look()
@@ -154,7 +155,9 @@ class Watch:
         ]
         count = len(self.members)
         unknown = count * (count - 1) - len(self.pairs)
-        return "\n  ".join([*lines, *([f"{unknown} pairs have a member that has not joined"] if unknown else [])])
+        return "\n  ".join(
+            [*lines, *([f"{unknown} pairs have a member that has not joined"] if unknown else [])]
+        )
 
     def _update(self, source: Member, target: Member, *, known_at: float) -> None:
         key = (source.name, target.name)

@@ -1,0 +1,215 @@
+"""What happens in the demo, in order, and how long each thing may take.
+
+A stage that does not come true in time is a failure that is told, and the story goes on: the end shows what
+works and what does not.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+
+from lab import Lab
+from meshlab import Member, PairRecord, Pinger, Registry, Watch, WatchError, mesh_document
+
+from demo.cast import LEAVER, NEWCOMER, REBOOTS, ROAMER, ROAMS_TO, ROLES, SCENES
+from demo.frame import Event, Frame, Mood, Spread, Tally, rows_of, tally_of
+from demo.screen import Screen
+
+MESH = "demo"
+STAGES = ("internet", "registry", "join", "roam", "reboot", "leave", "newcomer", "done")
+# Far above what is seen, so that only what does not work at all runs into it; all of them together stay
+# below a minute and a half on an idle machine, because none of them is then reached.
+ALL_JOINED_S = 40.0
+HEALED_S = 25.0
+GONE_S = 10.0
+# To be seen by a person before the next thing happens.
+PAUSE_S = 2.0
+_LOOK_S = 0.1
+
+
+class Story:
+    """One performance. `failures` is empty when everything came true."""
+
+    def __init__(self, screen: Screen, lab: Lab, pinger: Pinger, *, started: float, verbose: bool) -> None:
+        self._screen = screen
+        self._lab = lab
+        self._started = started
+        self._stage = 0
+        self._events: list[Event] = []
+        self._members: dict[str, Member] = {}
+        self._token = ""
+        self._options = ("--verbose",) if verbose else ()
+        self._registry: Registry | None = None
+        self.watch = Watch([], pinger)
+        self.failures: list[str] = []
+
+    def perform(self) -> None:
+        """All stages. LabError when a program does not even start or dies."""
+        for number, act in enumerate(
+            (self._build, self._serve, self._join, self._roam, self._reboot, self._leave, self._join_late)
+        ):
+            self._stage = number
+            self._show()
+            act()
+        self._stage = len(STAGES) - 1
+        self._show()
+
+    @property
+    def events(self) -> list[Event]:
+        """All that was told."""
+        return self._events
+
+    # --- the stages -----------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        for scene in SCENES:
+            self._lab.site(scene.name, nat=scene.nat, ipv6=scene.ipv6)
+        for role in ROLES:
+            self._lab.sites[role.site].machine(role.name)
+        self._tell(
+            f"an internet with {len(SCENES)} sites, {len(ROLES)} machines, 40 ms between any two sites"
+        )
+
+    def _serve(self) -> None:
+        self._registry = Registry(self._lab.server("registry"))
+        self._registry.apply(mesh_document(MESH))
+        self._token = self._registry.token(MESH)
+        self._tell("the registry serves on the internet; one token is made, for everybody")
+
+    def _join(self) -> None:
+        members = [self._member(role.name, role.site) for role in ROLES]
+        asked = time.monotonic()
+        for member in members:
+            member.join(self._token, arguments=self._options)
+        self._tell(f"{len(members)} machines run `scope-agent join` at once")
+        joined: set[str] = set()
+
+        def complete() -> bool:
+            for member in members:
+                if member.name not in joined and (at := member.joined_at()) is not None:
+                    joined.add(member.name)
+                    self._tell(f"{member.name} has joined ({at - asked:.1f} s from its start)")
+            return self.watch.is_complete()
+
+        if not self._until(complete, within_s=ALL_JOINED_S):
+            return
+        last = max(at for member in members if (at := member.joined_at()) is not None)
+        tally = tally_of(self.watch)
+        self._tell(
+            f"all {tally.possible} pairs that can be direct are, and pinged both ways: "
+            f"{max(self._first_pings(self.watch.pairs.values())) - last:.1f} s after the last join",
+            Mood.GOOD,
+        )
+        self._pause()
+
+    def _roam(self) -> None:
+        member, target = self._members[ROAMER], self._lab.sites[ROAMS_TO]
+        left = member.machine.site.name
+        self._tell(f"{ROAMER} roams: from {left} to {ROAMS_TO}, another NAT and another address")
+        pairs = self._possible(member)
+        member.machine.move(target)
+        self._await_healed(pairs, f"{ROAMER} is reached at its new place")
+
+    def _reboot(self) -> None:
+        site = self._lab.sites[REBOOTS]
+        inside = [self._members[name] for name in site.machines]
+        pairs = [p for p in self._possible(*inside) if p.source.machine.site is not p.target.machine.site]
+        site.rebind()
+        self._tell(f"{REBOOTS}'s router reboots: every connection is forgotten, every port is another")
+        self._await_healed(pairs, f"{' and '.join(member.name for member in inside)} are reached again")
+
+    def _leave(self) -> None:
+        member = self._members.pop(LEAVER)
+        status = self.watch.statuses.get(LEAVER)
+        name = status.peer if status is not None else ""
+        others = [other for other in self._members.values() if other is not member]
+        self._tell(f"{LEAVER} leaves the mesh")
+        asked = time.monotonic()
+        self.watch.drop(member)
+        member.leave()
+
+        def forgotten() -> bool:
+            known = [self.watch.statuses.get(other.name) for other in others]
+            return all(status is not None and name not in status.peers for status in known)
+
+        if self._until(forgotten, within_s=GONE_S, missing=lambda: f"somebody still knows {LEAVER}"):
+            self._tell(f"nobody knows {LEAVER} any more, {time.monotonic() - asked:.1f} s after", Mood.GOOD)
+        self._pause()
+
+    def _join_late(self) -> None:
+        asked = time.monotonic()
+        self._lab.sites[NEWCOMER.site].machine(NEWCOMER.name)
+        member = self._member(NEWCOMER.name, NEWCOMER.site)
+        self._tell(f"{NEWCOMER.name}, behind {NEWCOMER.site}'s NAT, joins with the same token")
+        member.join(self._token, arguments=self._options)
+        if not self._until(self.watch.is_complete, within_s=ALL_JOINED_S):
+            return
+        pairs = self._possible(member)
+        joined = member.joined_at()
+        assert joined is not None
+        late = max(self._first_pings(pairs)) - joined
+        self._tell(
+            f"{NEWCOMER.name} joined in {joined - asked:.1f} s; "
+            f"its {len(pairs) // 2} possible pairs were direct and pinged {late:.1f} s later",
+            Mood.GOOD,
+        )
+        self._pause()
+
+    # --- inside ---------------------------------------------------------------------------------------------
+
+    def _member(self, name: str, site: str) -> Member:
+        assert self._registry is not None
+        member = Member(self._lab.sites[site].machines[name], mesh=MESH, registry=self._registry)
+        self._members[name] = member
+        self.watch.add(member)
+        return member
+
+    def _possible(self, *members: Member) -> list[PairRecord]:
+        return [pair for pair in self.watch.of(*members) if pair.obstacle is None]
+
+    def _await_healed(self, pairs: list[PairRecord], text: str) -> None:
+        """Pings sent from now on come back over direct paths, both ways."""
+        since = self.watch.mark(pairs)
+        healed = lambda: all(pair.healed_at is not None for pair in pairs)  # noqa: E731
+        if self._until(healed, within_s=HEALED_S):
+            times = [at - since for pair in pairs if (at := pair.healed_at) is not None]
+            self._tell(f"{text}: {Spread.of(times)}", Mood.GOOD)
+        self._pause()
+
+    def _until(
+        self, done: Callable[[], bool], *, within_s: float, missing: Callable[[], str] | None = None
+    ) -> bool:
+        """Look and show until it is done; whether it was in time."""
+
+        def look() -> bool:
+            self._show()
+            return done()
+
+        try:
+            self.watch.until(look, within_s=within_s, missing=missing or self.watch.describe_unfinished)
+        except WatchError as error:
+            self.failures.append(f"{STAGES[self._stage]}: {error}")
+            self._tell(str(error).splitlines()[0], Mood.BAD)
+            return False
+        return True
+
+    def _pause(self) -> None:
+        until = time.monotonic() + PAUSE_S
+        while time.monotonic() < until:
+            self.watch.look()
+            self._show()
+            time.sleep(_LOOK_S)
+
+    def _first_pings(self, pairs: Iterable[PairRecord]) -> list[float]:
+        return [pair.pinged_at for pair in pairs if pair.obstacle is None and pair.pinged_at is not None]
+
+    def _tell(self, text: str, mood: Mood = Mood.PLAIN) -> None:
+        event = Event(time.monotonic() - self._started, text, mood)
+        self._events.append(event)
+        self._screen.tell(event)
+        self._show()
+
+    def _show(self) -> None:
+        rows, tally = rows_of(self.watch), tally_of(self.watch) if self.watch.pairs else Tally()
+        self._screen.show(Frame(self._started, self._stage, STAGES, rows, tuple(self._events), tally))
