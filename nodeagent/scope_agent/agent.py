@@ -66,12 +66,16 @@ from scope_agent.membership import Membership
 from scope_agent.paths.candidates import contains
 from scope_agent.paths.core import Call, Changes, Outgoing, Paths, PathsView, PeerReading
 from scope_agent.wireguard.device import (
+    AddAllowedIps,
     AddPeer,
     DesiredDevice,
     ObservedDevice,
     ObservedPeer,
     RemovePeer,
+    SetAllowedIps,
     SetEndpoint,
+    SetKeepalive,
+    SetPsk,
 )
 from scope_agent.wireguard.plan import count_drift, plan_device
 
@@ -384,19 +388,31 @@ class Agent:
         self._observe_floor = now + min(cost * OBSERVE_SHARE, OBSERVE_IDLE)
         self._device_kind = kind
         readings = {key: self._read(key, peer, wall, now) for key, peer in device.peers.items()}
-        self._sessions = {key: value for key, value in self._sessions.items() if key in device.peers}
+        if len(self._sessions) > len(device.peers):
+            self._sessions = {key: value for key, value in self._sessions.items() if key in device.peers}
+        differing = _differing(self._observed, device)
         self._observed = device
         if first:
             self._adopt(now, new=device.peers.keys())
         self._paths.observe(readings, now)
         if self._agreed is not None and not self._device_busy:
-            drift = count_drift(self._agreed, device)
+            agreed = self._agreed
+            drift = (
+                count_drift(agreed, device)
+                if differing is None
+                else count_drift(_only(agreed, differing), _only(device, differing))
+                if differing
+                else 0
+            )
             self._drift += drift
             if drift:
                 self._agreed = None
         self._observe_at = None
-        self._observe_soon(now, OBSERVE_BUSY if self._paths.busy() else OBSERVE_IDLE)
-        self._plan_all = True
+        self._observe_soon(now, OBSERVE_BUSY if self._paths.busy(now) else OBSERVE_IDLE)
+        if differing is None:
+            self._plan_all = True
+        else:
+            self._touched |= differing
         self._report_due |= first
 
     def _read(self, key: PublicKey, peer: ObservedPeer, wall: float, now: float) -> PeerReading:
@@ -456,10 +472,18 @@ class Agent:
         self._device_busy = True
         self._out.append(DeviceBatch(batch, desired))
         for action in batch:
-            if isinstance(action, SetEndpoint | AddPeer):
-                self._paths.settled(action.key, now)
-            elif isinstance(action, RemovePeer):
-                self._sessions.pop(action.key, None)
+            match action:  # what was acted on is compared again with the next observation
+                case SetEndpoint(key) | AddPeer(key):
+                    self._paths.settled(key, now)
+                    self._touched.add(key)
+                case RemovePeer(key):
+                    self._sessions.pop(key, None)
+                    self._touched.add(key)
+                case SetPsk(key) | AddAllowedIps(key) | SetAllowedIps(key) | SetKeepalive(key):
+                    self._touched.add(key)
+                case _:
+                    self._plan_all = True
+        self._plan_all |= len(actions) > MAX_BATCH
 
     def _want(self, now: float) -> DesiredDevice | None:
         """The device as it should be: worked out anew for peers that were touched, else for all."""
@@ -510,6 +534,7 @@ class Agent:
         match failed.target:
             case Target.DEVICE:
                 self._device_busy, self._device_error = False, failed.error
+                self._plan_all = True
                 if (
                     failed.port_taken
                     and self._snapshot.mesh is not None
@@ -551,7 +576,7 @@ class Agent:
                 self._observing_since = now
                 self._observe_at = None
                 self._out.append(Observe())
-        elif self._paths.busy():
+        elif self._paths.busy(now):
             self._observe_soon(now, OBSERVE_BUSY)
         self._plan_report(changes, now)
         self._plan_save(now)
@@ -724,6 +749,22 @@ _Device = TypeVar("_Device", DesiredDevice, ObservedDevice)
 def _only(device: _Device, keys: Set[PublicKey]) -> _Device:
     """The device with some of its peers; to plan for these alone costs the same in a mesh of any size."""
     return replace(device, peers={key: device.peers[key] for key in keys if key in device.peers})
+
+
+def _differing(before: ObservedDevice | None, after: ObservedDevice) -> set[PublicKey] | None:
+    """Peers that are set up otherwise than they were observed before; None when more than peers differs."""
+    if before is None or replace(before, peers={}) != replace(after, peers={}):
+        return None
+    differing = before.peers.keys() ^ after.peers.keys()
+    return differing | {
+        key
+        for key in before.peers.keys() & after.peers.keys()
+        if _set_up(before.peers[key]) != _set_up(after.peers[key])
+    }
+
+
+def _set_up(peer: ObservedPeer) -> tuple[object, ...]:
+    return peer.endpoint, peer.allowed_ips, peer.keepalive, peer.psk
 
 
 def _back(leg: Leg, sender: PublicKey) -> Leg:

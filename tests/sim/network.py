@@ -60,7 +60,11 @@ class Network:
     """The internet. `schedule(at, call)` runs a delivery later."""
 
     def __init__(
-        self, *, random: Random, now: Callable[[], float], schedule: Callable[[float, Callable[[], None]], None]
+        self,
+        *,
+        random: Random,
+        now: Callable[[], float],
+        schedule: Callable[[float, Callable[[], None]], None],
     ) -> None:
         self.sites: list[Site] = []
         self.links: dict[tuple[str, str, Family], Link] = {}
@@ -125,9 +129,7 @@ class Network:
         """The links from a to b (and back), of one family or both, to change them."""
         ways = [(a, b), (b, a)] if both else [(a, b)]
         families = [family] if family is not None else list(Family)
-        return [
-            self.links.setdefault((x.name, y.name, f), Link()) for x, y in ways for f in families
-        ]
+        return [self.links.setdefault((x.name, y.name, f), Link()) for x, y in ways for f in families]
 
     def send(
         self, site: Site, inner: Endpoint, to: Endpoint, payload: object, *, ttl: int | None = None

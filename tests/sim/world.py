@@ -155,7 +155,9 @@ class World:
         """Seconds until `condition` holds. Raises AssertionError after `within`."""
         start = self.now
         if not self.run_to(start + within, condition):
-            raise AssertionError(f"seed {self.seed}: not within {within} s (now {self.now:.3f})\n{self.describe()}")
+            raise AssertionError(
+                f"seed {self.seed}: not within {within} s (now {self.now:.3f})\n{self.describe()}"
+            )
         return self.now - start
 
     # --- building ------------------------------------------------------------------------------------------
@@ -204,7 +206,9 @@ class World:
             if machine.agent is None:
                 lines.append(f"{machine.name} ({machine.site.kind.value}): not running")
                 continue
-            lines.append(f"{machine.name} ({machine.site.kind.value}) {machine.agent.paths(self.now).mapping}")
+            lines.append(
+                f"{machine.name} ({machine.site.kind.value}) {machine.agent.paths(self.now).mapping}"
+            )
             for other in self.machines:
                 view = machine.agent.paths(self.now).pairs.get(other.key)
                 if view is not None:
@@ -455,7 +459,9 @@ class Machine:
             self._spins = self._spins + 1 if self._spun_at == self.world.now else 0
             self._spun_at = self.world.now
             if self._spins > SPIN_LIMIT:
-                raise Livelock(f"{self.name}'s timer asks for {wanted!r} again and again at {self.world.now!r}")
+                raise Livelock(
+                    f"{self.name}'s timer asks for {wanted!r} again and again at {self.world.now!r}"
+                )
             agent.handle_timer(self.world.now)
         self._perform()
 
@@ -624,7 +630,8 @@ class RegistryServer:
             machine._later(RECONNECT, lambda: self.connect(machine))
             return
         self.world.after(
-            2 * self.distance(machine), lambda: self._accept(machine) if machine.generation == generation else None
+            2 * self.distance(machine),
+            lambda: self._accept(machine) if machine.generation == generation else None,
         )
 
     def _accept(self, machine: Machine) -> None:

@@ -38,8 +38,8 @@ from scope_agent.paths.reflexive import MAX_TARGETS, ReflectorTarget, Reflexive
 # hundred are not held up; home routers take this rate of new sessions.
 PACE_PER_SECOND = 400.0
 PACE_BURST = 120
+ROUNDING = 1e-6  # of a token: a timer computed from a share of one may come that much too early
 MAX_CARRIERS = 3  # a call-me-maybe goes over so many at once: each may be lost, or not reach the other side
-_QUEUE_MAX = 8192  # pings waiting for the pace: 32 routes of 256 peers; more would be stale before they go
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,9 @@ class Paths:
         self._sequence = 0
         self._transaction = 0
         self._out: deque[PathsOutput] = deque()
-        self._waiting: deque[Outgoing] = deque()
+        # searching pairs that are due, the longest due first; those whose search is young go first
+        self._young: dict[PublicKey, None] = {}
+        self._waiting: dict[PublicKey, None] = {}
         self._tokens = float(PACE_BURST)
         self._tokens_at = 0.0
         self._restored: dict[PublicKey, Endpoint] = {}
@@ -122,7 +124,7 @@ class Paths:
         self._views: dict[PublicKey, PairView] = {}
         self._changes = Changes()
         self._living: dict[PublicKey, None] = {}
-        self._busy: set[PublicKey] = set()
+        self._busy: dict[PublicKey, float] = {}  # until when
         self._last_good: dict[PublicKey, Endpoint] = {}
         self._open_peers: dict[PublicKey, tuple[ReflectorTarget, ...]] = {}
         self._targets: tuple[ReflectorTarget, ...] = ()
@@ -235,7 +237,7 @@ class Paths:
             if pair is None:
                 continue
             endpoint = reading.endpoint
-            if endpoint is not None and self._refusal(endpoint) is not None:
+            if endpoint is not None and self._is_refused(endpoint, pair):
                 endpoint = None
             news = pair.observe(
                 tx=reading.tx, rx=reading.rx, endpoint=endpoint, handshake=reading.handshake,
@@ -252,6 +254,8 @@ class Paths:
         """Take a message of the holder of probe key `sender`; `source` is None when a carrier brought it."""
         key = self._peer_of.get(sender)
         pair = self._pairs.get(key) if key is not None else None
+        if pair is not None and source is not None and self._is_refused(source, pair):
+            return
         if isinstance(message, Pong) and self._reflexive.answer(
             sender, message.transaction, message.observed, now
         ):
@@ -260,7 +264,7 @@ class Paths:
             return
         if self._origins.get(sender) != origin:
             if sender in self._origins:
-                pair.origin_changed()
+                pair.origin_changed(now)
             self._origins[sender] = origin
         match message:
             case CallMeMaybe():
@@ -295,7 +299,7 @@ class Paths:
         reflexive = self._reflexive.get_timer()
         if reflexive is not None and self._families:
             times.append(reflexive)
-        if self._waiting:
+        if self._young or self._waiting:
             times.append(self._tokens_at + (1.0 - self._tokens) / PACE_PER_SECOND)
         return min(times, default=None)
 
@@ -307,26 +311,37 @@ class Paths:
                 ping = Ping(question.transaction, has_session=False, received=0)
                 self._out.append(Outgoing(question.target.probe_key, ping, question.target.endpoint))
             self._publish(now)
+        self._tokens = min(PACE_BURST, self._tokens + (now - self._tokens_at) * PACE_PER_SECOND)
+        self._tokens_at = now
         while self._heap and self._heap[0][0] <= now:
             at, _, key = heapq.heappop(self._heap)
-            if self._armed.get(key) != at:
-                continue
-            del self._armed[key]
-            pair = self._pairs.get(key)
-            if pair is None:
-                continue
-            for due in pair.take(now, self._next_transaction):
-                match due:
-                    case SendTo(message, endpoint, ttl):
-                        self._pace(Outgoing(self._keys[key], message, endpoint, ttl))
-                    case CallPeer():
-                        self._out.append(
-                            Call(self._keys[key], CallMeMaybe(self._candidates[:MAX_CANDIDATES]))
-                        )
-            if not pair.alive:
-                pair.explain(self._why_not(key, now))
-            self._touch(key, now)
-        self._release(now)
+            if self._armed.get(key) == at:
+                del self._armed[key]
+                pair = self._pairs[key]
+                if pair.alive:
+                    self._serve(key, now)
+                elif pair.is_punching(now):
+                    self._young[key] = None
+                else:
+                    self._waiting[key] = None
+        while (self._young or self._waiting) and self._tokens > 1.0 - ROUNDING:
+            self._serve(next(iter(self._young or self._waiting)), now)
+
+    def _serve(self, key: PublicKey, now: float) -> None:
+        """Do what is due for one pair."""
+        pair = self._pairs[key]
+        self._young.pop(key, None)
+        self._waiting.pop(key, None)
+        for due in pair.take(now, self._next_transaction):
+            match due:
+                case SendTo(message, endpoint, ttl):
+                    self._tokens -= isinstance(message, Ping)
+                    self._out.append(Outgoing(self._keys[key], message, endpoint, ttl))
+                case CallPeer():
+                    self._out.append(Call(self._keys[key], CallMeMaybe(self._candidates[:MAX_CANDIDATES])))
+        if not pair.alive:
+            pair.explain(self._why_not(key, now))
+        self._touch(key, now)
 
     def outputs(self) -> list[PathsOutput]:
         """What is to be sent now."""
@@ -407,9 +422,9 @@ class Paths:
         """What to try first after a restart; another object once anything in it changed."""
         return self._last_good
 
-    def busy(self) -> bool:
+    def busy(self, now: float) -> bool:
         """Whether some pair waits for the device's news."""
-        return bool(self._busy)
+        return any(now < until for until in self._busy.values())
 
     # --- inside --------------------------------------------------------------------------------------------
 
@@ -427,6 +442,10 @@ class Paths:
 
     def _refusal(self, endpoint: Endpoint) -> str | None:
         return refusal(endpoint, mesh=self._mesh_prefixes(), own=self._own_endpoints)
+
+    def _is_refused(self, endpoint: Endpoint, pair: Pair) -> bool:
+        """Whether the peer cannot rightly be there; its routes were asked about once."""
+        return not pair.knows(endpoint) and self._refusal(endpoint) is not None
 
     def _new_pair(self, key: PublicKey, now: float) -> Pair:
         pair = Pair(
@@ -449,10 +468,12 @@ class Paths:
         self._peer_of.pop(probe, None)
         self._origins.pop(probe, None)
         self._armed.pop(key, None)
+        self._young.pop(key, None)
+        self._waiting.pop(key, None)
         self._restored.pop(key, None)
         self._open_peers.pop(key, None)
         self._living.pop(key, None)
-        self._busy.discard(key)
+        self._busy.pop(key, None)
         self._note_last_good(key, None)
         self._dirty.discard(key)
         self._changes.moved |= self._views.pop(key, None) is not None
@@ -498,11 +519,14 @@ class Paths:
             self._living[key] = None
         else:
             self._living.pop(key, None)
-        if pair.busy:
-            self._busy.add(key)
+        busy_until = pair.busy_until(now)
+        if busy_until is not None:
+            self._busy[key] = busy_until
         else:
-            self._busy.discard(key)
+            self._busy.pop(key, None)
         self._note_last_good(key, pair.last_good)
+        if key in self._young or key in self._waiting:
+            return
         due = pair.get_timer()
         if due is None:
             self._armed.pop(key, None)
@@ -512,6 +536,9 @@ class Paths:
             self._armed[key] = due
             self._sequence += 1
             heapq.heappush(self._heap, (due, self._sequence, key))
+        if len(self._heap) > 4 * len(self._armed) + 64:  # mostly appointments that were moved since
+            self._heap = [entry for entry in self._heap if self._armed.get(entry[2]) == entry[0]]
+            heapq.heapify(self._heap)
 
     def _note_last_good(self, key: PublicKey, endpoint: Endpoint | None) -> None:
         if self._last_good.get(key) == endpoint:
@@ -523,20 +550,6 @@ class Paths:
     def _next_transaction(self) -> int:
         self._transaction = (self._transaction + 1) & 0xFFFFFFFF
         return self._transaction
-
-    def _pace(self, outgoing: Outgoing) -> None:
-        """Answers and nominations go at once; pings wait for the pace."""
-        if not isinstance(outgoing.message, Ping):
-            self._out.append(outgoing)
-        elif len(self._waiting) < _QUEUE_MAX:
-            self._waiting.append(outgoing)
-
-    def _release(self, now: float) -> None:
-        self._tokens = min(PACE_BURST, self._tokens + (now - self._tokens_at) * PACE_PER_SECOND)
-        self._tokens_at = now
-        while self._waiting and self._tokens >= 1.0:
-            self._tokens -= 1.0
-            self._out.append(self._waiting.popleft())
 
     def _why_not(self, key: PublicKey, now: float) -> str:
         """Why the pair has no direct path, in words for the person who asks."""

@@ -47,6 +47,7 @@ FRESH = 3.0  # an echo proves a route for so long
 VERIFIED = 30.0  # WireGuard may roam among routes that echoed so lately
 PROBATION = 1.0  # an endpoint that WireGuard found by itself may stay for so long until its echo
 GATE = 1.0  # the side that does not initiate waits so long for the other's handshake
+HANDSHAKE_PATIENCE = 6.0  # WireGuard's own retry of a lost initiation, and a little
 LAST_GOOD_INTERVAL = 1.5
 LAST_GOOD_FOR = 600.0
 RETRY_FIRST, RETRY_MAX = 60.0, 600.0
@@ -155,6 +156,7 @@ class Pair:
         # nomination
         self._sequence = 0
         self._acknowledged = True
+        self._named: Endpoint | None = None  # our own endpoint in the nomination that stands
         self._asked_for: tuple[int, Endpoint] | None = None
         self._settle_next: float | None = None
         self._settle_left = 0
@@ -166,6 +168,7 @@ class Pair:
         self._ready = False
         self._tx = self._rx = -1
         self._reading: tuple[int, int, Endpoint | None, bool] | None = None
+        self._device_endpoint: Endpoint | None = None
         self._tx_moved = NEVER
         self._unanswered_since: float | None = None
         self._suspect: float | None = None
@@ -256,12 +259,15 @@ class Pair:
         if not self._alive and not self._declared and now - self._burst_from > 0.02:
             self._next_call = now
 
-    def origin_changed(self) -> None:
-        """The peer counts anew: its nominations and receive counters start again."""
-        if not self._lower:
-            self._sequence = 0
+    def origin_changed(self, now: float) -> None:
+        """The peer counts anew: its nominations and counters start again, and it knows none of ours."""
         self._asked_for = None
         self._stall = None
+        current = self._routes.get(self._current) if self._current else None
+        if not self._lower:
+            self._sequence = 0
+        elif self._alive and current is not None:
+            self._nominate(current, now)
 
     def confirmed(self, source: Endpoint | None, now: float) -> None:
         """The channel can seal for the peer now: repeat at once what the first try could not say.
@@ -327,6 +333,11 @@ class Pair:
             route.pending = {t: at for t, at in route.pending.items() if at > sent}
             self._compare_counters(pong.received, now)
             self._echoed(route, now)
+            if self._lower and self._alive and route.endpoint == self._current:
+                if route.here != self._named:
+                    self._nominate(route, now)  # our mapping moved: the peer is to follow
+                elif not self._acknowledged and self._settle_next is None:
+                    self._settle_left, self._settle_next = 1, now
             return
 
     def _echoed(self, route: _Route, now: float) -> None:
@@ -338,8 +349,11 @@ class Pair:
         if not self._alive:
             if self._lower and self._decide_at is None and self._usable(route, now):
                 self._decide_at = now + min(SETTLE_MAX, route.rtt or SETTLE_MAX)
-            elif not self._lower and route.endpoint == self._current and self._usable(route, now):
-                self._live(now)
+            elif not self._lower and self._usable(route, now):
+                if route.endpoint == self._device_endpoint:
+                    self._current = self._last_good = route.endpoint  # the peer's data came from there
+                if route.endpoint == self._current:
+                    self._live(now)
         elif self._lower and route.endpoint != self._current and self._decide_at is None:
             self._decide_at = now + min(SETTLE_MAX, route.rtt or SETTLE_MAX)
         route.next = self._next_ping(route, now)
@@ -377,7 +391,7 @@ class Pair:
         reading = (tx, rx, endpoint, session)
         if reading == self._reading and not handshake and endpoint in (None, self._current):
             return False
-        self._reading = reading
+        self._reading, self._device_endpoint = reading, endpoint
         self._session = session
         if handshake:
             self._gate_until = now if self._gate_until is not None else None
@@ -510,6 +524,10 @@ class Pair:
         """Whether the path in use is believed to work."""
         return self._alive
 
+    def is_punching(self, now: float) -> bool:
+        """Whether the search began so lately that the two sides' pings are still to meet."""
+        return now - self._burst_from < PUNCH[-1] + FAMILY_DELAY
+
     @property
     def has_session(self) -> bool:
         """Whether our WireGuard holds a live session with the peer."""
@@ -520,17 +538,22 @@ class Pair:
         """The endpoint to try first after a restart."""
         return self._last_good
 
+    def knows(self, endpoint: Endpoint) -> bool:
+        """Whether the endpoint is one of the pair's routes."""
+        return endpoint in self._routes
+
     @property
     def tried(self) -> frozenset[Endpoint]:
         """Endpoints that were pinged."""
         return frozenset(self._routes)
 
-    @property
-    def busy(self) -> bool:
-        """Whether a fresh look at the device would help: a handshake is awaited or a doubt is open."""
-        return (
-            self._gate_until is not None or self._suspect is not None or (self._ready and not self._session)
-        )
+    def busy_until(self, now: float) -> float | None:
+        """Until when a fresh look at the device would help: a handshake is awaited, or a doubt is open."""
+        if self._gate_until is not None or self._suspect is not None:
+            return now + SUSPECT_AFTER
+        if self._alive and not self._session and now < self._nominated_at + HANDSHAKE_PATIENCE:
+            return self._nominated_at + HANDSHAKE_PATIENCE
+        return None
 
     # --- searching -----------------------------------------------------------------------------------------
 
@@ -708,9 +731,13 @@ class Pair:
                 return
         elif current is not None and current in routes and current.rank == best.rank:
             best = best if self._better(best, current) else current
+        self._nominate(best, now)
+
+    def _nominate(self, route: _Route, now: float) -> None:
         self._sequence += 1
         self._acknowledged = False
-        self._take(best, now)
+        self._named = route.here
+        self._take(route, now)
 
     def _better(self, route: _Route, current: _Route) -> bool:
         if route.rank != current.rank:

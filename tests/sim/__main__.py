@@ -1,0 +1,49 @@
+"""Replay one life, or run many: `python -m tests.sim --seed 17`, `python -m tests.sim --count 1000`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+for folder in ("hack", "operator", "nodeagent", "."):
+    sys.path.insert(0, str(ROOT / folder))
+
+from tests.sim.scenario import Life  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1, help="the first life's number")
+    parser.add_argument("--count", type=int, default=1, help="how many lives")
+    parser.add_argument("--verbose", action="store_true", help="tell the story and the end of each")
+    arguments = parser.parse_args()
+    failed = []
+    started = time.monotonic()
+    slowest: list[tuple[float, int]] = []
+    for seed in range(arguments.seed, arguments.seed + arguments.count):
+        life = Life(seed)
+        begun = time.monotonic()
+        try:
+            outcome = life.live()
+        except Exception as error:  # noqa: BLE001 - every way to fail is a finding, and the next seed may tell more
+            failed.append(seed)
+            print(
+                f"seed {seed}: {type(error).__name__} {error}" if arguments.verbose else f"seed {seed} failed"
+            )
+            if arguments.verbose and not isinstance(error, AssertionError):
+                raise
+        else:
+            slowest.append((outcome.converged_after, seed))
+            if arguments.verbose:
+                print("\n".join(outcome.story), f"\nconverged after {outcome.converged_after:.0f} s,")
+                print(f"{outcome.events} events in {time.monotonic() - begun:.2f} s\n{life.world.describe()}")
+    print(f"{arguments.count} lives in {time.monotonic() - started:.1f} s; failed: {failed or 'none'}")
+    print("slowest to converge:", ", ".join(f"seed {s}: {t:.0f} s" for t, s in sorted(slowest)[-10:]))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
