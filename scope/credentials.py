@@ -57,9 +57,7 @@ Credential: TypeAlias = PeerCredential | AdminCredential
 def authorization(
     credential: Credential, *, method: str, target: str, body: bytes, wall: float, nonce: bytes
 ) -> str:
-    """The Authorization header of one request. `nonce` is 16 fresh random bytes, `wall` the gateway's "
-    "time.
-    """
+    """The Authorization header of one request; `nonce` is 16 fresh bytes, `wall` the gateway's time."""
     match credential:
         case AdminCredential(token):
             return f"Bearer {token.raw.decode('ascii')}"

@@ -88,9 +88,7 @@ class Couriered:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """What a join gives: the new peer (with its addresses, where the registry was quick), its mesh, the "
-    "registry.
-    """
+    """What a join gives: the peer (with addresses, where the registry was quick), its mesh, the registry."""
 
     registry: str
     peer: Peer
@@ -234,13 +232,13 @@ class HttpRegistry:
         return removed
 
     async def courier(self, to: PublicKey, datagram: bytes) -> None:
-        """Have a sealed datagram brought to the holder of probe key `to`. Raises NotFound when it has "
-        "no stream.
+        """Have a sealed datagram brought to the holder of probe key `to`. Raises NotFound: it has no "
+        "stream.
         """
         await self._ask("POST", f"/v1/courier/{base64url(to.raw)}", body=datagram)
 
     async def couriered(self) -> AsyncIterator[Couriered]:
-        """Sealed datagrams that the courier brings while a watch is open; those not taken in time are "
+        """Sealed datagrams that the courier brings while a watch is open; the oldest of too many are "
         "dropped.
         """
         while True:
@@ -249,9 +247,7 @@ class HttpRegistry:
     async def create_token(
         self, mesh: str, *, role: Role = Role.AUTO, lifetime: float | None = None, single_use: bool = False
     ) -> str:
-        """Make a join token that lives `lifetime` seconds (None: a day); gives its join string, shown "
-        "once.
-        """
+        """Make a join token for `lifetime` seconds (None: a day); gives its join string, shown once."""
         request: dict[str, object] = {"mesh": mesh, "role": str(role), "singleUse": single_use}
         if lifetime is not None:
             request["expiresIn"] = resources.format_duration(lifetime)
@@ -279,9 +275,7 @@ class HttpRegistry:
             raise self._unreadable(error) from None
 
     async def leave(self, tombstone: Mapping[str, object]) -> Peer:
-        """Leave the mesh with a tombstone of our own, as `scope.resources` writes it. Raises Refused, "
-        "Unavailable.
-        """
+        """Leave by a tombstone of our own, as `scope.resources` writes it. Raises Refused, Unavailable."""
         answer = await self._ask("POST", "/v1/leave", body={"tombstone": tombstone})
         peer = self._resource(Kind.PEER, answer)
         if not isinstance(peer, Peer):
@@ -315,9 +309,7 @@ class HttpRegistry:
         headers: Mapping[str, str],
         limits: aiohttp.ClientTimeout,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """A signed request; what the connection raises, while the answer is read too, becomes the "
-        "port's error.
-        """
+        """A signed request; what the connection raises, also while it is read, becomes the port's error."""
         signed = dict(headers)
         if self._credential is not None:
             signed["Authorization"] = authorization(
@@ -434,8 +426,8 @@ class HttpRegistry:
     # --- the stream ---------------------------------------------------------------------------------------
 
     async def _attach(self, watcher: _Watcher) -> None:
-        """Feed `watcher` from its revision on: by the open stream, if it has not passed there, else by "
-        "a new one.
+        """Feed `watcher` from its revision on: by the open stream where it has not passed there, or a "
+        "new one.
         """
         if self._stream is not None and self._stream.can_feed(watcher):
             self._watchers.add(watcher)

@@ -676,3 +676,41 @@ async def stream_lines(running: Running, *, count: int) -> list[bytes]:
             if len(lines) == count:
                 break
     return lines
+
+
+def test_a_list_follows_changes_of_every_kind() -> None:
+    async def body(running: Running) -> None:
+        registry = running.registry
+        async with running.admin as client:
+            peer, other = await enrolled(registry, 1), await enrolled(registry, 2, mesh="other")
+            assert (await client.list(Kind.PEER)).resources == (peer, other)
+            assert peer.report is not None
+            report = replace(peer.report, direct=1)
+            changed = await registry.update_status(Kind.PEER, peer.meta.name, report, uid=peer.meta.uid)
+            assert (await client.list(Kind.PEER)).resources == (changed, other)
+            await registry.delete(Kind.PEER, peer.meta.name, uid=peer.meta.uid)
+            again = await enrolled(registry, 1)
+            assert (await client.list(Kind.PEER)).resources == (other, again)
+            async with running.as_peer(again) as member:
+                assert (await member.list(Kind.PEER)).resources == (again,)
+
+    on_gateway(body)
+
+
+def test_a_reader_that_is_too_slow_is_told_to_list_again() -> None:
+    async def body(running: Running) -> None:
+        peer = await enrolled(running.registry, 1)
+        assert peer.report is not None
+        await until(lambda: peer.meta.name in running.feed.peers)
+        stream = await running.feed.open(peer, "home", running.registry.store.revision)
+        for direct in range(1, 100):
+            report = replace(peer.report, direct=direct)
+            await running.registry.update_status(Kind.PEER, peer.meta.name, report, uid=peer.meta.uid)
+            await asyncio.sleep(0)
+        stored = await running.registry.get(Kind.PEER, peer.meta.name)
+        await until(lambda: running.feed.peers[peer.meta.name] == stored)
+        assert running.feed.take(stream) == []
+        assert stream.ended is not None
+        assert (stream.ended.code, stream.ended.reason) == (410, "Expired")
+
+    on_gateway(body)

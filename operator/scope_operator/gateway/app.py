@@ -133,6 +133,8 @@ class Gateway:
         self._peers = Buckets[str](limits.peer)
         self._couriers = Buckets[str](limits.courier)
         self._joins = 0
+        # By uid and revision: the mesh of each resource that the last list held, and its JSON.
+        self._rendered: dict[Kind, dict[tuple[str, int], tuple[str, bytes]]] = {kind: {} for kind in Kind}
         document = yaml.safe_load(files(__package__).joinpath("openapi.yaml").read_text())
         self._openapi = json.dumps(document).encode()
 
@@ -235,9 +237,25 @@ class Gateway:
         async def handle(asked: Asked) -> web.Response:
             mesh = asked.mesh()
             listed = await self._registry.list(kind)
-            return _json(_list_object(listed, mesh))
+            return web.Response(body=self._list_body(listed, mesh), content_type="application/json")
 
         return handle
+
+    def _list_body(self, listed: Listed, mesh: str | None) -> bytes:
+        """The list as JSON. Only what changed since the last list is rendered: agents list all at once."""
+        known, rendered = self._rendered[listed.kind], {}
+        for resource in listed.resources:
+            if isinstance(resource, Mesh | Peer):
+                key = (resource.meta.uid, resource.meta.revision)
+                rendered[key] = known.get(key) or (_mesh_of(resource), _bytes(resources.to_dict(resource)))
+        self._rendered[listed.kind] = rendered
+        head = {
+            "apiVersion": resources.API_VERSION,
+            "kind": f"{listed.kind}List",
+            "metadata": {"resourceVersion": str(listed.revision.number)},
+        }
+        items = b",".join(item for of_mesh, item in rendered.values() if mesh in (None, of_mesh))
+        return _bytes(head)[:-1] + b',"items":[' + items + b"]}"
 
     def _get(self, kind: Kind) -> Handler:
         async def handle(asked: Asked) -> web.Response:
@@ -349,13 +367,13 @@ class Gateway:
         since = Revision(asked.query.get("registry", self._registry_id), _number(asked.query, "since"))
         seconds = _seconds(asked.query)
         of_peers, of_administrators = self._feed.counts()
-        owner, name, full = "", "", of_administrators >= self._limits.admin_streams
+        peer, full = None, of_administrators >= self._limits.admin_streams
         if isinstance(asked.caller, Member):
-            owner, name = asked.caller.peer.meta.uid, asked.caller.peer.meta.name
-            full = of_peers >= self._limits.streams and not self._feed.has_stream(owner)
+            peer = asked.caller.peer
+            full = of_peers >= self._limits.streams and not self._feed.has_stream(peer.meta.uid)
         if full:
             raise Refusal(503, "ServiceUnavailable", "too many event streams are open", retry_after=10.0)
-        stream = await self._feed.open(owner, name, visible or wanted, since)
+        stream = await self._feed.open(peer, visible or wanted, since)
         response = web.StreamResponse(
             headers={"Content-Type": "application/x-ndjson", REGISTRY_HEADER: self._registry_id}
         )
@@ -365,7 +383,7 @@ class Gateway:
                 stream, response, until=None if seconds is None else self._now() + seconds
             )
         except ConnectionError:
-            log.debug("stream.lost peer=%s", name)
+            log.debug("stream.lost peer=%s", stream.name)
         finally:
             self._feed.close(stream)
         return response
@@ -379,7 +397,7 @@ class Gateway:
             stream.wake.clear()
             lines = self._feed.take(stream)
             if stream.ended is not None:
-                lines.append(json.dumps(stream.ended.status(), separators=(",", ":")).encode() + b"\n")
+                lines.append(_bytes(stream.ended.status()) + b"\n")
             try:
                 if lines:
                     async with asyncio.timeout(WRITE_SECONDS):
@@ -548,26 +566,16 @@ def _seconds(query: Mapping[str, str]) -> float | None:
 # --- making answers -----------------------------------------------------------------------------------------
 
 
+def _bytes(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode()
+
+
 def _json(value: object, *, code: int = 200) -> web.Response:
-    body = json.dumps(value, separators=(",", ":")).encode()
-    return web.Response(body=body, status=code, content_type="application/json")
+    return web.Response(body=_bytes(value), status=code, content_type="application/json")
 
 
 def _resource(resource: Mesh | Peer | Any, *, code: int = 200) -> web.Response:
     return _json(resources.to_dict(resource), code=code)
-
-
-def _list_object(listed: Listed, mesh: str | None) -> dict[str, object]:
-    return {
-        "apiVersion": resources.API_VERSION,
-        "kind": f"{listed.kind}List",
-        "metadata": {"resourceVersion": str(listed.revision.number)},
-        "items": [
-            resources.to_dict(resource)
-            for resource in listed.resources
-            if isinstance(resource, Mesh | Peer) and mesh in (None, _mesh_of(resource))
-        ],
-    }
 
 
 def _mesh_of(resource: Mesh | Peer) -> str:

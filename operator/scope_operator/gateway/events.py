@@ -34,6 +34,7 @@ class Event:
     revision: int
     kind: Kind
     name: str
+    uid: str
     mesh: str
     line: bytes  # the CloudEvent, ending with a line feed
     removes: bool = False  # the peer has no business here any more
@@ -80,6 +81,7 @@ def event_of(change: Put | Deleted, before: Mesh | Peer | None, *, time: str) ->
         revision=change.revision.number,
         kind=kind_of(resource),
         name=resource.meta.name,
+        uid=resource.meta.uid,
         mesh=resource.meta.name if isinstance(resource, Mesh) else resource.spec.mesh,
         line=json.dumps(fields, separators=(",", ":")).encode() + b"\n",
         removes=isinstance(resource, Peer) and (deleted or resource.assignment.tombstone is not None),

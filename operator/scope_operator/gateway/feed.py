@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
@@ -33,18 +33,20 @@ TAKE = 256  # events written at once, so that a long replay does not starve the 
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """One reader: of one mesh, or of all (`mesh` None). `owner` is a peer's uid, or "" for an "
-    "administrator.
-    """
+    """One reader: a peer, or an administrator (None); of one mesh, or of all (None)."""
 
-    owner: str
-    name: str
+    peer: Peer | None
     mesh: str | None
     since: int
     cursor: int
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     datagrams: deque[bytes] = field(default_factory=deque)
     ended: Refusal | None = None
+
+    @property
+    def name(self) -> str:
+        """Who reads, for the log."""
+        return self.peer.meta.name if self.peer is not None else "administrator"
 
     def end(self, reason: Refusal) -> None:
         """Nothing more is sent but `reason`."""
@@ -69,6 +71,7 @@ class Feed:
         self._first = 0  # the position of the oldest kept event among all there were
         self._streams: set[Stream] = set()
         self._of_peer: dict[str, Stream] = {}
+        self._of_probe: dict[tuple[str | None, PublicKey], Stream] = {}
         self._couriered = 0
         self.changed = asyncio.Event()  # set, and replaced, at the next change
 
@@ -86,9 +89,7 @@ class Feed:
                 await asyncio.sleep(RELIST_SECONDS)
 
     async def _follow(self) -> bool:
-        """List and watch until a watch ends; whether that was because changes came faster than they "
-        "were read.
-        """
+        """List and watch until a watch ends. True: changes came faster than they were read."""
         meshes = await self._registry.list(Kind.MESH)
         peers = await self._registry.list(Kind.PEER)
         self._registry_id = peers.revision.registry
@@ -151,8 +152,11 @@ class Feed:
 
     # --- streams ------------------------------------------------------------------------------------------
 
-    async def open(self, owner: str, name: str, mesh: str | None, since: Revision) -> Stream:
-        """A stream of what changed after `since`; a peer's older stream ends. Raises Gone, Unavailable."""
+    async def open(self, peer: Peer | None, mesh: str | None, since: Revision) -> Stream:
+        """A stream of what changed in `mesh` (None: in all) after `since`, for `peer` or an administrator.
+
+        A peer's older stream ends. Raises Gone, Unavailable.
+        """
         if not self.ready.is_set():
             raise Unavailable("the gateway is reading its registry: try again in a second")
         if since.registry != self._registry_id:
@@ -168,26 +172,28 @@ class Feed:
             newest = (await self._registry.list(Kind.MESH)).revision.number
             if since.number > newest:
                 raise Gone(f"revision {since.number} is newer than the newest, {newest}: list again")
-        older = self._of_peer.get(owner) if owner else None
+        older = self._of_peer.get(peer.meta.uid) if peer is not None else None
         if older is not None:
             older.end(Refusal(409, "Conflict", "a newer stream of the same peer took this one's place"))
             self.close(older)
-        stream = Stream(owner, name, mesh, since.number, self._first)
+        stream = Stream(peer, mesh, since.number, self._first)
         self._streams.add(stream)
-        if owner:
-            self._of_peer[owner] = stream
+        if peer is not None and peer.report is not None:
+            self._of_peer[peer.meta.uid] = stream
+            self._of_probe[mesh, peer.report.keys.probe] = stream
         return stream
 
     def close(self, stream: Stream) -> None:
         """Forget a stream; once more does nothing."""
         self._streams.discard(stream)
-        if self._of_peer.get(stream.owner) is stream:
-            del self._of_peer[stream.owner]
+        peer = stream.peer
+        if peer is None or peer.report is None or self._of_peer.get(peer.meta.uid) is not stream:
+            return
+        del self._of_peer[peer.meta.uid]
+        del self._of_probe[stream.mesh, peer.report.keys.probe]
 
     def take(self, stream: Stream) -> list[bytes]:
-        """The next lines of a stream, none when it has read all. Sets `ended` where nothing may follow "
-        "them.
-        """
+        """The next lines of a stream, none when it has read all. Sets `ended` where these are the last."""
         lines = list(stream.datagrams)
         stream.datagrams.clear()
         if stream.ended is not None:
@@ -202,7 +208,7 @@ class Feed:
                 continue
             if stream.mesh is None or event.mesh == stream.mesh:
                 lines.append(event.line)
-            if event.removes and event.name == stream.name:
+            if event.removes and stream.peer is not None and event.uid == stream.peer.meta.uid:
                 stream.ended = removed(event.name)
                 break
         stream.cursor = self._first + skipped
@@ -233,7 +239,7 @@ class Feed:
 
         Raises Refusal when too many wait for it.
         """
-        stream = next((self._of_peer.get(peer.meta.uid) for peer in self._members(mesh, to)), None)
+        stream = self._of_probe.get((mesh, to))
         if stream is None or stream.ended is not None:
             return False
         if len(stream.datagrams) >= COURIER_QUEUE:
@@ -252,17 +258,8 @@ class Feed:
             .replace("+00:00", "Z")
         )
 
-    def _members(self, mesh: str, probe: PublicKey) -> Iterator[Peer]:
-        return (
-            peer
-            for peer in self.peers.values()
-            if peer.spec.mesh == mesh and peer.report and peer.report.keys.probe == probe
-        )
-
     async def settled(self, name: str, uid: str, *, seconds: float) -> Peer | None:
-        """The peer once it has an address or `seconds` have passed; None when it is not (or no more) "
-        "known.
-        """
+        """The peer once it has an address or `seconds` have passed; None when it is not known."""
         try:
             async with asyncio.timeout(seconds):
                 while not (

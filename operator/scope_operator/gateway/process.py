@@ -61,9 +61,7 @@ class UsersCertificate:
 
 @dataclass(frozen=True, slots=True)
 class ServeConfig:
-    """What `scope-registry serve` was told. Without `certificate` one is made, without `advertise` "
-    "guessed.
-    """
+    """What the command line said. Without `certificate` one is made, without `advertise` it is guessed."""
 
     data: Path
     listen: tuple[tuple[str, int], ...]
@@ -218,9 +216,7 @@ def _certificate(config: ServeConfig, hosts: tuple[Advertised, ...]) -> tls.Cert
 
 
 def _administrator(data: Path) -> tuple[bytes, str | None]:
-    """The hash of the administrator's token, and the token itself where it is made now. Raises "
-    "ConfigError.
-    """
+    """The hash of the administrator's token, and the token where it is made now. Raises ConfigError."""
     path = data / ADMIN_HASH_FILE
     try:
         kept = bytes.fromhex(path.read_text().strip())

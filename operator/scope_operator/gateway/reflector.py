@@ -35,9 +35,7 @@ RECEIVE_BATCH = 64  # datagrams taken from one socket before the others get thei
 
 @dataclass(frozen=True, slots=True)
 class Leg:
-    """How a datagram came and its answer goes: our socket by number, our own address, the other's "
-    "endpoint.
-    """
+    """How a datagram came and its answer goes: our socket by number, our address, their endpoint."""
 
     socket: int
     local: IPAddress | None
