@@ -195,6 +195,7 @@ class Agent:
             case Failed():
                 self._failed(event, now)
             case TrafficMoved():
+                self._paths.traffic_moved(now)
                 self._observe_soon(now, OBSERVE_TRAFFIC)
             case CommandArrived(number, command):
                 self._out.append(Reply(number, self._answer(command, now)))

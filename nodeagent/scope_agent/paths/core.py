@@ -38,6 +38,7 @@ from scope_agent.paths.reflexive import MAX_TARGETS, ReflectorTarget, Reflexive
 # hundred are not held up; home routers take this rate of new sessions.
 PACE_PER_SECOND = 400.0
 PACE_BURST = 120
+COUNTER_STALE = 0.5  # a receive counter read longer before the latest traffic is reported as 0: unknown
 ROUNDING = 1e-6  # of a token: a timer computed from a share of one may come that much too early
 MAX_CARRIERS = 3  # a call-me-maybe goes over so many at once: each may be lost, or not reach the other side
 
@@ -112,6 +113,7 @@ class Paths:
         self._armed: dict[PublicKey, float] = {}
         self._sequence = 0
         self._transaction = 0
+        self._unread_since: float | None = None  # the device's counters moved and were not read since
         self._out: deque[PathsOutput] = deque()
         # searching pairs that are due, the longest due first; those whose search is young go first
         self._young: dict[PublicKey, None] = {}
@@ -230,8 +232,14 @@ class Paths:
             pair.adopt(endpoint, session=session, now=now)
             self._touch(key, now)
 
+    def traffic_moved(self, now: float) -> None:
+        """The device's counters have moved since they were last read."""
+        if self._unread_since is None:
+            self._unread_since = now
+
     def observe(self, readings: dict[PublicKey, PeerReading], now: float) -> None:
         """Take the device's counters."""
+        self._unread_since = None
         for key, reading in readings.items():
             pair = self._pairs.get(key)
             if pair is None:
@@ -277,7 +285,8 @@ class Paths:
                     return
                 for due in pair.receive(message, source, now):
                     if isinstance(due, SendTo):
-                        self._out.append(Outgoing(sender, due.message, due.endpoint, due.ttl))
+                        said = self._without_stale_counter(due.message, now)
+                        self._out.append(Outgoing(sender, said, due.endpoint, due.ttl))
             case _:
                 return
         self._touch(key, now)
@@ -336,12 +345,19 @@ class Paths:
             match due:
                 case SendTo(message, endpoint, ttl):
                     self._tokens -= isinstance(message, Ping)
-                    self._out.append(Outgoing(self._keys[key], message, endpoint, ttl))
+                    said = self._without_stale_counter(message, now)
+                    self._out.append(Outgoing(self._keys[key], said, endpoint, ttl))
                 case CallPeer():
                     self._out.append(Call(self._keys[key], CallMeMaybe(self._candidates[:MAX_CANDIDATES])))
         if not pair.alive:
             pair.explain(self._why_not(key, now))
         self._touch(key, now)
+
+    def _without_stale_counter(self, message: Message, now: float) -> Message:
+        """On a busy machine the device is read late, and the peer would take what arrived since for lost."""
+        if self._unread_since is None or now - self._unread_since < COUNTER_STALE:
+            return message
+        return replace(message, received=0) if isinstance(message, Ping | Pong) else message
 
     def outputs(self) -> list[PathsOutput]:
         """What is to be sent now."""

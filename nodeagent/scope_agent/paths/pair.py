@@ -55,6 +55,9 @@ SWITCH_HOLD = 5.0  # between two switches among living routes
 RTT_GAIN = 0.8  # a route of equal rank must be this much quicker, and RTT_MARGIN, to be switched to
 RTT_MARGIN = 0.01
 DATA_DEAD_FOR = 60.0
+# Counters are compared no oftener: what was sent within one such time has shown in the peer's counter, which it
+# reads every quarter of a second and reports half a second late at most, by the end of the next.
+STALL_WINDOW = 1.0
 STALL_BYTES = 200  # less than this between two echoes is keepalives and handshakes
 MAX_ROUTES = 32  # twice what a peer may publish: the rest are sources it spoke from
 MAX_PENDING = 16  # unanswered pings remembered per pair and route
@@ -173,7 +176,7 @@ class Pair:
         self._unanswered_since: float | None = None
         self._suspect: float | None = None
         self._suspect_step = 0
-        self._stall: tuple[int, int] | None = None
+        self._stall: tuple[int, int, float] | None = None  # our bytes out, theirs in, when they were compared
         self._stalls = 0
 
     # --- what is known of the peer -------------------------------------------------------------------------
@@ -423,20 +426,25 @@ class Pair:
             self._doubt(now)
 
     def _compare_counters(self, received: int, now: float) -> None:
-        """Bytes we sent between two reports of the peer's receive counter, against what arrived there."""
-        if self._tx < 0:
+        """Bytes we sent between two reports of the peer's receive counter, against what arrived there.
+
+        A counter of 0 is unknown: nobody holds a session and has received nothing.
+        """
+        if received == 0:
+            self._stall = None
+        if self._tx < 0 or received == 0:
             return
         if self._stall is None or received < self._stall[1]:
-            self._stall, self._stalls = (self._tx, received), 0
+            self._stall, self._stalls = (self._tx, received, now), 0
             return
         sent, arrived = self._tx - self._stall[0], received - self._stall[1]
         if arrived > 0:
             self._stalls = 0
-        elif sent <= STALL_BYTES:
+        elif sent <= STALL_BYTES or now - self._stall[2] < STALL_WINDOW:
             return
         else:
             self._stalls += 1
-        self._stall = (self._tx, received)
+        self._stall = (self._tx, received, now)
         if self._stalls >= 2 and self._alive and self._current is not None:
             self._stalls = 0
             current = self._routes.get(self._current)
