@@ -159,7 +159,7 @@ def test_the_elder_keeps_a_route_and_the_younger_is_told() -> None:
     )
     assert condition.status == "True"
     assert conflict.type == "RouteConflict"
-    assert "its route 10.1.0.0/16 overlaps what ScopePeer p1 had first" in conflict.message
+    assert "its route 10.1.0.0/16 overlaps one of ScopePeer p1, which had it first" in conflict.message
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def peer_conditions(
         return (ready,)
     failure = Failure(
         "RoutesOverlap",
-        f"its route {conflict.route} overlaps what {conflict.holder} had first: remove one of the two",
+        f"its route {conflict.route} overlaps one of {conflict.holder}, which had it first: remove one",
     )
     return (ready, _problem(earlier, ROUTE_CONFLICT, failure, wall))
 
