@@ -14,17 +14,17 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from lab import LabError
+from meshlab import WatchError
 from rich.console import Console
 from rich.table import Table
 
-from bench import agents, start
+from bench import agents, moves, outage, start
 from bench.machine import describe
 from bench.result import Benchmark, Result, Sample
-from lab import LabError
-from meshlab import WatchError
 
 OUTPUT = Path("build/bench")
-BENCHMARKS: tuple[Benchmark, ...] = (*start.BENCHMARKS,)
+BENCHMARKS: tuple[Benchmark, ...] = (*start.BENCHMARKS, *moves.BENCHMARKS, *outage.BENCHMARKS)
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -59,8 +59,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     names = [benchmark.name for benchmark in BENCHMARKS]
-    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure, and compare with the targets.")
-    parser.add_argument("names", nargs="*", choices=[[], *names], metavar="NAME", help="default: all; see --list")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description="Measure, and compare with the targets."
+    )
+    parser.add_argument(
+        "names", nargs="*", choices=[[], *names], metavar="NAME", help="default: all; see --list"
+    )
     parser.add_argument("--list", action="store_true", help="say what there is, and run nothing")
     parser.add_argument("--attempts", type=int, metavar="N", help="instead of each benchmark's own number")
     return parser

@@ -59,7 +59,7 @@ class World:
         return member
 
     def settle(self, *, within_s: float = SETTLE_S) -> None:
-        """Return when every pair that can be direct is, as said by both; BenchError when that takes too long."""
+        """Return when every pair that can be direct says so; BenchError when that takes too long."""
         watch = Watch(self.members)
         deadline = time.monotonic() + within_s
         while True:
@@ -74,7 +74,9 @@ class World:
             for member in self.members:
                 member.check_alive()
             if time.monotonic() > deadline:
-                raise BenchError(f"not direct within {within_s:g} s: {', '.join(missing) or 'not all joined'}")
+                raise BenchError(
+                    f"not direct within {within_s:g} s: {', '.join(missing) or 'not all joined'}"
+                )
             time.sleep(0.1)
         for name, status in watch.statuses.items():
             self._note(name, status)
@@ -162,7 +164,9 @@ def world(
 
 
 @contextlib.contextmanager
-def pair(nat: Nat = Nat.PORT_RESTRICTED, *, ipv6: bool | None = None) -> Iterator[tuple[World, Member, Member]]:
+def pair(
+    nat: Nat = Nat.PORT_RESTRICTED, *, ipv6: bool | None = None
+) -> Iterator[tuple[World, Member, Member]]:
     """A world with two members that are direct, with pings running both ways."""
     with world() as here:
         first, second = here.member("first", nat, ipv6=ipv6), here.member("second", nat, ipv6=ipv6)
@@ -203,7 +207,9 @@ def reboot(member: Member) -> None:
     host.run(["sh", "-c", "rm -rf /run/scope/* /var/run/wireguard/*"])
 
 
-def spawn(host: Host, module: str, *arguments: str, log: Path, path: Sequence[Path] = ()) -> subprocess.Popen[str]:
+def spawn(
+    host: Host, module: str, *arguments: str, log: Path, path: Sequence[Path] = ()
+) -> subprocess.Popen[str]:
     """Start one of the project's modules in a host; `path` goes before the installed packages."""
     environment = {**os.environ, "PYTHONPATH": ":".join(map(str, path))}
     with log.open("a") as output:

@@ -31,7 +31,9 @@ class Target:
         if not samples:
             return False
         bounds = ((self.median, 0.5), (self.p99, 0.99), (self.worst, 1.0))
-        return all(self._keeps(self.quantile(samples, share), bound) for bound, share in bounds if bound is not None)
+        return all(
+            self._keeps(self.quantile(samples, share), bound) for bound, share in bounds if bound is not None
+        )
 
     def quantile(self, samples: Sequence[Sample], share: float) -> Sample:
         """The value that `share` of the samples are no worse than.

@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from bench.agents import REST_S, BenchError, pair, reboot
 from bench.result import Benchmark, Sample, Target
 
+SAVED_S = 2.0  # an agent writes what it learned within a second
+
 
 def _kept(attempts: int) -> Iterator[Sample]:
     with pair() as (world, first, second):
         for _ in range(attempts):
+            time.sleep(SAVED_S)
             first.kill()
             time.sleep(REST_S)
             yield world.time_to_direct(first, second, first.run)
@@ -24,6 +27,7 @@ def _kept(attempts: int) -> Iterator[Sample]:
 def _rebooted(attempts: int) -> Iterator[Sample]:
     with pair() as (world, first, second):
         for _ in range(attempts):
+            time.sleep(SAVED_S)
             reboot(first)
             # The pings go on, so that the other side has noticed and what it says is news.
             if world.await_path(second, first, direct=False) is None:
