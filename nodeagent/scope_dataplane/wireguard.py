@@ -8,7 +8,8 @@ not sent elsewhere.
 - It waits for the state file, so a service manager may start it before the agent.
 - When it is stopped or killed the process goes on, and the next supervisor adopts it: nothing is lost.
 - When the state file is removed, it ends the process and itself, with status 0. Nothing else ends them.
-- It holds a lock beside the state file for as long as it runs: one supervisor a device.
+- It holds a lock beside the state file for as long as it runs: one supervisor a device. The locked file is
+  empty while it waits.
 
 The state file is JSON: `version` (1), `mtu` (bytes) and `uapi`, one configuration operation in WireGuard's
 own protocol. Secrets go from the file into the socket and nowhere else.
@@ -28,13 +29,11 @@ import struct
 import sys
 import time
 
-CONTROL_SOCKETS = "/var/run/wireguard"  # fixed by the programs
+CONTROL_SOCKETS = "/var/run/wireguard"  # fixed by the program
 
-# Each program with the arguments that keep it in the foreground, in order of preference.
-PROGRAMS = (
-    ("wireguard-go", "--foreground"),
-    ("boringtun-cli", "--foreground", "--disable-drop-privileges"),
-)
+# boringtun-cli (0.7) is no choice: it ends at the first change to a peer that it knows, tells the age of a
+# handshake where its time is asked for, and does not tell its key.
+PROGRAM = "wireguard-go"
 
 LOOK_INTERVAL = 0.25  # how soon the removal of the state file is noticed
 WAIT_INTERVAL = 0.05  # how soon its appearance is
@@ -50,7 +49,7 @@ FIRST_BACKOFF, LAST_BACKOFF = 0.1, 5.0
 LOG_BYTES = 256 << 10  # beyond this the log starts afresh
 
 _TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
-_IFF_TUN, _IFF_NO_PI, _IFF_MULTI_QUEUE = 0x0001, 0x1000, 0x0100
+_IFF_TUN, _IFF_NO_PI = 0x0001, 0x1000
 _SIOCSIFMTU = 0x8922
 
 
@@ -66,25 +65,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", metavar="NAME", help="the network interface")
     parser.add_argument("--state", required=True, metavar="FILE", help="the state file that the agent writes")
     options = parser.parse_args(arguments)
-    if not _take_lock(os.path.splitext(options.state)[0] + ".lock"):
+    lock = _take_lock(os.path.splitext(options.state)[0] + ".lock")
+    if lock is None:
         return _complain(f"another scope-wireguard runs for {options.name}")
-    command = _find_program()
-    if command is None:
-        return _complain("neither wireguard-go nor boringtun-cli is on the PATH: install one of them")
+    program = _find_program()
+    if program is None:
+        return _complain(f"{PROGRAM} is not on the PATH: install the package of that name")
     while not os.path.exists(options.state):
         time.sleep(WAIT_INTERVAL)
-    _supervise(options.name, options.state, command)
+    os.write(lock, b"supervising\n")
+    _supervise(options.name, options.state, program)
     return 0
 
 
-def _supervise(name: str, state: str, command: tuple[str, ...]) -> None:
+def _supervise(name: str, state: str, program: str) -> None:
     backoff = 0.0
     while os.path.exists(state):
         started = time.monotonic()
         try:
             pid = _running_pid(name)
             if pid is None:
-                pid = _start(name, state, command)
+                pid = _start(name, state, program)
             _log(f"process {pid} carries {name}")
             _wait(pid, state)
             _log(f"process {pid} ended")
@@ -97,20 +98,20 @@ def _supervise(name: str, state: str, command: tuple[str, ...]) -> None:
         backoff = min(max(FIRST_BACKOFF, 2 * backoff), LAST_BACKOFF)
 
 
-def _start(name: str, state: str, command: tuple[str, ...]) -> int:
+def _start(name: str, state: str, program: str) -> int:
     """Start the process on the persistent TUN, give it the file's configuration, return its pid."""
-    _make_tun(name, many_queues=command[0].endswith("boringtun-cli"))
-    environment = {**os.environ, "LOG_LEVEL": "error", "WG_LOG_LEVEL": "error"}
+    _make_tun(name)
+    environment = {**os.environ, "LOG_LEVEL": "error"}
     # In a session of its own: what is sent to our process group does not reach it.
-    pid = os.posix_spawn(command[0], [*command, name], environment, setsid=True)
+    pid = os.posix_spawn(program, [program, "--foreground", name], environment, setsid=True)
     deadline = time.monotonic() + START_TIMEOUT
     while _running_pid(name) is None:
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
-            raise Failed(f"{command[0]} ended at its start with status {os.waitstatus_to_exitcode(status)}")
+            raise Failed(f"{program} ended at its start with status {os.waitstatus_to_exitcode(status)}")
         if time.monotonic() > deadline:
             _stop(pid)
-            raise Failed(f"{command[0]} did not open its control socket")
+            raise Failed(f"{program} did not open its control socket")
         time.sleep(0.005)
     _configure(name, state)
     return pid
@@ -181,13 +182,12 @@ def _reap(pid: int) -> None:
         os.waitpid(pid, os.WNOHANG)
 
 
-def _make_tun(name: str, *, many_queues: bool) -> None:
+def _make_tun(name: str) -> None:
     """Make the TUN device, or find it; it stays when nobody holds it."""
-    flags = _IFF_TUN | _IFF_NO_PI | (_IFF_MULTI_QUEUE if many_queues else 0)
     try:
         descriptor = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
         try:
-            fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+            fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TUN | _IFF_NO_PI))
             fcntl.ioctl(descriptor, _TUNSETPERSIST, 1)
         finally:
             os.close(descriptor)
@@ -222,28 +222,26 @@ def _control(name: str) -> str:
     return f"{CONTROL_SOCKETS}/{name}.sock"
 
 
-def _find_program() -> tuple[str, ...] | None:
-    for program, *arguments in PROGRAMS:
-        for folder in os.get_exec_path():
-            path = os.path.join(folder, program)
-            if os.path.isfile(path) and os.access(path, os.X_OK):
-                return (path, *arguments)
-    return None
+def _find_program() -> str | None:
+    paths = (os.path.join(folder, PROGRAM) for folder in os.get_exec_path())
+    return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), None)
 
 
-def _take_lock(path: str) -> bool:
-    """Lock the file until this process ends."""
+def _take_lock(path: str) -> int | None:
+    """Lock and empty the file until this process ends; None where another one holds it."""
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     deadline = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
         except BlockingIOError:
             if time.monotonic() > deadline:
-                return False
+                return None
             time.sleep(0.02)
+        else:
+            os.ftruncate(descriptor, 0)
+            return descriptor
 
 
 def _log(event: str) -> None:

@@ -91,12 +91,12 @@ def supervisor_of(device: str) -> int:
     raise AssertionError("no supervisor")
 
 
-def runs(device: str) -> bool:
+def is_replaced(device: str, earlier: int) -> bool:
+    """Whether another process than that one answers now."""
     try:
-        process_of(device)
+        return process_of(device) != earlier
     except OSError:
         return False
-    return True
 
 
 def test_a_killed_process_is_back_with_keys_peers_addresses_and_routes(pair: Pair) -> None:
@@ -104,7 +104,7 @@ def test_a_killed_process_is_back_with_keys_peers_addresses_and_routes(pair: Pai
     before = run(pair.left.device.observe())
     killed = process_of(name)
     os.kill(killed, signal.SIGKILL)
-    wait_until(lambda: runs(name) and process_of(name) != killed, "it is not restarted")
+    wait_until(lambda: is_replaced(name, killed), "it is not restarted")
     wait_until(
         lambda: run(pair.left.device.observe()).peers.keys() == before.peers.keys(), "its peers are not back"
     )
@@ -131,7 +131,7 @@ def test_killing_the_supervisor_loses_nothing_and_the_next_adopts_the_process(pa
     assert supervisor_of(name) != supervisor
     assert process_of(name) == process
     os.kill(process, signal.SIGKILL)
-    wait_until(lambda: runs(name) and process_of(name) != process, "the adopted process is not restarted")
+    wait_until(lambda: is_replaced(name, process), "the adopted process is not restarted")
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
@@ -194,6 +194,30 @@ def test_secrets_are_in_a_private_file_and_on_no_command_line(pair: Pair) -> Non
     assert A.private.raw.hex() not in (state.parent / f"{name}.log").read_text()
 
 
+def test_a_supervisor_that_waits_serves_one_device_after_another(tmp_path: Path) -> None:
+    """What a service manager started before the agent, and starts again after each leave."""
+    namespace, name, run_dir = Namespace(), unused_name(), tmp_path / "waited"
+    state = run_dir / "wireguard" / f"{name}.json"
+    command = [sys.executable, "-m", "scope_dataplane.wireguard", name, "--state", str(state)]
+    wanted = desired_device(name, A, peer_at(B, None, "10.9.0.2/32"), port=47001)
+    for _ in range(2):
+        with namespace.entered():
+            supervisor = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        wait_until(lambda: (state.with_suffix(".lock")).exists(), "it does not start")
+        with machine(namespace, run_dir, name=name) as made:
+            made.agree(wanted)
+            assert supervisor_of(name) == supervisor.pid
+        assert supervisor.wait(timeout=20) == 0
+    with namespace.entered():
+        supervisor = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    wait_until(lambda: (state.with_suffix(".lock")).exists(), "it does not start")
+    with machine(namespace, run_dir, name=name):
+        pass  # a leave without a device is done at once, though a supervisor waits
+    supervisor.kill()
+    supervisor.wait()
+    namespace.close()
+
+
 def test_a_second_supervisor_refuses_and_disturbs_nothing(pair: Pair) -> None:
     name = pair.left.device.name
     state = pair.run_dir / "wireguard" / f"{name}.json"
@@ -214,7 +238,7 @@ def test_a_state_file_that_cannot_be_read_leaves_the_device_to_the_agent(pair: P
     state.write_text("{")
     killed = process_of(name)
     os.kill(killed, signal.SIGKILL)
-    wait_until(lambda: runs(name) and process_of(name) != killed, "it is not restarted")
+    wait_until(lambda: is_replaced(name, killed), "it is not restarted")
     here = peer_at(B, "192.0.2.2:47002", "10.9.0.2/32", keepalive=20)
     pair.left.agree(desired_device(name, A, here, port=47001))
     assert pair.left.device.kind is DeviceKind.USER_SPACE

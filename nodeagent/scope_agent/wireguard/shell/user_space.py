@@ -1,4 +1,4 @@
-"""WireGuard in a process of its own (wireguard-go, boringtun-cli), over its configuration socket.
+"""WireGuard in a process of its own (wireguard-go), over its configuration socket.
 
 The process belongs to `scope-wireguard`, which outlives the agent and restarts it from the state file that
 `keep` writes. That the supervisor runs shows by the lock it holds; it ends, with the process, once the state
@@ -38,8 +38,8 @@ from scope_agent.wireguard.device import (
 )
 from scope_agent.wireguard.shell.links import Links, failure
 
-PROGRAMS = ("wireguard-go", "boringtun-cli")  # in order of preference
-CONTROL_SOCKETS = Path("/var/run/wireguard")  # fixed by the programs
+PROGRAM = "wireguard-go"
+CONTROL_SOCKETS = Path("/var/run/wireguard")  # fixed by the program
 
 # A Python and a Go process start in a tenth of this, also on a loaded machine.
 START_TIMEOUT = 10.0
@@ -117,13 +117,14 @@ class UserSpaceDevice:
         """Remove the state file, wait for supervisor and process to end, remove the TUN."""
         self._state.unlink(missing_ok=True)
         deadline = time.monotonic() + START_TIMEOUT
-        while _is_locked(self._lock):
+        while _is_locked(self._lock) and self._lock.stat().st_size:  # empty: it waits for the next file
             if time.monotonic() > deadline:
                 raise ApplyError(f"scope-wireguard for {self._name} does not end")
             time.sleep(_POLL_INTERVAL)
         self._is_starting()  # it has ended: reap it
         self._links.delete()
-        self._lock.unlink(missing_ok=True)
+        if not _is_locked(self._lock):
+            self._lock.unlink(missing_ok=True)
         self._log_path().unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -259,12 +260,11 @@ def is_ours(run_dir: Path, name: str) -> bool:
 
 
 def require_program() -> None:
-    """Raises ConfigError, naming packages, where no user-space WireGuard could run."""
-    if not any(_is_program(Path(folder) / name) for folder in os.get_exec_path() for name in PROGRAMS):
+    """Raises ConfigError, naming the package, where no user-space WireGuard could run."""
+    if not any(_is_program(Path(folder) / PROGRAM) for folder in os.get_exec_path()):
         raise ConfigError(
-            "This kernel has no WireGuard, and neither wireguard-go nor boringtun-cli is on the PATH. "
-            "Install one (Debian, Ubuntu: apt install wireguard-go; anywhere: cargo install boringtun-cli), "
-            "or a kernel with the module `wireguard`"
+            f"This kernel has no WireGuard, and {PROGRAM} is not on the PATH. Install it (Debian, Ubuntu: "
+            "apt install wireguard-go), or a kernel with the module `wireguard`"
         )
     if not Path("/dev/net/tun").exists():
         raise ConfigError(
