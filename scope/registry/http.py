@@ -485,8 +485,10 @@ class HttpRegistry:
             if last or not self._learn_time(answer):
                 raise self._error(answer)
 
-    async def _take(self, stream: _Stream, event: dict[str, Any]) -> None:
-        """One line of the stream: a change, a datagram, or the reason why it ends."""
+    async def _take(self, stream: _Stream, event: object) -> None:
+        """One line of the stream: a change, a datagram, or the reason why it ends. Raises ValueError."""
+        if not isinstance(event, dict):
+            raise ValueError("an event is a JSON object")  # noqa: TRY004 - as for every other damage
         if event.get("kind") == "Status":
             raise self._error(_Answer(int(event["code"]), "", event, None))
         if event["type"] == COURIER:

@@ -1,6 +1,6 @@
 """A gateway over a memory registry on an ephemeral loopback port, as the gateway's tests use it.
 
-The wall clock is real, since TLS and JWTs carry it; whatever a test decides about time it sets by `Clock.ahead`.
+The wall clock is real, since JWTs carry it; what a test decides about time it sets by `Clock.ahead`.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-
-from scope.credentials import AdminCredential, PeerCredential
-from scope.model import Kind, Meta, Peer, PeerKeys, PeerReport, PeerSpec, PublicKey, Secret
-from scope.registry.http import HttpRegistry
-from scope.registry.memory import MemoryRegistry
 from scope_operator.gateway.app import Gateway
 from scope_operator.gateway.authorisation import Authority
 from scope_operator.gateway.feed import Feed
 from scope_operator.gateway.joining import Joining
 from scope_operator.gateway.limits import Limits
 from scope_operator.gateway.server import Server, bound_socket
+
+from scope.credentials import AdminCredential, PeerCredential
+from scope.model import Kind, Meta, Peer, PeerKeys, PeerReport, PeerSpec, PublicKey, Secret
+from scope.registry.http import HttpRegistry
+from scope.registry.memory import MemoryRegistry
 from tests.unit.registry_conformance import MESH
 
 ADMIN = AdminCredential(Secret(b"administrator-of-the-test"))

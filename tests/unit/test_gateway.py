@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
+import socket
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
+from ipaddress import IPv4Network
 from typing import Any
 
 import aiohttp
@@ -34,11 +37,13 @@ PEERS = "/apis/scope.ltgc.cc/v1alpha1/scopepeers"
 MESHES = "/apis/scope.ltgc.cc/v1alpha1/scopemeshes"
 
 
-def on_gateway(body: Callable[[Running], Awaitable[None]], *, limits: Limits | None = None) -> None:
+def on_gateway(
+    body: Callable[[Running], Awaitable[None]], *, limits: Limits | None = None, backlog: int = 64
+) -> None:
     """Run `body` beside a fresh gateway."""
 
     async def run() -> None:
-        async with asyncio.timeout(30), gateway(limits=limits) as running:
+        async with asyncio.timeout(30), gateway(limits=limits, backlog=backlog) as running:
             await body(running)
 
     asyncio.run(run())
@@ -712,5 +717,48 @@ def test_a_reader_that_is_too_slow_is_told_to_list_again() -> None:
         assert running.feed.take(stream) == []
         assert stream.ended is not None
         assert (stream.ended.code, stream.ended.reason) == (410, "Expired")
+
+    on_gateway(body)
+
+
+def test_a_reader_that_takes_nothing_is_cut() -> None:
+    async def body(running: Running) -> None:
+        peer = await enrolled(running.registry, 1)
+        host, _, port = running.url.removeprefix("http://").partition(":")
+        own = socket.socket()
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        own.setblocking(False)
+        with own:
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(own, (host, int(port)))
+            target = "/v1/events?since=0"
+            header = signed(running, peer, "GET", target)
+            request = f"GET {target} HTTP/1.1\r\nHost: {host}\r\nAuthorization: {header}\r\n\r\n"
+            await loop.sock_sendall(own, request.encode())
+            await until(lambda: running.feed.counts()[0] == 1)
+            routes = tuple(IPv4Network((0x0A000000 + 256 * number, 24)) for number in range(64))
+            while running.feed.counts()[0]:
+                peer = replace(peer, spec=replace(peer.spec, routes=routes, role=Role.HUB))
+                await running.registry.update(peer)
+                await asyncio.sleep(0)
+                peer = replace(peer, spec=replace(peer.spec, routes=(), role=Role.AUTO))
+                await running.registry.update(peer)
+                await asyncio.sleep(0)
+
+    on_gateway(body, limits=Limits(stall=0.2), backlog=1_000_000)
+
+
+def test_a_compressed_body_is_taken_as_the_bytes_that_it_is() -> None:
+    async def body(running: Running) -> None:
+        bomb = gzip.compress(b" " * 50_000_000)
+        assert len(bomb) < 64 * 1024
+        async with (
+            aiohttp.ClientSession() as session,
+            session.post(
+                running.url + "/v1/join", data=bomb, headers={"Content-Encoding": "gzip"}
+            ) as response,
+        ):
+            assert response.status == 400
+            assert "not JSON" in (await response.json())["message"]
 
     on_gateway(body)

@@ -42,7 +42,6 @@ from scope_operator.gateway.limits import Buckets, Limits, source_of
 
 log = logging.getLogger(__name__)
 
-WRITE_SECONDS = 30.0  # a stream that takes nothing for so long is cut
 MAX_STREAM_SECONDS = 86400  # of `timeoutSeconds`
 
 KINDS = {resources.PLURALS[kind]: kind for kind in (Kind.MESH, Kind.PEER)}
@@ -384,6 +383,10 @@ class Gateway:
             )
         except ConnectionError:
             log.debug("stream.lost peer=%s", stream.name)
+        except TimeoutError:
+            log.info("stream.stalled peer=%s", stream.name)
+            if asked.request.transport is not None:
+                asked.request.transport.abort()  # what waits to be sent would keep the connection
         finally:
             self._feed.close(stream)
         return response
@@ -391,31 +394,29 @@ class Gateway:
     async def _write_stream(
         self, stream: Stream, response: web.StreamResponse, *, until: float | None
     ) -> None:
-        """Write until the stream ends, or has taken nothing for WRITE_SECONDS, or it is `until`."""
-        await response.write(b"\n")  # tells the reader that its stream stands
+        """Write until the stream ends or it is `until`. Raises TimeoutError when the reader takes nothing."""
+        await self._write(response, b"\n")  # tells the reader that its stream stands
         while until is None or self._now() < until:
             stream.wake.clear()
             lines = self._feed.take(stream)
             if stream.ended is not None:
                 lines.append(_bytes(stream.ended.status()) + b"\n")
-            try:
-                if lines:
-                    async with asyncio.timeout(WRITE_SECONDS):
-                        await response.write(b"".join(lines))
-                if stream.ended is not None:
-                    return
-            except TimeoutError:
-                log.info("stream.stalled peer=%s", stream.name)
+            if lines:
+                await self._write(response, b"".join(lines))
+            if stream.ended is not None:
                 return
-            wait = (
-                self._limits.heartbeat if until is None else min(self._limits.heartbeat, until - self._now())
-            )
+            wait = self._limits.heartbeat
             try:
-                async with asyncio.timeout(wait):
+                async with asyncio.timeout(wait if until is None else min(wait, until - self._now())):
                     await stream.wake.wait()
+                continue
             except TimeoutError:
-                async with asyncio.timeout(WRITE_SECONDS):
-                    await response.write(b"\n")
+                pass  # quiet for so long
+            await self._write(response, b"\n")
+
+    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
+        async with asyncio.timeout(self._limits.stall):
+            await response.write(data)
 
     async def _courier(self, asked: Asked) -> web.Response:
         peer = asked.member()

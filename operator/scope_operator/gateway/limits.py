@@ -40,6 +40,7 @@ class Limits:
     admin_streams: int = 16
     joins_waiting: int = 256  # joins that wait for their address at once
     join_wait: float = 5.0  # seconds that a join waits for its address
+    stall: float = 30.0  # a stream that takes nothing for so long is cut
     heartbeat: float = 15.0  # seconds between heartbeat lines: under the usual 30 s of idle middle boxes
     backlog: int = 8192  # events that a stream can resume from: minutes of a busy mesh of a thousand
     replays_per_peer: int = (

@@ -43,6 +43,7 @@ class Server:
             max_line_size=limits.line,
             max_field_size=limits.line,
             max_headers=limits.headers,
+            auto_decompress=False,  # a signature covers what was sent, and nothing small may become large
         )
         self._listeners: list[asyncio.Server] = []
         self._of_source: defaultdict[str, set[asyncio.Transport]] = defaultdict(set)
