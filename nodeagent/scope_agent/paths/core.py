@@ -31,7 +31,7 @@ from scope.model import (
 )
 from scope.wire import MAX_CANDIDATES, CallMeMaybe, Message, Nominate, Nominated, Ping, Pong
 from scope_agent.paths.candidates import is_private, own_candidates, refusal
-from scope_agent.paths.pair import CallPeer, Pair, PairView, SendTo
+from scope_agent.paths.pair import CallPeer, CheckMapping, Pair, PairView, SendTo
 from scope_agent.paths.reflexive import MAX_TARGETS, ReflectorTarget, Reflexive
 
 # A ping is about 150 bytes on the wire. A thousand peers that are searched at once are spread over seconds, a
@@ -347,6 +347,8 @@ class Paths:
                     self._tokens -= isinstance(message, Ping)
                     said = self._without_stale_counter(message, now)
                     self._out.append(Outgoing(self._keys[key], said, endpoint, ttl))
+                case CheckMapping():
+                    self._reflexive.check(now)
                 case CallPeer():
                     self._out.append(Call(self._keys[key], CallMeMaybe(self._candidates[:MAX_CANDIDATES])))
         if not pair.alive:

@@ -55,8 +55,8 @@ SWITCH_HOLD = 5.0  # between two switches among living routes
 RTT_GAIN = 0.8  # a route of equal rank must be this much quicker, and RTT_MARGIN, to be switched to
 RTT_MARGIN = 0.01
 DATA_DEAD_FOR = 60.0
-# Counters are compared no oftener: what was sent within one such time has shown in the peer's counter, which it
-# reads every quarter of a second and reports half a second late at most, by the end of the next.
+# Counters are compared no oftener: what was sent within one such time shows, by the end of the next, in the
+# counter of the peer, which reads it every quarter of a second and reports it half a second late at most.
 STALL_WINDOW = 1.0
 STALL_BYTES = 200  # less than this between two echoes is keepalives and handshakes
 MAX_ROUTES = 32  # twice what a peer may publish: the rest are sources it spoke from
@@ -80,7 +80,12 @@ class CallPeer:
     """A call-me-maybe is due, over whatever carries it."""
 
 
-Due: TypeAlias = SendTo | CallPeer
+@dataclass(frozen=True, slots=True)
+class CheckMapping:
+    """A path is in doubt: perhaps it is our own mapping that moved."""
+
+
+Due: TypeAlias = SendTo | CallPeer | CheckMapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +120,7 @@ class _Route:
     here: Endpoint | None = None
     probation: float = NEVER  # WireGuard moved here by itself at this time
     data_dead: float = NEVER
+    lost: float = NEVER  # given up at this time: only a later echo proves it
 
 
 class Pair:
@@ -176,6 +182,7 @@ class Pair:
         self._unanswered_since: float | None = None
         self._suspect: float | None = None
         self._suspect_step = 0
+        self._check_mapping = False
         self._stall: tuple[int, int, float] | None = None  # our bytes out, theirs in, when they were compared
         self._stalls = 0
 
@@ -472,6 +479,9 @@ class Pair:
     def take(self, now: float, transactions: Callable[[], int]) -> list[Due]:
         """Everything due at `now`."""
         due: list[Due] = []
+        if self._check_mapping:
+            self._check_mapping = False
+            due.append(CheckMapping())
         self._climb(now)
         if self._restore_at is not None and now >= self._restore_at:
             self._restore_at = None
@@ -677,7 +687,7 @@ class Pair:
 
     def _doubt(self, now: float) -> None:
         if self._suspect is None and self._alive:
-            self._suspect, self._suspect_step = now, 0
+            self._suspect, self._suspect_step, self._check_mapping = now, 0, True
 
     def _judge(self, now: float) -> None:
         if not self._alive:
@@ -705,6 +715,10 @@ class Pair:
             self._lose(f"no answer from {self._current}", now)
 
     def _lose(self, reason: str, now: float) -> None:
+        current = self._routes.get(self._current) if self._current else None
+        if current is not None:
+            current.lost = now
+        self._check_mapping = True
         self._alive = False
         self._since = now
         self._reason = reason
@@ -724,7 +738,8 @@ class Pair:
     # --- deciding ------------------------------------------------------------------------------------------
 
     def _usable(self, route: _Route, now: float) -> bool:
-        return now - route.echoed < FRESH and now - route.data_dead > DATA_DEAD_FOR
+        lately = now - route.echoed < FRESH and route.echoed > route.lost
+        return lately and now - route.data_dead > DATA_DEAD_FOR
 
     def _decide(self, now: float) -> None:
         routes = [r for r in self._routes.values() if self._usable(r, now)]

@@ -17,6 +17,7 @@ REFRESH = 20.0  # AWS security groups forget one-way UDP after 30 s; home router
 RETRIES = (0.0, 0.1, 0.3, 1.0, 2.0)  # after a start or a network change, until one answer is there
 ANSWER_VALID = 65.0  # three refreshes and a little: one lost ping must not unpublish an endpoint
 MAX_TARGETS = 8  # reflector endpoints asked per family
+CHECK_INTERVAL = 1.0  # a thousand paths that fall into doubt together are one question
 PATIENCE = 2.0  # a refresh unanswered for so long: everyone is asked
 
 
@@ -56,6 +57,7 @@ class Reflexive:
         self._awaited: _Asked | None = None  # the refresher of this round, until it answers
         self._asked_at = 0.0
         self._published: frozenset[Endpoint] = frozenset()
+        self._checked = float("-inf")
 
     def set_targets(self, targets: tuple[ReflectorTarget, ...], now: float) -> None:
         """Replace the reflectors; new ones are asked at once."""
@@ -81,6 +83,11 @@ class Reflexive:
         self._attempt = 0
         self._silent_since = now
         self._due = now if self._targets else None
+
+    def check(self, now: float) -> None:
+        """Some path is in doubt: ask the refresher now, unless it was asked just so."""
+        if self._targets and now - self._checked > CHECK_INTERVAL:
+            self._checked = self._due = now
 
     def answer(self, sender: PublicKey, transaction: int, observed: Endpoint, now: float) -> bool:
         """Take a pong; True when it changed what we know of our mapping."""
