@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -69,6 +70,9 @@ COURIER = "cc.ltgc.scope:courier"  # the type of the events that carry sealed da
 CONNECT_SECONDS = 5.0  # three SYN retransmissions
 REQUEST_SECONDS = 20.0  # a join waits up to 5 s for its address, behind a slow uplink
 STREAM_IDLE_SECONDS = 40.0  # two heartbeats of 15 s may be lost on the way
+# A NAT that restarted lets nothing in until something goes out, and a machine that roamed hears nothing more:
+# the kernel asks after so many silent seconds, at this interval, and so often before it gives the stream up.
+KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 4, 2, 3
 MAX_ANSWER = 64 * 1024 * 1024  # a list of 10,000 peers of at most 4 KB, and room
 WAITING_FACTS = 1024  # facts that wait for a watch; then the stream waits, and the gateway cuts it in the end
 WAITING_DATAGRAMS = 64  # sealed datagrams that wait for the agent; more are dropped, as on any network
@@ -477,6 +481,7 @@ class HttpRegistry:
                 "GET", f"/v1/events?{urlencode(query)}", headers={}, limits=limits
             ) as response:
                 if response.status == 200:
+                    _keep_alive(response)
                     async for line in response.content:
                         if line.strip():
                             await self._take(stream, json.loads(line))
@@ -573,6 +578,18 @@ class _Answer:
     registry: str
     document: dict[str, Any]
     retry_after: float | None
+
+
+def _keep_alive(response: aiohttp.ClientResponse) -> None:
+    """Let the kernel find out soon when the connection of a stream leads nowhere any more."""
+    transport = response.connection.transport if response.connection is not None else None
+    sock = transport.get_extra_info("socket") if transport is not None else None
+    if sock is None:
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_COUNT)
 
 
 def _path(kind: Kind, name: str | None = None) -> str:
