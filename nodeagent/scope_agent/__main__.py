@@ -7,39 +7,38 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
-import os
 import secrets
 import socket
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 from scope.join import JoinString
-from scope.model import ConfigError, DeviceKind, Snapshot
-from scope_agent.agent import pick_port
+from scope.model import ConfigError, DeviceKind, Kind, Peer, Snapshot
 from scope_agent.inputs import DiskState
-from scope_agent.run import RunConfig, Runner
-from scope_agent.state import STATE_ROOT, Enrolment, StateDir, enrolled_meshes
+from scope_agent.run import RunConfig, Runner, free_port
+from scope_agent.state import STATE_ROOT, Enrolment, Held, StateDir, enrolled_meshes, sole_agent
 from scope_agent.wireguard.device import ApplyError
 from scope_agent.wireguard.shell import choose_device
 
 RUN_DIR = Path("/run/scope")
 MAX_DEVICE_NAME = 15  # IFNAMSIZ less its zero
 LEAVE_PATIENCE = 5.0  # for a running agent to hear of its own leaving and end
-PORT_ATTEMPTS = 20
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    form = "%(asctime)s %(levelname)s %(name)s %(message)s"
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=form)
     if options.verbose:
         logging.getLogger("scope_agent").setLevel(logging.DEBUG)
     try:
         options.work(options)
-    except ConfigError as error:
+    except (ConfigError, ApplyError) as error:
         print(f"scope-agent: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -102,7 +101,11 @@ def _join(options: argparse.Namespace) -> None:
         if StateDir(mesh, options.state).load_enrolment().device == options.device:
             raise ConfigError(f"mesh {mesh} uses {options.device}: give this one another --device")
     state.prepare()
-    enrolment = asyncio.run(_enrol(invitation, state, options))
+    enrolment, lack = asyncio.run(_enrol(invitation, state, options))
+    if lack and not options.run:
+        raise ConfigError(f"{lack}; `scope-agent run` takes one as soon as there is one")
+    if lack:
+        print(f"scope-agent: {lack}; going on until there is one", file=sys.stderr)
     print(f"Joined {enrolment.mesh} as {enrolment.peer_name}.", file=sys.stderr)
     if options.run:
         _run_mesh(options, state, enrolment)
@@ -113,11 +116,14 @@ def _join(options: argparse.Namespace) -> None:
         )
 
 
-async def _enrol(invitation: JoinString, state: StateDir, options: argparse.Namespace) -> Enrolment:
+async def _enrol(
+    invitation: JoinString, state: StateDir, options: argparse.Namespace
+) -> tuple[Enrolment, str]:
+    """The enrolment, as it is on disk now, and what it still lacks ("": nothing). Raises ConfigError."""
     from scope.enrolment import Enrolment as Request
     from scope.enrolment import enrolment_to_dict, sign_enrolment
     from scope.registry.http import HttpRegistry
-    from scope.registry.port import RegistryError
+    from scope.registry.port import RegistryError, Unavailable
 
     identity = state.pending_identity(secrets.token_bytes)
     request = sign_enrolment(
@@ -134,10 +140,13 @@ async def _enrol(invitation: JoinString, state: StateDir, options: argparse.Name
     async with HttpRegistry(invitation.url, pin=invitation.pin, credential=None) as registry:
         try:
             joined = await registry.join(enrolment_to_dict(request))
+        except Unavailable as error:
+            raise ConfigError(
+                f"cannot join {invitation.mesh}: {error}. See that the registry runs and that this machine "
+                "reaches its port, then join again with the same string"
+            ) from None
         except RegistryError as error:
             raise ConfigError(f"cannot join {invitation.mesh}: {error}") from None
-    port = joined.mesh.spec.listen_port or _free_port()
-    state.save(DiskState(Snapshot(mesh=joined.mesh, own=joined.peer), listen_port=port))
     enrolment = Enrolment(
         mesh=invitation.mesh,
         device=options.device,
@@ -149,29 +158,22 @@ async def _enrol(invitation: JoinString, state: StateDir, options: argparse.Name
         peer_name=joined.peer.meta.name,
         peer_uid=joined.peer.meta.uid,
     )
-    state.save_enrolment(enrolment)
-    return enrolment
+    port = joined.mesh.spec.listen_port or free_port()
+    try:
+        state.save(DiskState(Snapshot(mesh=joined.mesh, own=joined.peer), listen_port=port))
+        state.save_enrolment(enrolment)
+    except ConfigError as error:
+        raise ConfigError(f"{error}: join again with the same string, which knows this machine now") from None
+    return enrolment, _without_address(joined.peer)
 
 
-def _free_port() -> int:
-    """A UDP port for WireGuard that nobody here uses now."""
-    for _ in range(PORT_ATTEMPTS):
-        port = pick_port(secrets.SystemRandom().random)
-        if _is_free(port):
-            return port
-    raise ConfigError("no free UDP port from 20000 to 25999: set spec.listenPort of the ScopeMesh")
-
-
-def _is_free(port: int) -> bool:
-    for family in (socket.AF_INET, socket.AF_INET6):
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            if family == socket.AF_INET6:
-                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            try:
-                probe.bind(("", port))
-            except OSError:
-                return False
-    return True
+def _without_address(peer: Peer) -> str:
+    """What to say when the registry gave the new peer no address; "" when it gave one."""
+    if peer.assignment.addresses:
+        return ""
+    ready = next((each for each in peer.assignment.conditions if each.type == "Ready"), None)
+    why = ready.message if ready is not None else "the registry has not assigned any yet"
+    return f"{peer.meta.name} has joined, but has no address: {why}"
 
 
 # --- run ----------------------------------------------------------------------------------------------------
@@ -183,16 +185,14 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _run_mesh(options: argparse.Namespace, state: StateDir, enrolment: Enrolment) -> None:
-    stored, trouble = state.load()
-    if not stored.listen_port and not trouble:
-        state.save(replace(stored, listen_port=_free_port()))
     only = DeviceKind(options.wireguard) if options.wireguard else None
     config = RunConfig(state=state, run_dir=options.run_dir, only=only, fwmark=options.fwmark)
 
     async def run() -> None:
         await Runner(config, enrolment).run()
 
-    asyncio.run(run())
+    with sole_agent(state, options.run_dir):
+        asyncio.run(run())
 
 
 def _mesh_of(options: argparse.Namespace) -> str:
@@ -225,9 +225,9 @@ def _leave(options: argparse.Namespace) -> None:
                 f"{error}. With --force it leaves unheard, and peers forget it in time"
             ) from None
         print(f"scope-agent: {error}; leaving all the same", file=sys.stderr)
-    _await_end(options.run_dir / f"{mesh}.sock")
-    asyncio.run(_tear_down(enrolment, options))
-    state.remove()
+    with _sole(state, options.run_dir):
+        asyncio.run(_tear_down(enrolment, options))
+        state.remove()
     print(f"Left {mesh}: {enrolment.device} is gone, and so are this machine's keys.", file=sys.stderr)
 
 
@@ -239,20 +239,18 @@ async def _tell(enrolment: Enrolment, stored: DiskState) -> None:
     from scope.registry.port import RegistryError
     from scope.tombstones import sign_tombstone
 
-    mesh = stored.snapshot.mesh
-    if mesh is None:
-        raise ConfigError("the mesh was never seen, so nobody can be told")
-    tombstone = sign_tombstone(
-        mesh_uid=mesh.meta.uid,
-        peer_uid=enrolment.peer_uid,
-        key=enrolment.identity.public.wireguard,
-        secret=enrolment.identity.signing,
-    )
     credential = PeerCredential(
         enrolment.peer_name, enrolment.peer_uid, enrolment.registry_id, enrolment.identity.signing
     )
     async with HttpRegistry(enrolment.url, pin=enrolment.pin, credential=credential) as registry:
         try:
+            mesh = stored.snapshot.mesh or await registry.get(Kind.MESH, enrolment.mesh)
+            tombstone = sign_tombstone(
+                mesh_uid=mesh.meta.uid,
+                peer_uid=enrolment.peer_uid,
+                key=enrolment.identity.public.wireguard,
+                secret=enrolment.identity.signing,
+            )
             await registry.leave(resources.tombstone_to_dict(tombstone))
         except PeerRemoved:
             return
@@ -260,22 +258,20 @@ async def _tell(enrolment: Enrolment, stored: DiskState) -> None:
             raise ConfigError(f"the registry was not told: {error}") from None
 
 
-def _await_end(path: Path) -> None:
+@contextlib.contextmanager
+def _sole(state: StateDir, run_dir: Path) -> Iterator[None]:
     """A running agent hears of its leaving from the registry and ends; a deaf one must be stopped first."""
     deadline = time.monotonic() + LEAVE_PATIENCE
-    while _answers(path):
-        if time.monotonic() > deadline:
-            raise ConfigError("the agent still runs: stop it, then leave again")
-        time.sleep(0.05)
-
-
-def _answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(os.fspath(path))
-        except OSError:
-            return False
-    return True
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(sole_agent(state, run_dir))
+                break
+            except Held as error:
+                if time.monotonic() > deadline:
+                    raise ConfigError(f"{error}; then leave again") from None
+            time.sleep(0.05)
+        yield
 
 
 async def _tear_down(enrolment: Enrolment, options: argparse.Namespace) -> None:

@@ -1,30 +1,32 @@
 """The asyncio shell: one loop that feeds the agent and performs what comes out.
 
 The loop takes the inbox until the agent's timer, hands each input to the agent, and performs each output
-without waiting for it: datagrams leave at once; device, registry and disk work in tasks that post their result
-back. What the first ping does not need is imported and started after it: the HTTP client above all.
+without waiting for it: datagrams leave at once; device, registry and disk work in tasks that post their
+result back. What the first ping does not need is imported and started after it: the HTTP client above all.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import logging
 import os
 import secrets
 import signal
+import socket
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from scope.channel import BOOT_ID_BYTES, Channel
 from scope.model import ConfigError, DeviceKind, Kind
 from scope.registry.port import Disconnected, Gone, RegistryError
-from scope_agent.agent import Agent, AgentConfig
+from scope_agent.agent import Agent, AgentConfig, pick_port
 from scope_agent.inputs import (
     Applied,
     CommandArrived,
@@ -63,6 +65,7 @@ HEARTBEAT = 60.0
 RETRY_FIRST, RETRY_MAX = 0.5, 30.0  # between two attempts at the registry
 COURIERS = 16  # datagrams on their way to the gateway at once; more are dropped
 COMMAND_LINE = 4096  # bytes of one request on the local socket
+PORT_ATTEMPTS = 20
 SLOW_LOOP = 0.1  # an input that held the loop for so long is worth a line in the log
 
 
@@ -94,6 +97,8 @@ class Runner:
         state, trouble = config.state.load()
         if trouble:
             log.warning("state.damaged detail=%s", trouble)
+        if not state.listen_port:
+            state = replace(state, listen_port=free_port())
         identity = enrolment.identity
         self._device: Device = choose_device(enrolment.device, run_dir=config.run_dir, only=config.only)
         log.info("device.chosen name=%s kind=%s", enrolment.device, self._device.kind)
@@ -203,7 +208,12 @@ class Runner:
             self._move_probe()
         if self._agent.removed and self._agent.is_cut_off:
             mesh = self._enrolment.mesh
-            self._fail(ConfigError(f"this peer was removed from {mesh}: `scope-agent leave --mesh {mesh}` cleans up"))
+            self._fail(
+                ConfigError(
+                    f"this peer was removed from {mesh}: `scope-agent leave --mesh {mesh}` cleans up, "
+                    "and makes room for another join"
+                )
+            )
 
     def _perform(self, output: Output) -> None:
         match output:
@@ -428,11 +438,15 @@ class Runner:
     async def _serve_commands(self) -> None:
         """Answer `scopectl status` and its like: one JSON object a line, root only."""
         path = self._config.run_dir / f"{self._enrolment.mesh}.sock"
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
         before = os.umask(0o177)
         try:
+            path.unlink(missing_ok=True)
             server = await asyncio.start_unix_server(self._serve_one, path, limit=COMMAND_LINE)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot answer `scopectl status` at {path}: {error.strerror or error}; name a directory "
+                "with --run-dir where a socket can be made"
+            ) from None
         finally:
             os.umask(before)
         try:
@@ -461,6 +475,28 @@ class Runner:
         self._replies[self._commands] = future
         self._post(CommandArrived(self._commands, str(command)))
         return await future
+
+
+def free_port() -> int:
+    """A UDP port for WireGuard that nobody here uses now. Raises ConfigError."""
+    for _ in range(PORT_ATTEMPTS):
+        port = pick_port(secrets.SystemRandom().random)
+        if _is_free(port):
+            return port
+    raise ConfigError("no free UDP port from 20000 to 25999: set spec.listenPort of the ScopeMesh")
+
+
+def _is_free(port: int) -> bool:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as probe:
+                if family == socket.AF_INET6:
+                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                probe.bind(("", port))
+        except OSError as error:
+            if error.errno != errno.EAFNOSUPPORT:  # a machine without IPv6 has no port of it to take
+                return False
+    return True
 
 
 def _import_http() -> HttpModule:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import stat
 import tempfile
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -34,6 +35,10 @@ STATE_ROOT = Path("/var/lib/scope")
 T = TypeVar("T")
 
 FORMAT = 1  # of both files; a newer one is refused, so that a downgrade loses nothing
+
+
+class Held(ConfigError):
+    """Another agent runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,16 +86,22 @@ class StateDir:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.path.chmod(0o700)
         except OSError as error:
-            raise ConfigError(
-                f"cannot make {self.path}: {error.strerror}; run as root, or give --state a directory of yours"
-            ) from None
+            raise ConfigError(f"cannot make {self.path}: {error.strerror}; {_next_move(error)}") from None
 
     def is_enrolled(self) -> bool:
-        """Whether this machine has joined the mesh."""
-        return self.enrolment_file.exists()
+        """Whether this machine has joined the mesh. Raises ConfigError when that may not be known."""
+        try:
+            self.enrolment_file.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError as error:
+            raise ConfigError(
+                f"cannot look at {self.enrolment_file}: {error.strerror}; {_next_move(error)}"
+            ) from None
+        return True
 
     def pending_identity(self, random_bytes: Callable[[int], bytes]) -> Identity:
-        """The keys of a join under way: kept until it is answered, so that a lost answer can be asked again."""
+        """The keys of a join under way: kept until it is answered, so that it can be asked again."""
         if self.pending_file.exists():
             return _read(self.pending_file, _parse_identity, "remove it and join again")
         identity = make_identity(random_bytes)
@@ -152,8 +163,46 @@ class StateDir:
 
 
 def enrolled_meshes(root: Path = STATE_ROOT) -> list[str]:
-    """The meshes that this machine has joined, by name."""
-    return sorted(path.parent.name for path in root.glob("*/enrolment.json"))
+    """The meshes that this machine has joined, by name. Raises ConfigError when that may not be known."""
+    try:
+        names = sorted(os.listdir(root))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"cannot look at {root}: {error.strerror}; {_next_move(error)}") from None
+    return [name for name in names if StateDir(name, root).is_enrolled()]
+
+
+@contextlib.contextmanager
+def sole_agent(state: StateDir, run_dir: Path) -> Iterator[None]:
+    """Be the only agent with this mesh's keys, and with its socket. Raises Held, ConfigError."""
+    mesh = state.path.name
+    try:
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make {run_dir}: {error.strerror}; {_next_move(error)}") from None
+    with contextlib.ExitStack() as held:
+        # The keys' own file, as it stands: a new one could not be made on a full disk.
+        held.callback(os.close, _lock(state.enrolment_file, os.O_RDONLY, mesh))
+        held.callback(os.close, _lock(run_dir / f"{mesh}.lock", os.O_RDWR | os.O_CREAT, mesh))
+        yield
+
+
+def _lock(path: Path, flags: int, mesh: str) -> int:
+    """The descriptor of the locked file: the lock ends with it, whatever ends the process."""
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(f"cannot open {path}: {error.strerror}; {_next_move(error)}") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise Held(
+            f"another scope-agent runs in mesh {mesh} on this machine and holds {path}: `scopectl status` "
+            f"asks it, `systemctl stop scope-agent@{mesh}` stops it"
+        ) from None
+    return descriptor
 
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -178,8 +227,9 @@ def _write(path: Path, document: Mapping[str, object]) -> None:
         if temporary:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        todo = "free some space" if error.errno in {errno.ENOSPC, errno.EDQUOT} else "check its directory"
-        raise ConfigError(f"cannot write {path}: {error.strerror}; {todo}. Nothing was lost") from None
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror}; {_next_move(error)}. Nothing was lost"
+        ) from None
 
 
 def _read(path: Path, parse: Callable[[Mapping[str, object]], T], todo: str) -> T:
@@ -192,7 +242,7 @@ def _read(path: Path, parse: Callable[[Mapping[str, object]], T], todo: str) -> 
             document = json.load(file)
     except OSError as error:
         hint = "it is a symbolic link" if error.errno == errno.ELOOP else error.strerror
-        raise ConfigError(f"cannot read {path}: {hint}") from None
+        raise ConfigError(f"cannot read {path}: {hint}; {_next_move(error)}") from None
     except ValueError:
         raise ConfigError(f"{path} is damaged (not JSON): {todo}") from None
     if not isinstance(document, dict) or not isinstance(document.get("format"), int):
@@ -203,6 +253,20 @@ def _read(path: Path, parse: Callable[[Mapping[str, object]], T], todo: str) -> 
         return parse(document)
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise ConfigError(f"{path} is damaged ({error}): {todo}") from None
+
+
+def _next_move(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return "free some space"
+        case errno.EACCES | errno.EPERM:
+            return "run as root, or name directories of yours with --state and --run-dir"
+        case errno.EROFS:
+            return "mount it for writing, or name another directory with --state or --run-dir"
+        case errno.ELOOP:
+            return "put the file itself in its place"
+        case _:
+            return "check its directory"
 
 
 # --- documents ----------------------------------------------------------------------------------------------
@@ -229,7 +293,7 @@ def _parse_identity(document: Mapping[str, object]) -> Identity:
 def _parse_enrolment(document: Mapping[str, object]) -> Enrolment:
     keys, peer, pin = document["keys"], document["peer"], document["pin"]
     if not isinstance(keys, dict) or not isinstance(peer, dict):
-        raise ValueError("keys and peer are objects")
+        raise ValueError("keys and peer are objects")  # noqa: TRY004 - damage, as any other
     return Enrolment(
         mesh=str(document["mesh"]),
         device=str(document["device"]),
@@ -264,7 +328,7 @@ def _parse_state(document: Mapping[str, object]) -> DiskState:
     mesh, own, revision = document["mesh"], document["own"], document["revision"]
     peers, tombstones, last_good = document["peers"], document["tombstones"], document["lastGood"]
     if not isinstance(peers, list) or not isinstance(tombstones, list) or not isinstance(last_good, dict):
-        raise ValueError("peers, tombstones and lastGood have other types")
+        raise ValueError("peers, tombstones and lastGood have other types")  # noqa: TRY004
     parsed = [resources.parse_peer(peer, ignore_unknown=True) for peer in peers]
     return DiskState(
         Snapshot(

@@ -259,11 +259,13 @@ class Feed:
         )
 
     async def settled(self, name: str, uid: str, *, seconds: float) -> Peer | None:
-        """The peer once it has an address or `seconds` have passed; None when it is not known."""
+        """The peer once it has an address, or was denied one, or `seconds` have passed; None: unknown."""
         try:
             async with asyncio.timeout(seconds):
                 while not (
-                    (peer := self.peers.get(name)) and peer.meta.uid == uid and peer.assignment.addresses
+                    (peer := self.peers.get(name))
+                    and peer.meta.uid == uid
+                    and (peer.assignment.addresses or peer.assignment.conditions)
                 ):
                     await self.changed.wait()
         except TimeoutError:
