@@ -32,9 +32,7 @@ def main() -> int:
         "--keep", action="store_true", help="leave the lab up at the end, and say how to look around"
     )
     parser.add_argument("--plain", action="store_true", help="tell it in lines, also on a terminal")
-    parser.add_argument(
-        "--logs", type=Path, metavar="DIR", help="keep detailed logs there"
-    )
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="keep detailed logs there")
     parser.add_argument("--output", type=Path, default=OUTPUT, metavar="FILE", help="default: %(default)s")
     options = parser.parse_args()
     try:

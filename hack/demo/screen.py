@@ -20,6 +20,7 @@ from demo.frame import Cell, Event, Frame, Mood, Row, Show
 
 # What ten machines need; on a smaller terminal lines tell the same.
 MIN_WIDTH, MIN_HEIGHT = 96, 28
+_LINE_WIDTH = 110
 _FRAMES_PER_SECOND = 8
 _SEARCHING = ("·  ", "·· ", "···", " ··", "  ·", "   ")
 MOOD_STYLES = {Mood.PLAIN: "default", Mood.GOOD: "green", Mood.BAD: "bold red"}
@@ -212,5 +213,6 @@ def _tally(frame: Frame) -> RenderableType:
 
 
 def console() -> Console:
-    """Where the demo speaks."""
-    return Console(file=sys.stdout, highlight=False)
+    """Where the demo speaks: as wide as the terminal, and elsewhere as wide as the table."""
+    found = Console(file=sys.stdout, highlight=False)
+    return found if found.is_terminal else Console(file=sys.stdout, highlight=False, width=_LINE_WIDTH)
