@@ -284,7 +284,7 @@ def _prepare_file(path: Path, *, may_create: bool) -> None:
     except FileNotFoundError:
         if not may_create:
             raise ConfigError(
-                f"there is no registry at {path}: make one with `scope-registry init`"
+                f"there is no registry at {path}: `scope-registry serve` makes one"
             ) from None
         _create_file(path)
         return
@@ -342,7 +342,7 @@ def _migrate(database: sqlite3.Connection, path: Path, new_identity: Callable[[]
             "wrote it; install that one again, or restore the copy made before the upgrade"
         )
     if version == 0 and new_identity is None:
-        raise ConfigError(f"{path} is empty: make a registry with `scope-registry init`")
+        raise ConfigError(f"{path} is empty: remove it, and `scope-registry serve` makes a registry")
     for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
         run("BEGIN IMMEDIATE")
         try:
