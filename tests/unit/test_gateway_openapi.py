@@ -56,26 +56,26 @@ def url() -> Iterator[str]:
     loop.close()
 
 
-def seeded(examples: int) -> settings:
-    """The same examples in every run."""
+def seeded(examples: int, *phases: Phase) -> settings:
+    """The same examples in every run; in the explicit phase come those that cover the schema's own bounds."""
     return settings(
         max_examples=examples,
         derandomize=True,
         database=None,
         deadline=None,
-        phases=[Phase.explicit, Phase.generate],
+        phases=phases,
         suppress_health_check=list(HealthCheck),
     )
 
 
 @schema.exclude(path="/v1/events").parametrize()
-@seeded(6)
+@seeded(6, Phase.explicit, Phase.generate)
 def test_every_answer_is_as_the_document_says(case: Any, url: str) -> None:
     validate(case, url)
 
 
 @schema.include(path="/v1/events").parametrize()
-@seeded(1)  # it may stream for a second, and is asked again with other credentials
+@seeded(3, Phase.generate)  # each may stream for a second
 def test_every_stream_is_as_the_document_says(case: Any, url: str) -> None:
     case.query = {**(case.query or {}), "timeoutSeconds": "1"}
     validate(case, url)
