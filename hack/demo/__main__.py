@@ -13,6 +13,7 @@ from lab import Lab, LabError
 from meshlab import PRIVATE, Pinger
 from meshlab.programs import program
 from rich.console import Console
+from rich.padding import Padding
 from rich.text import Text
 
 from demo import summary
@@ -58,6 +59,7 @@ def _perform(options: argparse.Namespace) -> int:
             started=started,
             verbose=options.logs is not None,
         )
+        stack.enter_context(story.watch)
         try:
             with screen:
                 story.perform()
@@ -87,7 +89,8 @@ def _sum_up(out: Console, story: Story, path: Path) -> None:
     out.print(f"From when both had joined to the first ping back: {tally.first_ping_s or 'never'}.")
     out.print(f"\n{tally.impossible} pairs cannot be direct, and wait for a hub:")
     for reason, pairs in summary.obstacles(watch).items():
-        out.print(f"  {reason}\n    {', '.join(pairs)}")
+        out.print(Padding(reason, (0, 0, 0, 2)))
+        out.print(Padding(", ".join(pairs), (0, 0, 0, 4)))
     out.print(f"\n{path} has every pair.")
     for failure in story.failures:
         out.print(Text(f"\nFAILED {failure}", style="bold red"))

@@ -11,6 +11,7 @@ from rich.align import Align
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.layout import Layout
 from rich.live import Live
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -19,7 +20,8 @@ from rich.text import Text
 from demo.frame import Cell, Event, Frame, Mood, Row, Show
 
 # What ten machines need; on a smaller terminal lines tell the same.
-MIN_WIDTH, MIN_HEIGHT = 96, 28
+MIN_WIDTH, MIN_HEIGHT = 100, 28
+_CELL_WIDTH = 6  # a name of five characters, and a space before it
 _LINE_WIDTH = 110
 _FRAMES_PER_SECOND = 8
 _SEARCHING = ("·  ", "·· ", "···", " ··", "  ·", "   ")
@@ -117,7 +119,7 @@ def table(rows: tuple[Row, ...], *, now: float) -> Table:
     grid.add_column("from", style="bold", header_style="dim", no_wrap=True, min_width=5)
     grid.add_column("", style="dim", no_wrap=True, min_width=33)
     for row in rows:
-        grid.add_column(row.name, justify="right", width=5, no_wrap=True, header_style="bold")
+        grid.add_column(row.name, justify="right", width=_CELL_WIDTH, no_wrap=True, header_style="bold")
     for row in rows:
         grid.add_row(row.name, row.place, *(_drawn(cell, now) for cell in row.cells))
     return grid
@@ -128,7 +130,7 @@ def _drawn(cell: Cell, now: float) -> Text:
         case Show.SELF:
             return Text("▪", style="bright_black")
         case Show.AWAITED:
-            return Text("")
+            return Text("·", style="bright_black")
         case Show.SEARCHING:
             return Text(_SEARCHING[int(now * _FRAMES_PER_SECOND) % len(_SEARCHING)], style="yellow")
         case Show.IMPOSSIBLE:
@@ -194,7 +196,8 @@ def _tally(frame: Frame) -> RenderableType:
     tally = frame.tally
     lines: list[RenderableType] = [
         Text.assemble("direct and pinged  ", (f"{tally.direct} of {tally.possible}", "bold")),
-        ProgressBar(total=max(tally.possible, 1), completed=tally.direct, complete_style="green"),
+        # A bar alone ends no line.
+        Padding(ProgressBar(total=max(tally.possible, 1), completed=tally.direct, complete_style="green"), 0),
         Text(f"{tally.impossible} more cannot be, without a hub", style="bright_black"),
     ]
     if tally.direct:

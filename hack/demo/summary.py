@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -30,8 +31,9 @@ def write(path: Path, watch: Watch) -> None:
 def obstacles(watch: Watch) -> dict[str, list[str]]:
     """Reason -> the pairs, as `a - b`, that cannot be direct for it."""
     found: dict[str, list[str]] = defaultdict(list)
-    for (a, b), pair in watch.pairs.items():
-        if a < b and pair.obstacle is not None:
+    for a, b in itertools.combinations([member.name for member in watch.members], 2):
+        pair = watch.pairs.get((a, b))
+        if pair is not None and pair.obstacle is not None:
             found[_obstacle(pair)].append(f"{a} - {b}")
     return dict(found)
 

@@ -7,8 +7,8 @@
         members = [Member(machine, mesh="demo", registry=registry) for machine in machines]
         for member in members:
             member.join(token)
-        watch = Watch(members, pinger)
-        watch.until(watch.all_direct_and_pinged, within_s=10.0)
+        with Watch(members, pinger) as watch:
+            watch.until(watch.is_complete, within_s=10.0, missing=watch.describe_unfinished)
 
 Everything runs as it does for users: the installed programs, each in its own namespaces. Demo, tests and
 benchmarks build on it alike.

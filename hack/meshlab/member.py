@@ -105,12 +105,12 @@ class Member:
         assert self.process is not None
         self.process.send_signal(number)
         self.process.wait()
-        self._disconnect()
+        self.hang_up()
 
     def leave(self) -> None:
         """Leave the mesh: LabError when that fails."""
         self.machine.run([program("scope-agent"), "leave"], timeout=_LEAVE_S)
-        self._disconnect()
+        self.hang_up()
         if self.process is not None:
             end([self.process])
 
@@ -137,7 +137,7 @@ class Member:
                 self._connection.connect(str(self._root() / "run/scope" / f"{self.mesh}.sock"))
             self._connection.sendall(b'{"command": "status"}\n')
         except OSError:
-            self._disconnect()
+            self.hang_up()
             return False
         return True
 
@@ -152,7 +152,7 @@ class Member:
                     raise ConnectionResetError
                 self._received += more
         except OSError:
-            self._disconnect()
+            self.hang_up()
             return None
         line, _, self._received = self._received.partition(b"\n")
         document = json.loads(line)
@@ -162,6 +162,12 @@ class Member:
         """What the agent says now; None while there is none."""
         return self.answer() if self.ask() else None
 
+    def hang_up(self) -> None:
+        """Close the connection to the agent's local socket; the next question opens another."""
+        if self._connection is not None:
+            self._connection.close()
+        self._connection, self._received = None, b""
+
     def _start(self, *arguments: str) -> None:
         with self.log.open("a") as log:
             self.process = self.machine.popen([program("scope-agent"), *arguments], stdout=log, stderr=log)
@@ -169,11 +175,6 @@ class Member:
     def _root(self) -> Path:
         # The machine's directories as its own processes see them.
         return Path("/proc", str(self.machine.holder_pid), "root")
-
-    def _disconnect(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-        self._connection, self._received = None, b""
 
 
 class _Json:

@@ -10,6 +10,8 @@ import itertools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 from lab import place_reason
 
@@ -82,6 +84,15 @@ class Watch:
         self.statuses: dict[str, Status] = {}
         self._pinger = pinger
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        for member in self.members:
+            member.hang_up()
+
     def add(self, member: Member) -> None:
         """Follow one more."""
         self.members.append(member)
@@ -89,6 +100,7 @@ class Watch:
     def drop(self, member: Member) -> None:
         """Follow it no longer."""
         self.members.remove(member)
+        member.hang_up()
         self.statuses.pop(member.name, None)
         for key in [key for key in self.pairs if member.name in key]:
             self._stop(self.pairs.pop(key))

@@ -1,0 +1,90 @@
+"""Real agents behind each pair of NAT kinds, with a real registry: who can be direct is, and says so.
+
+One lab holds two sites of every kind, so all pairs, a kind with itself included, are found at once, as in a
+mesh that is powered up. The table of the lab says what to expect of each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from itertools import combinations_with_replacement
+
+import pytest
+from lab import GRID_KINDS, Lab, Nat
+from meshlab import PRIVATE, Member, PairRecord, Pinger, Registry, Watch, WatchError, mesh_document
+
+# Sixteen agents start, join and search at once on two cores; what cannot be direct is not waited for.
+pytestmark = pytest.mark.timeout(300)
+CONVERGED_S = 90.0
+
+
+@pytest.fixture(scope="module")
+def grid() -> Iterator[Watch]:
+    """Two machines behind every kind of NAT, joined; all that can be direct has had the time for it."""
+    with Lab(delay_ms=10, private=PRIVATE) as lab, Pinger() as pinger:
+        registry = Registry(lab.server("registry"))
+        registry.apply(mesh_document("grid"))
+        token = registry.token("grid")
+        machines = [
+            lab.site(name := name_of(kind, number), nat=kind).machine(f"m-{name}")
+            for number in (1, 2)
+            for kind in GRID_KINDS
+        ]
+        members = [Member(machine, mesh="grid", registry=registry) for machine in machines]
+        for member in members:
+            member.join(token)
+        with Watch(members, pinger) as watch:
+            # What is missing then fails as the pair that it is.
+            with contextlib.suppress(WatchError):
+                watch.until(watch.is_complete, within_s=CONVERGED_S, missing=watch.describe_unfinished)
+            yield watch
+
+
+def name_of(kind: Nat, number: int) -> str:
+    """The name of a kind's first or second site."""
+    return f"{kind.name.lower().replace('_', '-')}-{number}"
+
+
+def ways(watch: Watch, a: Nat, b: Nat) -> list[PairRecord]:
+    """Both ways between a first machine of one kind and a second of another."""
+    names = f"m-{name_of(a, 1)}", f"m-{name_of(b, 2)}"
+    return [watch.pairs[names], watch.pairs[names[::-1]]]
+
+
+PAIRS = list(combinations_with_replacement(GRID_KINDS, 2))
+IDS = [f"{a.name}-{b.name}" for a, b in PAIRS]
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS, ids=IDS)
+def test_a_pair_is_direct_and_pinged_or_says_why_not(grid: Watch, a: Nat, b: Nat) -> None:
+    for way in ways(grid, a, b):
+        assert way.reach is not None
+        if way.obstacle is None:
+            assert way.is_direct, way.reach.reason
+            assert way.is_pinged
+            assert way.reach.rtt_ms is not None
+            assert way.reach.reason == ""
+        else:
+            assert way.reach.path == "None"
+            assert not way.is_pinged
+            assert way.reach.reason != ""
+
+
+@pytest.mark.parametrize("kind", GRID_KINDS, ids=lambda kind: kind.name)
+def test_an_agent_tells_its_mapping_class(grid: Watch, kind: Nat) -> None:
+    expected = {Nat.NONE: "None", Nat.IPV6_ONLY: "None", Nat.SYMMETRIC: "EndpointDependent"}
+    if kind is Nat.UDP_BLOCKED:
+        expected[kind] = "Unknown"
+    for number in (1, 2):
+        said = grid.statuses[f"m-{name_of(kind, number)}"].mapping
+        assert said == expected.get(kind, "EndpointIndependent")
+
+
+def test_both_ends_of_a_pair_use_one_family(grid: Watch) -> None:
+    for (a, b), way in grid.pairs.items():
+        back = grid.pairs[b, a].reach
+        assert way.reach is not None
+        assert back is not None
+        if way.is_direct:
+            assert way.reach.family == back.family
