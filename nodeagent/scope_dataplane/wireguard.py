@@ -8,8 +8,9 @@ not sent elsewhere.
 - It waits for the state file, so a service manager may start it before the agent.
 - When it is stopped or killed the process goes on, and the next supervisor adopts it: nothing is lost.
 - When the state file is removed, it ends the process and itself, with status 0. Nothing else ends them.
-- It holds a lock beside the state file for as long as it runs: one supervisor a device. The locked file is
-  empty while it waits.
+- It holds a lock beside the state file for as long as it runs: one supervisor a device. The locked file says
+  what to expect: nothing (it waits for the state file), `starting` (the process is not there, or not
+  configured yet: leave it alone) or `ready`.
 
 The state file is JSON: `version` (1), `mtu` (bytes) and `uapi`, one configuration operation in WireGuard's
 own protocol. Secrets go from the file into the socket and nowhere else.
@@ -46,6 +47,9 @@ LOCK_TIMEOUT = 1.0  # somebody may hold it for an instant, to see whether it is 
 STABLE_AFTER = 5.0
 FIRST_BACKOFF, LAST_BACKOFF = 0.1, 5.0
 
+# What the lock file says, of one length, so that a reader sees one or the other.
+STARTING, READY = b"starting", b"ready   "
+
 LOG_BYTES = 256 << 10  # beyond this the log starts afresh
 
 _TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
@@ -71,21 +75,26 @@ def main(arguments: list[str] | None = None) -> int:
     program = _find_program()
     if program is None:
         return _complain(f"{PROGRAM} is not on the PATH: install the package of that name")
-    while not os.path.exists(options.state):
-        time.sleep(WAIT_INTERVAL)
-    os.write(lock, b"supervising\n")
-    _supervise(options.name, options.state, program)
+    if not os.path.exists(options.state):
+        os.ftruncate(lock, 0)
+        while not os.path.exists(options.state):
+            time.sleep(WAIT_INTERVAL)
+    _supervise(options.name, options.state, lock=lock, program=program)
     return 0
 
 
-def _supervise(name: str, state: str, program: str) -> None:
+def _supervise(name: str, state: str, *, lock: int, program: str) -> None:
     backoff = 0.0
     while os.path.exists(state):
         started = time.monotonic()
         try:
             pid = _running_pid(name)
             if pid is None:
-                pid = _start(name, state, program)
+                os.pwrite(lock, STARTING, 0)
+                pid = _start(name, program)
+            if os.pread(lock, len(READY), 0) != READY:
+                _configure(name, state)
+                os.pwrite(lock, READY, 0)
             _log(f"process {pid} carries {name}")
             _wait(pid, state)
             _log(f"process {pid} ended")
@@ -98,8 +107,8 @@ def _supervise(name: str, state: str, program: str) -> None:
         backoff = min(max(FIRST_BACKOFF, 2 * backoff), LAST_BACKOFF)
 
 
-def _start(name: str, state: str, program: str) -> int:
-    """Start the process on the persistent TUN, give it the file's configuration, return its pid."""
+def _start(name: str, program: str) -> int:
+    """Start the process on the persistent TUN and return its pid."""
     _make_tun(name)
     environment = {**os.environ, "LOG_LEVEL": "error"}
     # In a session of its own: what is sent to our process group does not reach it.
@@ -113,7 +122,6 @@ def _start(name: str, state: str, program: str) -> int:
             _stop(pid)
             raise Failed(f"{program} did not open its control socket")
         time.sleep(0.005)
-    _configure(name, state)
     return pid
 
 
@@ -228,7 +236,7 @@ def _find_program() -> str | None:
 
 
 def _take_lock(path: str) -> int | None:
-    """Lock and empty the file until this process ends; None where another one holds it."""
+    """Lock the file until this process ends; None where another one holds it."""
     os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     deadline = time.monotonic() + LOCK_TIMEOUT
@@ -240,7 +248,6 @@ def _take_lock(path: str) -> int | None:
                 return None
             time.sleep(0.02)
         else:
-            os.ftruncate(descriptor, 0)
             return descriptor
 
 

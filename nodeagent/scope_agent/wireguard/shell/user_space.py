@@ -1,8 +1,10 @@
 """WireGuard in a process of its own (wireguard-go), over its configuration socket.
 
 The process belongs to `scope-wireguard`, which outlives the agent and restarts it from the state file that
-`keep` writes. That the supervisor runs shows by the lock it holds; it ends, with the process, once the state
-file is gone. A service manager may have started it (it waits for the file); otherwise the agent does.
+`keep` writes. That the supervisor runs shows by the lock it holds, and that the process is configured by the
+word `ready` in the locked file: until then the device does not exist for us, or both would configure it at
+once. The supervisor ends, with the process, once the state file is gone. A service manager may have started
+it (it waits for the file); otherwise the agent does.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ class UserSpaceDevice:
         observed = ObservedDevice(
             self._name, addresses=facts.addresses, routes=facts.routes, guarded=facts.guarded
         )
-        if facts.link is None or (answer := self._ask_if_running(uapi.GET)) is None:
+        answer = self._ask_if_running(uapi.GET) if facts.link is not None and self._is_ready() else None
+        if facts.link is None or answer is None:
             return observed
         try:
             said = uapi.parse_device(answer)
@@ -132,12 +135,12 @@ class UserSpaceDevice:
         self._links.close()
 
     def _start(self) -> None:
-        """Start what is not running and wait until it answers."""
+        """Start what is not running and wait until it answers and is configured."""
         if not self._state.exists():
             self._write_state(uapi.BLANK_STATE)
         self._supervise()
         deadline = time.monotonic() + START_TIMEOUT
-        while self._ask_if_running(uapi.GET) is None:
+        while not self._is_ready() or self._ask_if_running(uapi.GET) is None:
             if time.monotonic() > deadline:
                 raise ApplyError(
                     f"{self._name} did not start in {START_TIMEOUT:.0f} s; see {self._log_path()}"
@@ -173,6 +176,12 @@ class UserSpaceDevice:
                 return True
         self._supervisor = None
         return False
+
+    def _is_ready(self) -> bool:
+        try:
+            return self._lock.read_bytes().rstrip() == b"ready"
+        except FileNotFoundError:
+            return False
 
     def _log_path(self) -> Path:
         return self._state.with_suffix(".log")
