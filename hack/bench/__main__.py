@@ -19,12 +19,18 @@ from meshlab import WatchError
 from rich.console import Console
 from rich.table import Table
 
-from bench import agents, moves, outage, start
+from bench import agents, cold, moves, nat_grid, outage, start
 from bench.machine import describe
 from bench.result import Benchmark, Result, Sample
 
 OUTPUT = Path("build/bench")
-BENCHMARKS: tuple[Benchmark, ...] = (*start.BENCHMARKS, *moves.BENCHMARKS, *outage.BENCHMARKS)
+BENCHMARKS: tuple[Benchmark, ...] = (
+    *start.BENCHMARKS,
+    *nat_grid.BENCHMARKS,
+    *moves.BENCHMARKS,
+    *outage.BENCHMARKS,
+    *cold.BENCHMARKS,
+)
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 

@@ -27,6 +27,7 @@ POLL_S = 0.01  # between two questions to an agent while a time is taken: the re
 PING_S = 0.01  # likewise between two pings
 PATIENCE_S = 30.0  # an attempt that takes longer counts as never
 SETTLE_S = 60.0  # for a mesh to be whole before anything is measured
+SAVED_S = 2.0  # an agent writes what it learned to disk within a second
 REST_S = 1.0  # between two attempts, for what the last one stirred up to come to rest
 
 BYTECODE = Path("build/bench/bytecode").absolute()
@@ -114,12 +115,18 @@ class World:
 
     def is_direct(self, source: Member, target: Member) -> bool:
         """What an agent says of its path to a member: False also while it says nothing."""
-        status = source.status()
+        status = self.ask(source)
         if status is None:
             return False
-        self._note(source.name, status)
         reach = next((r for r in status.peers.values() if r.address == self.addresses.get(target.name)), None)
         return reach is not None and reach.is_direct
+
+    def ask(self, member: Member) -> Status | None:
+        """What an agent says now; None while it says nothing."""
+        status = member.status()
+        if status is not None:
+            self._note(member.name, status)
+        return status
 
     def time_to_direct(self, member: Member, other: Member, start: Callable[[], None]) -> float | None:
         """Seconds from `start` until both say Direct and a ping each way was answered."""

@@ -58,7 +58,7 @@ def _rerouted(attempts: int) -> Iterator[Sample]:
         for _ in range(attempts):
             _cut_family(world, first, second, None)
             time.sleep(QUIET_S + REST_S)
-            family = _family_in_use(world, first, second)
+            family = _family_in_use(first, second)
             began = time.monotonic()
             _cut_family(world, first, second, family)
             yield _answered_both_ways(world, first, second, began)
@@ -74,7 +74,7 @@ def _answered_both_ways(world: World, first: Member, second: Member, began: floa
     return max(arrived) - began if len(arrived) == len(flows) else None
 
 
-def _family_in_use(world: World, first: Member, second: Member) -> str:
+def _family_in_use(first: Member, second: Member) -> str:
     """The family of the path that both use; BenchError when they do not agree on one."""
     deadline = time.monotonic() + REROUTED_S
     while time.monotonic() < deadline:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from bench.agents import REST_S, BenchError, pair, reboot
+from bench.agents import REST_S, SAVED_S, BenchError, pair, reboot
 from bench.result import Benchmark, Sample, Target
-
-SAVED_S = 2.0  # an agent writes what it learned within a second
 
 
 def _kept(attempts: int) -> Iterator[Sample]:
