@@ -5,13 +5,22 @@ The same test runs over a WireGuard process here and over kernel WireGuard in th
 
 from __future__ import annotations
 
+import meshlab.member
+import meshlab.registry
+import pytest
 from lab import Lab, Nat
 from meshlab import PRIVATE, Member, Pinger, Registry, Watch, mesh_document
 
 from tests.netns.device_fixture import KIND, PATIENCE
 
 
-def test_two_agents_behind_port_restricted_nats_reach_each_other_directly() -> None:
+def test_two_agents_behind_port_restricted_nats_reach_each_other_directly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The lab's own patience is for real machines; an emulated one reads each program over a slow file system.
+    monkeypatch.setattr(meshlab.registry, "_START_S", PATIENCE)
+    monkeypatch.setattr(meshlab.member, "_JOIN_S", PATIENCE)
+    monkeypatch.setattr(meshlab.member, "_LEAVE_S", PATIENCE)
     with Lab(private=PRIVATE) as lab, Pinger() as pinger:
         registry = Registry(lab.server("registry"))
         registry.apply(mesh_document("pair"))

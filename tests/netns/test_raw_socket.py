@@ -141,8 +141,9 @@ def test_what_wireguard_opened_in_the_hosts_own_firewall_is_open_to_probes(
 
 def test_only_probes_for_the_port_arrive_and_none_from_before(ends: tuple[Namespace, Namespace]) -> None:
     a, b = ends
-    with opened(a, RawProbeSocket, A_PORT) as sender:
+    with opened(a, RawProbeSocket, A_PORT) as sender, opened(b, RawProbeSocket, B_PORT) as earlier:
         sender.send(at("192.0.2.2", B_PORT), PROBE + b"early")
+        assert receive_one(earlier)[2] == PROBE + b"early"
         with opened(b, RawProbeSocket, B_PORT) as receiver:
             sender.send(at("192.0.2.2", B_PORT + 1), PROBE)
             sender.send(at("192.0.2.2", B_PORT), b"\4\0\0\0 WireGuard's own")
