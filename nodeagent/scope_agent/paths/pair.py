@@ -62,7 +62,9 @@ STALL_BYTES = 200  # less than this between two echoes is keepalives and handsha
 MAX_ROUTES = 32  # twice what a peer may publish: the rest are sources it spoke from
 MAX_PENDING = 16  # unanswered pings remembered per pair and route
 CALLS = (0.0, 1.0, 3.0)  # call-me-maybe of one search: the first may be lost, the second find no session
-_OVERHEAD = frozenset({32, 64, 92, 124, 148, 180, 240})  # keepalive, handshake messages and their sums
+BETTER_INTERVAL = 20.0  # a better route than the one in use is asked so often: both firewalls are open then
+# What keepalives (32 bytes) and handshake messages (148, 92) may add up to between two looks at the device.
+_OVERHEAD = frozenset(148 * a + 92 * b + 32 * c for a in range(3) for b in range(3) for c in range(3))
 NEVER = float("-inf")
 
 
@@ -318,6 +320,8 @@ class Pair:
         if route is None:
             return [answer]
         route.heard = now
+        if self._is_data_dead(route, now):
+            return []  # an echo would tell the peer that the path works
         route.opener = False
         unproven = now - route.echoed > 1.0
         in_flight = any(now - at < 0.05 for at in route.pending.values())
@@ -412,9 +416,9 @@ class Pair:
             self._unanswered_since = now
         if moved > 0 and moved not in _OVERHEAD:
             self._tx_moved = now
-            current = self._routes.get(self._current) if self._current else None
-            if current is not None and current.next is None:
-                current.next = self._next_ping(current, now)
+            for route in self._routes.values():
+                if route.next is None:
+                    route.next = self._next_ping(route, now)
         self._tx, self._rx = tx, rx
         if endpoint is not None and endpoint != self._current and self._ready:
             self._device_roamed(endpoint, now)
@@ -429,8 +433,13 @@ class Pair:
             route.probation = now
             route.opener = False
             route.base, route.attempt, route.next = now, 0, now
-        if self._alive:
+        if not self._alive or now - self._nominated_at < SWITCH_HOLD:
+            return
+        current = self._routes.get(self._current) if self._current else None
+        if now - route.echoed > VERIFIED:
             self._doubt(now)
+        elif self._lower and current is not None and self._usable(current, now):
+            self._nominate(current, now)  # the two sides chase each other over two living paths
 
     def _compare_counters(self, received: int, now: float) -> None:
         """Bytes we sent between two reports of the peer's receive counter, against what arrived there.
@@ -447,6 +456,9 @@ class Pair:
         sent, arrived = self._tx - self._stall[0], received - self._stall[1]
         if arrived > 0:
             self._stalls = 0
+            current = self._routes.get(self._current) if self._current else None
+            if current is not None:
+                current.data_dead = NEVER
         elif sent <= STALL_BYTES or now - self._stall[2] < STALL_WINDOW:
             return
         else:
@@ -623,18 +635,16 @@ class Pair:
             return None
         if self._alive:
             if is_current:
-                active = now - self._tx_moved < 2 * interval
                 young = now - self._nominated_at < YOUNG
-                return now + interval if active or young else None
-            current = self._routes.get(self._current) if self._current else None
-            better = current is None or route.rank < current.rank
-            if not better or now - route.data_dead < DATA_DEAD_FOR:
+                return now + interval if young or self._is_active(now) else None
+            if not self._is_better(route) or self._is_data_dead(route, now):
                 return None
             if route.attempt < len(PUNCH):
                 return route.base + PUNCH[route.attempt]
             if now < self._started + self._timers.address_fallback:
                 return now + interval
-            return None
+            foreign = route.rank[0] == 0 and route.echoed == NEVER  # a private address of another site
+            return now + BETTER_INTERVAL if self._is_active(now) and not foreign else None
         if route.attempt < len(PUNCH):
             return max(route.base + PUNCH[route.attempt], now + 0.01)
         if route.endpoint == self._last_good and now - self._lost_at < LAST_GOOD_FOR:
@@ -642,6 +652,13 @@ class Pair:
         if not self._declared:
             return now + interval
         return None
+
+    def _is_active(self, now: float) -> bool:
+        return now - self._tx_moved < 2 * self._timers.probe_interval
+
+    def _is_better(self, route: _Route) -> bool:
+        current = self._routes.get(self._current) if self._current else None
+        return current is None or route.rank < current.rank
 
     def _ladder_due(self) -> float | None:
         if self._alive or self._declared:
@@ -739,7 +756,10 @@ class Pair:
 
     def _usable(self, route: _Route, now: float) -> bool:
         lately = now - route.echoed < FRESH and route.echoed > route.lost
-        return lately and now - route.data_dead > DATA_DEAD_FOR
+        return lately and not self._is_data_dead(route, now)
+
+    def _is_data_dead(self, route: _Route, now: float) -> bool:
+        return now - route.data_dead < DATA_DEAD_FOR
 
     def _decide(self, now: float) -> None:
         routes = [r for r in self._routes.values() if self._usable(r, now)]
@@ -812,7 +832,8 @@ class Pair:
         self._settle_due = True
         self._settle_left -= 1
         step = max(current.rtt or 0.0, SETTLE_MIN_STEP)
-        self._settle_next = now + step if self._settle_left > 0 else None
+        # Not in step with the traffic: packets that come at a beat would undo every setting alike.
+        self._settle_next = now + step * (1.0 + 0.5 * self._random()) if self._settle_left > 0 else None
         if not self._lower or self._acknowledged or current.here is None:
             return []
         return [SendTo(Nominate(self._sequence, there=current.endpoint, here=current.here), current.endpoint)]

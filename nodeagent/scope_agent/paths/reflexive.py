@@ -16,6 +16,7 @@ from scope.model import Endpoint, Family, IPAddress, Mapping, PublicKey
 REFRESH = 20.0  # AWS security groups forget one-way UDP after 30 s; home routers seldom before
 RETRIES = (0.0, 0.1, 0.3, 1.0, 2.0)  # after a start or a network change, until one answer is there
 ANSWER_VALID = 65.0  # three refreshes and a little: one lost ping must not unpublish an endpoint
+SECOND_VIEW = 60.0  # another reflector is asked so often besides: the class takes two
 MAX_TARGETS = 8  # reflector endpoints asked per family
 CHECK_INTERVAL = 1.0  # a thousand paths that fall into doubt together are one question
 PATIENCE = 2.0  # a refresh unanswered for so long: everyone is asked
@@ -125,16 +126,19 @@ class Reflexive:
             self._due = now + REFRESH
         refreshing = not (first_round and unanswered)
         questions: list[Question] = []
-        refreshed: set[Family] = set()
+        refreshed: dict[Family, int] = {}
         for target, asked in self._by_freshness():
-            if target.endpoint.family in refreshed and not (first_round and now - asked.at > REFRESH):
+            family = target.endpoint.family
+            asked_before = refreshed.get(family, 0)
+            stale = now - asked.at > (REFRESH if first_round else SECOND_VIEW)
+            if asked_before > 0 and not (stale and (first_round or asked_before == 1)):
                 continue
-            refreshed.add(target.endpoint.family)
+            refreshed[family] = asked_before + 1
             transaction = new_transaction()
             asked.pending = {t: at for t, at in asked.pending.items() if now - at < REFRESH}
             asked.pending[transaction] = now
             questions.append(Question(target, transaction))
-            if refreshing:
+            if refreshing and asked_before == 0:
                 self._awaited, self._asked_at, self._due = asked, now, now + PATIENCE
         return questions
 
