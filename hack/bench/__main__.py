@@ -19,7 +19,7 @@ from meshlab import WatchError
 from rich.console import Console
 from rich.table import Table
 
-from bench import agents, cold, moves, nat_grid, outage, start
+from bench import agents, cold, crowd, moves, nat_grid, outage, start, throughput, traffic
 from bench.machine import describe
 from bench.result import Benchmark, Result, Sample
 
@@ -30,6 +30,9 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     *moves.BENCHMARKS,
     *outage.BENCHMARKS,
     *cold.BENCHMARKS,
+    *crowd.BENCHMARKS,
+    *traffic.BENCHMARKS,
+    *throughput.BENCHMARKS,
 )
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)

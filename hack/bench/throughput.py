@@ -1,0 +1,126 @@
+"""TCP through the mesh against TCP through a bare WireGuard device: the same program, the same path.
+
+Both run in one lab, turn by turn; a sample is the ratio of one turn's two rates. The agents go on working
+while the mesh carries; they are stopped (SIGSTOP) while the bare device does, so what they cost counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from lab import Host, Nat
+from lab.netns import ip_batch
+
+from bench.agents import DEVICE, BenchError, spawn, world
+from bench.result import Benchmark, Sample, Target
+
+BARE = "bare0"
+BARE_PORT = 30000
+BARE_ADDRESSES = ("10.99.0.1", "10.99.0.2")
+SECONDS = 5.0  # of one transfer: enough for TCP to find its pace many times over
+WARM_S = 1.0  # not counted
+PORT = 5001
+
+
+def _ratios(attempts: int) -> Iterator[Sample]:
+    with world(delay_ms=0.0) as here:
+        first, second = here.member("first", Nat.NONE), here.member("second", Nat.NONE)
+        for member in (first, second):
+            member.join(here.token, arguments=("--wireguard", "UserSpace"))
+        here.settle()
+        hosts = (first.machine, second.machine)
+        mtu = _mtu(hosts[0])
+        _bare_pair(*hosts, mtu=mtu)
+        agents = [member.process for member in (first, second) if member.process is not None]
+        target = here.addresses[second.name]
+        for _ in range(attempts):
+            for agent in agents:
+                agent.send_signal(signal.SIGSTOP)
+            bare = _rate(*hosts, BARE_ADDRESSES[1])
+            for agent in agents:
+                agent.send_signal(signal.SIGCONT)
+            yield _rate(*hosts, target) / bare
+
+
+def _mtu(host: Host) -> int:
+    (link,) = json.loads(host.run(["ip", "-json", "link", "show", "dev", DEVICE]).stdout)
+    return int(link["mtu"])
+
+
+def _rate(sender: Host, receiver: Host, address: str) -> float:
+    """Bytes a second of one TCP connection, once it is warm."""
+    log = receiver.directory / "transfer.log"
+    log.unlink(missing_ok=True)
+    arguments = (address, str(PORT), str(WARM_S), str(SECONDS))
+    here = (Path(__file__).parents[1],)
+    sink = spawn(receiver, "bench.transfer", "receive", *arguments, log=log, path=here)
+    source = spawn(sender, "bench.transfer", "send", *arguments, log=sender.directory / "send.log", path=here)
+    for child in (sink, source):
+        try:
+            child.wait(WARM_S + SECONDS + 20.0)
+        except subprocess.TimeoutExpired:
+            raise BenchError(f"the transfer to {address} did not end:\n{log.read_text()}") from None
+    try:
+        return float(log.read_text())
+    except ValueError:
+        raise BenchError(f"the transfer to {address} gave no rate:\n{log.read_text()}") from None
+
+
+def _bare_pair(first: Host, second: Host, *, mtu: int) -> None:
+    """The mesh's WireGuard program on a device of its own in each host, configured once, with no agent."""
+    program = shutil.which("wireguard-go")
+    if program is None:
+        raise BenchError("wireguard-go is not on the PATH: apt install wireguard-go")
+    keys = [X25519PrivateKey.generate() for _ in range(2)]
+    for number, (host, other) in enumerate(((first, second), (second, first))):
+        host.popen([program, "--foreground", BARE], env={**os.environ, "LOG_LEVEL": "error"})
+        peer = keys[1 - number].public_key().public_bytes_raw().hex()
+        _configure(
+            host,
+            f"private_key={keys[number].private_bytes_raw().hex()}\nlisten_port={BARE_PORT}\n"
+            f"public_key={peer}\nendpoint={other.ipv4}:{BARE_PORT}\n"
+            f"allowed_ip={BARE_ADDRESSES[1 - number]}/32\n",
+        )
+        own = BARE_ADDRESSES[number]
+        ip_batch(
+            [f"link set {BARE} mtu {mtu} up", f"addr add {own}/24 dev {BARE}"],
+            inside=host.namespace,
+        )
+
+
+def _configure(host: Host, facts: str) -> None:
+    path = Path("/proc", str(host.holder_pid), f"root/var/run/wireguard/{BARE}.sock")
+    deadline = time.monotonic() + 10.0
+    with socket.socket(socket.AF_UNIX) as control:
+        while True:
+            try:
+                control.connect(str(path))
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise BenchError(f"{BARE} did not start") from None
+                time.sleep(0.01)
+        control.sendall(f"set=1\n{facts}\n".encode())
+        if b"errno=0" not in control.recv(4096):
+            raise BenchError(f"{BARE} refused its configuration")
+
+
+BENCHMARKS = (
+    Benchmark(
+        "throughput",
+        unit="of the bare device's rate",
+        what="TCP through the mesh, against a bare device of the same program on the same path",
+        target=Target(median=0.97, more_is_better=True),
+        attempts=10,
+        run=_ratios,
+    ),
+)
