@@ -74,6 +74,13 @@ class PairRecord:
             return None
         return self.flow.first
 
+    def describe(self) -> str:
+        """The way in words: its path, why it is none, whether a ping came back."""
+        path = self.reach.path if self.reach is not None else "unknown"
+        reason = f" ({self.reach.reason})" if self.reach is not None and self.reach.reason else ""
+        ping = "" if self.is_pinged else ", no ping back"
+        return f"{self.source.name} -> {self.target.name}: {path}{reason}{ping}"
+
 
 class Watch:
     """Follows members. Not thread-safe: one thread looks."""
@@ -158,13 +165,7 @@ class Watch:
 
     def describe_unfinished(self) -> str:
         """Those pairs in words."""
-        lines = [
-            f"{pair.source.name} -> {pair.target.name}: "
-            f"{pair.reach.path if pair.reach else 'unknown'}"
-            f"{'' if pair.is_pinged else ', no ping back'}"
-            f"{f' ({pair.reach.reason})' if pair.reach and pair.reach.reason else ''}"
-            for pair in self.unfinished()
-        ]
+        lines = [pair.describe() for pair in self.unfinished()]
         count = len(self.members)
         unknown = count * (count - 1) - len(self.pairs)
         return "\n  ".join(

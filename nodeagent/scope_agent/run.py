@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 from scope.channel import BOOT_ID_BYTES, Channel
-from scope.model import ConfigError, DeviceKind, Kind
+from scope.model import ConfigError, DeviceKind, IPInterface, Kind
 from scope.registry.port import Disconnected, Gone, RegistryError
 from scope_agent.agent import Agent, AgentConfig, pick_port
 from scope_agent.inputs import (
@@ -37,6 +37,7 @@ from scope_agent.inputs import (
     FactArrived,
     Failed,
     Input,
+    InterfacesChanged,
     ListAgain,
     Observe,
     Output,
@@ -63,6 +64,7 @@ TRAFFIC_INTERVAL = 0.25  # how soon the device's counters tell that someone uses
 HTTP_AFTER = 0.4  # the HTTP client's import waits for the first pings, or for so long
 HEARTBEAT = 60.0
 RETRY_FIRST, RETRY_MAX = 0.5, 30.0  # between two attempts at the registry
+REMOVED_GRACE = 2.0  # for a device to lose its peers before the agent of a removed peer ends
 COURIERS = 16  # datagrams on their way to the gateway at once; more are dropped
 COMMAND_LINE = 4096  # bytes of one request on the local socket
 PORT_ATTEMPTS = 20
@@ -123,6 +125,7 @@ class Runner:
         self._commands = 0
         self._registry: HttpRegistry | None = None
         self._list_again = asyncio.Event()
+        self._addresses: frozenset[IPInterface] = frozenset()
         self._couriers = 0
         self._counters = _Counters()
         self._failure: ConfigError | None = None
@@ -135,7 +138,7 @@ class Runner:
             loop.add_signal_handler(number, self._stop)
         for descriptor in self._probe.descriptors:
             loop.add_reader(descriptor, self._read_probes)
-        watch = InterfaceWatch(self._enrolment.device, self._post)
+        watch = InterfaceWatch(self._enrolment.device, self._interfaces_changed)
         self._spawn(self._observe())
         self._spawn(self._watch_traffic())
         self._spawn(self._serve_commands())
@@ -190,6 +193,14 @@ class Runner:
         self._inbox.append(event)
         self._wake.set()
 
+    def _interfaces_changed(self, event: InterfacesChanged) -> None:
+        """What is open to the registry from an address that is gone would be missed in ten seconds only."""
+        lost = self._addresses - event.addresses
+        self._addresses = event.addresses
+        if lost and self._registry is not None:
+            self._spawn(self._registry.reconnect())
+        self._post(event)
+
     def _stop(self) -> None:
         log.info("agent.stopping the device stays up")
         self._stopping = True
@@ -207,13 +218,16 @@ class Runner:
         if self._agent.listen_port != self._probe.port:
             self._move_probe()
         if self._agent.removed and self._agent.is_cut_off:
-            mesh = self._enrolment.mesh
-            self._fail(
-                ConfigError(
-                    f"this peer was removed from {mesh}: `scope-agent leave --mesh {mesh}` cleans up, "
-                    "and makes room for another join"
-                )
+            self._end_removed()
+
+    def _end_removed(self) -> None:
+        mesh = self._enrolment.mesh
+        self._fail(
+            ConfigError(
+                f"this peer was removed from {mesh}: `scope-agent leave --mesh {mesh}` cleans up, "
+                "and makes room for another join"
             )
+        )
 
     def _perform(self, output: Output) -> None:
         match output:
@@ -351,6 +365,12 @@ class Runner:
             reason = "the event stream ended"
             try:
                 await self._watch_registry(registry)
+            except http.PeerRemoved as error:
+                # Where a tombstone came, too, the device is cut off first and the agent ends by that.
+                self._post(FactArrived(Disconnected(str(error))))
+                await asyncio.sleep(REMOVED_GRACE)
+                self._end_removed()
+                return
             except Gone:
                 reason = "the registry no longer keeps what changed since: listing again"
             except RegistryError as error:
@@ -502,9 +522,9 @@ def _is_free(port: int) -> bool:
 def _import_http() -> HttpModule:
     """Import the HTTP client: in a thread, so that pings go on."""
     from scope.credentials import PeerCredential
-    from scope.registry.http import HttpRegistry
+    from scope.registry.http import HttpRegistry, PeerRemoved
 
-    return HttpModule(HttpRegistry, PeerCredential)
+    return HttpModule(HttpRegistry, PeerCredential, PeerRemoved)
 
 
 @dataclass(frozen=True, slots=True)
@@ -513,3 +533,4 @@ class HttpModule:
 
     HttpRegistry: Callable[..., HttpRegistry]
     PeerCredential: Callable[..., object]
+    PeerRemoved: type[RegistryError]

@@ -164,6 +164,16 @@ class HttpRegistry:
         if self._session is not None:
             await self._session.close()
 
+    async def reconnect(self) -> None:
+        """End every watch as lost, and open new connections from now on: our network has changed."""
+        await self._stop_stream()
+        watchers, self._watchers = self._watchers, set()
+        for watcher in watchers:
+            watcher.lose(Unavailable("our own network changed: connecting again"))
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
     # --- the port -----------------------------------------------------------------------------------------
 
     async def list(self, kind: Kind) -> Listed:
