@@ -186,6 +186,21 @@ def test_a_peer_is_known_by_its_uid_not_by_its_name() -> None:
     on_gateway(body)
 
 
+def test_a_mesh_is_deleted_only_when_its_peers_are_gone() -> None:
+    async def body(running: Running) -> None:
+        peer = await enrolled(running.registry, 1)
+        mesh = await running.registry.get(Kind.MESH, "home")
+        async with running.admin as client:
+            with pytest.raises(
+                Conflict, match=f"has 1 peers, {peer.meta.name} among them: `scopectl peer remove`"
+            ):
+                await client.delete(Kind.MESH, "home", uid=mesh.meta.uid)
+            await client.remove_peer(peer.meta.name)
+            await client.delete(Kind.MESH, "home", uid=mesh.meta.uid)
+
+    on_gateway(body)
+
+
 def test_a_request_for_another_registry_is_refused() -> None:
     async def body(running: Running) -> None:
         peer = await enrolled(running.registry, 1)

@@ -32,7 +32,7 @@ from scope.model import (
     StatusPart,
 )
 from scope.registry.http import AGENT, API, OPERATOR, REGISTRY_HEADER
-from scope.registry.port import Listed, NotFound, Registry, RegistryError
+from scope.registry.port import Conflict, Listed, NotFound, Registry, RegistryError
 from scope.wire import MAX_DATAGRAM
 from scope_operator.gateway.authorisation import Administrator, Authority, Caller, Member, Stranger
 from scope_operator.gateway.errors import Refusal, refusal_of
@@ -306,6 +306,8 @@ class Gateway:
             uid = asked.query.get("uid", stored.meta.uid)
             if isinstance(stored, Peer) and not _flag(asked.query, "purge"):
                 return _resource(await self._joining.remove(stored.meta.name, uid=uid))
+            if isinstance(stored, Mesh):
+                await self._require_no_members(stored)
             await self._registry.delete(kind, stored.meta.name, uid=uid)
             log.info("resource.deleted kind=%s name=%s uid=%s", kind, stored.meta.name, uid)
             return _resource(stored)
@@ -327,6 +329,18 @@ class Gateway:
             raise Refusal(
                 422, "Invalid", f"spec.mesh: there is no ScopeMesh {peer.spec.mesh!r}: create it first"
             ) from None
+
+    async def _require_no_members(self, mesh: Mesh) -> None:
+        """A mesh that goes leaves its peers running with nobody to remove one of them."""
+        peers = [p for p in (await self._registry.list(Kind.PEER)).resources if isinstance(p, Peer)]
+        members = [
+            p.meta.name for p in peers if p.spec.mesh == mesh.meta.name and p.assignment.tombstone is None
+        ]
+        if members:
+            raise Conflict(
+                f"ScopeMesh {mesh.meta.name!r} has {len(members)} peers, {members[0]} among them: "
+                "`scopectl peer remove` each, then delete the mesh"
+            )
 
     async def _require_free_prefixes(self, mesh: Mesh) -> None:
         others = (await self._registry.list(Kind.MESH)).resources
