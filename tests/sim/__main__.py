@@ -14,6 +14,11 @@ for folder in ("hack", "operator", "nodeagent", "."):
 from tests.sim.scenario import Life  # noqa: E402
 
 
+def say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="the first life's number")
@@ -28,9 +33,9 @@ def main() -> int:
         begun = time.monotonic()
         try:
             outcome = life.live()
-        except Exception as error:  # noqa: BLE001 - every way to fail is a finding, and the next seed may tell more
+        except Exception as error:
             failed.append(seed)
-            print(
+            say(
                 f"seed {seed}: {type(error).__name__} {error}" if arguments.verbose else f"seed {seed} failed"
             )
             if arguments.verbose and not isinstance(error, AssertionError):
@@ -38,10 +43,10 @@ def main() -> int:
         else:
             slowest.append((outcome.converged_after, seed))
             if arguments.verbose:
-                print("\n".join(outcome.story), f"\nconverged after {outcome.converged_after:.0f} s,")
-                print(f"{outcome.events} events in {time.monotonic() - begun:.2f} s\n{life.world.describe()}")
-    print(f"{arguments.count} lives in {time.monotonic() - started:.1f} s; failed: {failed or 'none'}")
-    print("slowest to converge:", ", ".join(f"seed {s}: {t:.0f} s" for t, s in sorted(slowest)[-10:]))
+                say("\n".join(outcome.story) + f"\nconverged after {outcome.converged_after:.0f} s,")
+                say(f"{outcome.events} events in {time.monotonic() - begun:.2f} s\n{life.world.describe()}")
+    say(f"{arguments.count} lives in {time.monotonic() - started:.1f} s; failed: {failed or 'none'}")
+    say("slowest to converge: " + ", ".join(f"seed {s}: {t:.0f} s" for t, s in sorted(slowest)[-10:]))
     return 1 if failed else 0
 
 

@@ -1,4 +1,4 @@
-"""What stands between a simulated site and the internet: NATs and firewalls as tables of flows, in virtual time.
+"""What stands between a simulated site and the internet: NATs and firewalls as tables of flows.
 
 Two shapes cover every kind. A *flow* table keeps one entry per (inner endpoint, destination), as Linux's
 connection tracking does: it keeps the inner port where the answer's way is free (port-restricted), or draws a
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from lab.nat import Nat
+
 from scope.model import Endpoint, IPAddress
 
 UNREPLIED_TIMEOUT = 30.0  # nf_conntrack_udp_timeout

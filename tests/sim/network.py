@@ -14,6 +14,7 @@ from random import Random
 from typing import Protocol
 
 from lab.nat import Nat
+
 from scope.model import Endpoint, Family, IPAddress
 from tests.sim.nat import Box, FlowNat, boxes_of
 

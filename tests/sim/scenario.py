@@ -1,4 +1,4 @@
-"""A mesh's life, drawn from one number: join, leave, roam, partition, reboot, crash; then calm, and convergence.
+"""A mesh's life, drawn from one number: join, leave, roam, partition, reboot, crash; then calm.
 
 After the last disturbance every cut is healed and every machine sends to every other. Within `CALM` seconds
 every traversable pair must have a direct path that both devices agree on: packets arrive both ways and no
@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lab.nat import Nat
+
 from tests.sim.world import Machine, World
 
 CALM = 75.0  # a pair that was declared unreachable is tried again after 60 s at the latest in a short life

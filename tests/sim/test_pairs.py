@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import combinations_with_replacement
 
 import pytest
-
 from lab.nat import Nat
 from lab.plan import has_ipv6
+
 from scope.model import Family, PathKind
 from tests.sim.world import Machine, World
 
@@ -33,7 +34,7 @@ def test_a_traversable_pair_is_direct_within_a_second_of_joining(a: Nat, b: Nat)
     for seed in SEEDS:
         world = World(seed)
         one, other = _pair(world, a, b)
-        assert world.until(lambda: world.is_direct(one, other), within=8.0) < 1.0
+        assert world.until(partial(world.is_direct, one, other), within=8.0) < 1.0
         one.ping(other)
         other.ping(one)
         world.run(0.2)
@@ -45,7 +46,7 @@ def test_an_enrolled_pair_is_direct_within_0_6_s_of_both_starting(a: Nat, b: Nat
     for seed in SEEDS:
         world = World(seed)
         pair = _pair(world, a, b)
-        world.until(lambda: world.is_direct(*pair), within=8.0)
+        world.until(partial(world.is_direct, *pair), within=8.0)
         world.run(3.0)
         for machine in pair:
             machine.crash()
@@ -53,7 +54,7 @@ def test_an_enrolled_pair_is_direct_within_0_6_s_of_both_starting(a: Nat, b: Nat
         world.run(300.0)  # sessions and mappings are gone
         for machine in pair:
             machine.start()
-        assert world.until(lambda: world.is_direct(*pair), within=8.0) < 0.6
+        assert world.until(partial(world.is_direct, *pair), within=8.0) < 0.6
 
 
 @pytest.mark.parametrize(("a", "b"), OTHERS, ids=lambda kind: kind.value)
@@ -76,7 +77,7 @@ def test_two_peers_behind_one_nat_meet_on_their_lan() -> None:
         a, b = world.machine(site), world.machine(site)
         a.join()
         b.join()
-        world.until(lambda: world.is_direct(a, b), within=3.0)  # noqa: B023
+        world.until(partial(world.is_direct, a, b), within=3.0)
         endpoint = a.endpoint_of(b)
         assert endpoint is not None and endpoint.address in site.lan
 
@@ -99,7 +100,7 @@ def test_ipv6_is_preferred_and_ipv4_where_the_mesh_says_so() -> None:
     for prefer in Family:
         world = World(6, prefer=prefer)
         a, b = (world.peer(Nat.PORT_RESTRICTED, ipv6=True) for _ in range(2))
-        world.until(lambda: world.is_direct(a, b), within=3.0)  # noqa: B023
+        world.until(partial(world.is_direct, a, b), within=3.0)
         world.run(3.0)
         assert {p.family for p in (a.endpoint_of(b), b.endpoint_of(a)) if p is not None} == {prefer}
 
@@ -117,4 +118,4 @@ def test_a_direct_pair_survives_the_loss_of_a_fifth_of_all_datagrams_while_it_fo
         world = World(seed)
         world.network.weather.loss = 0.2
         a, b = world.peer(Nat.PORT_RESTRICTED), world.peer(Nat.PORT_RESTRICTED)
-        world.until(lambda: world.is_direct(a, b), within=15.0)  # noqa: B023
+        world.until(partial(world.is_direct, a, b), within=15.0)

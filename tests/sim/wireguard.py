@@ -1,9 +1,9 @@
 """A WireGuard device in virtual time: enough of the protocol that an agent can tell no difference.
 
-Modelled: one handshake at a time per peer, initiations at most every 5 s, two crossing initiations that spoil
-each other, a responder that sends only after the initiator's first packet, endpoints that follow the source of
-every authenticated packet, allowed IPs checked on arrival, 128 staged packets, rekey after 120 s, reject after
-180 s, keepalive at its interval and on its rise from 0, and byte counters with handshakes in them.
+Modelled: one handshake at a time per peer, initiations at most every 5 s, two crossing initiations that
+spoil each other, a responder that sends only after the initiator's first packet, endpoints that follow the
+source of every authenticated packet, allowed IPs checked on arrival, 128 staged packets, rekey after 120 s,
+reject after 180 s, keepalive at its interval and on its rise from 0, byte counters with handshakes in them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias, assert_never
 
-from scope.model import Endpoint, IPInterface, IPNetwork, PublicKey
 from scope_agent.wireguard.device import (
     Action,
     AddAddress,
@@ -38,6 +37,8 @@ from scope_agent.wireguard.device import (
     SetPsk,
     SetUp,
 )
+
+from scope.model import Endpoint, IPInterface, IPNetwork, PublicKey
 
 REKEY_AFTER = 120.0
 REJECT_AFTER = 180.0
@@ -186,7 +187,7 @@ class Device:
         """What a person with `ip link delete` does; guards are routes of their own and stay."""
         self._exists = self._up = False
         self.public_key, self.listen_port, self._mtu, self._fwmark = None, 0, 0, 0
-        self._addresses = self._routes = frozenset()
+        self._addresses, self._routes = frozenset(), frozenset()
         self.peers.clear()
 
     def apply(self, action: Action) -> None:
@@ -216,7 +217,7 @@ class Device:
                 self._guarded |= {prefix}
             case RemoveGuard(prefix):
                 self._guarded -= {prefix}
-            case AddPeer(key, endpoint, allowed_ips, keepalive):
+            case AddPeer(key=key, endpoint=endpoint, allowed_ips=allowed_ips, keepalive=keepalive):
                 peer = self.peers.setdefault(key, _Peer(key))
                 peer.endpoint = endpoint or peer.endpoint
                 self._allow(peer, allowed_ips)

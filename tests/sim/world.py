@@ -5,13 +5,12 @@ registry's Store with its rules of writing. Modelled are WireGuard (`wireguard`)
 `nat`), and the thin shells between: performing outputs, one timer, a disk, a gateway's stream and courier, a
 reflector. An agent can be crashed after any of its outputs; its device lives on.
 
-A timer that keeps asking for the same instant is an endless loop in the real agent: the world raises Livelock.
+A timer that keeps asking for the same instant is an endless loop in a real agent: the world raises Livelock.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
@@ -20,6 +19,32 @@ from typing import assert_never
 
 from lab.grid import Place, place_reason
 from lab.nat import Nat
+from scope_agent.agent import Agent, AgentConfig, pick_port
+from scope_agent.inputs import (
+    Applied,
+    Courier,
+    DatagramArrived,
+    DeviceBatch,
+    DeviceObserved,
+    DiskState,
+    FactArrived,
+    Failed,
+    Input,
+    InterfacesChanged,
+    Leg,
+    ListAgain,
+    Observe,
+    Output,
+    Reply,
+    SaveState,
+    Send,
+    Socket,
+    Target,
+    TrafficMoved,
+    WriteReport,
+)
+from scope_agent.state import make_identity
+
 from scope.channel import Channel, Confirmed, Hello, NotACorrespondent, Received
 from scope.model import (
     Addressing,
@@ -44,39 +69,15 @@ from scope.model import (
     Timers,
     Tombstone,
 )
-from scope.registry.memory import Create, Delete, Store, UpdateStatus
-from scope.registry.port import Disconnected, Listed, RegistryError
+from scope.registry.memory import Create, Delete, Store, Update, UpdateStatus
+from scope.registry.port import Disconnected, RegistryError
 from scope.tombstones import sign_tombstone
-from scope.wire import Forward, Forwarded, Ping, Pong, WireError
-from scope_agent.agent import Agent, AgentConfig, pick_port
-from scope_agent.inputs import (
-    Applied,
-    Courier,
-    DatagramArrived,
-    DeviceBatch,
-    DeviceObserved,
-    DiskState,
-    FactArrived,
-    Failed,
-    Input,
-    InterfacesChanged,
-    ListAgain,
-    Observe,
-    Output,
-    Reply,
-    SaveState,
-    Send,
-    Socket,
-    Target,
-    TrafficMoved,
-    WriteReport,
-)
-from scope_agent.state import make_identity
-from scope_agent.wireguard.device import RemovePeer, SetEndpoint
-from tests.sim.network import Network, Receiver, Site
+from scope.wire import Forward, Forwarded, Message, Ping, Pong, WireError
+from tests.sim.network import Network, Site
 from tests.sim.wireguard import Device, Transport
 
 MESH = "mesh"
+DEFAULT_TIMERS = Timers()
 WALL_START = 1_800_000_000.0
 DEVICE_DELAY = 0.002
 DISK_DELAY = 0.005
@@ -101,7 +102,9 @@ class Packet:
 class World:
     """Everything there is. `seed` alone decides what happens."""
 
-    def __init__(self, seed: int = 1, *, timers: Timers = Timers(), prefer: Family = Family.IPV6) -> None:
+    def __init__(
+        self, seed: int = 1, *, timers: Timers = DEFAULT_TIMERS, prefer: Family = Family.IPV6
+    ) -> None:
         self.seed = seed
         self.random = Random(seed)
         self.now = 0.0
@@ -214,7 +217,7 @@ class World:
                 if view is not None:
                     peer = machine.device.peers.get(other.key)
                     lines.append(
-                        f"  -> {other.name}: {view.path} {view.endpoint} ready={view.ready} reason={view.reason!r}"
+                        f"  -> {other.name}: {view.path} {view.endpoint} ready={view.ready} {view.reason!r}"
                         f" device={peer.endpoint if peer else None} allowed={bool(peer and peer.allowed_ips)}"
                         f" handshake={peer.last_handshake if peer else None}"
                     )
@@ -238,6 +241,7 @@ class Machine:
         self.device_fails = False
         self.started_at = 0.0
         self.sent: dict[str, int] = {}
+        self.on_send: Callable[[Leg, Message], object] | None = None
         self.probe_bytes = 0
         self.reports: list[tuple[float, PeerReport]] = []
         self.saves: list[float] = []
@@ -301,7 +305,7 @@ class Machine:
         self.generation += 1
         self.started_at = world.now
         self._armed = None
-        self.agent = Agent(
+        self.agent = _Overheard(
             AgentConfig(
                 mesh=MESH,
                 device="scope0",
@@ -313,6 +317,7 @@ class Machine:
             random=world.random.random,
             now=world.now,
         )
+        self.agent.machine = self
         self._later(0.0, lambda: self.give(self._interfaces()))
         self._later(DEVICE_DELAY, lambda: self.give(self._observation()))
         self._later(0.0, lambda: world.registry.connect(self))
@@ -469,11 +474,12 @@ class Machine:
         name = type(output).__name__
         self.sent[name] = self.sent.get(name, 0) + 1
         match output:
-            case Send(Socket(endpoint, ttl), data):
-                self.probe_bytes += len(data)
-                self._put(endpoint, data, ttl=ttl)
-            case Send(Courier(to), data):
-                self.world.registry.carry(self, to, data)
+            case Send(leg, data):
+                if isinstance(leg, Socket):
+                    self.probe_bytes += len(data)
+                    self._put(leg.endpoint, data, ttl=leg.ttl)
+                else:
+                    self.world.registry.carry(self, leg.to, data)
             case DeviceBatch():
                 self.batches.append((self.world.now, output))
                 self._later(DEVICE_DELAY, lambda: self._apply(output))
@@ -507,6 +513,17 @@ class Machine:
             return
         self.disk = state
         self.give(Applied(Target.DISK))
+
+
+class _Overheard(Agent):
+    """An Agent whose sealed messages a test may read as they leave."""
+
+    machine: Machine | None = None
+
+    def _seal_and_send(self, to: PublicKey, message: Message, leg: Leg, now: float) -> None:
+        if self.machine is not None and self.machine.on_send is not None:
+            self.machine.on_send(leg, message)
+        super()._seal_and_send(to, message, leg, now)
 
 
 class RegistryServer:
@@ -606,7 +623,12 @@ class RegistryServer:
         """What `kubectl delete` does to a ScopePeer."""
         self._write(Delete(Kind.PEER, machine.name, self.peer(machine).meta.uid))
 
-    def _write(self, write: Create | UpdateStatus | Delete) -> None:
+    def change_mesh(self, change: Callable[[MeshSpec], MeshSpec]) -> None:
+        """What `scopectl apply` does."""
+        mesh = self.mesh()
+        self._write(Update(replace(mesh, spec=change(mesh.spec))))
+
+    def _write(self, write: Create | Update | UpdateStatus | Delete) -> None:
         before = self.store.revision
         self.store.write(write)
         for kind in (Kind.MESH, Kind.PEER):

@@ -126,19 +126,18 @@ class Reflexive:
             self._due = now + REFRESH
         refreshing = not (first_round and unanswered)
         questions: list[Question] = []
-        refreshed: dict[Family, int] = {}
+        places: dict[Family, int] = {}
         for target, asked in self._by_freshness():
-            family = target.endpoint.family
-            asked_before = refreshed.get(family, 0)
-            stale = now - asked.at > (REFRESH if first_round else SECOND_VIEW)
-            if asked_before > 0 and not (stale and (first_round or asked_before == 1)):
+            place = places[target.endpoint.family] = places.get(target.endpoint.family, -1) + 1
+            missing = first_round and now - asked.at > REFRESH
+            second = place == 1 and now - asked.at > SECOND_VIEW
+            if place > 0 and not missing and not second:
                 continue
-            refreshed[family] = asked_before + 1
             transaction = new_transaction()
             asked.pending = {t: at for t, at in asked.pending.items() if now - at < REFRESH}
             asked.pending[transaction] = now
             questions.append(Question(target, transaction))
-            if refreshing and asked_before == 0:
+            if refreshing and place == 0:
                 self._awaited, self._asked_at, self._due = asked, now, now + PATIENCE
         return questions
 
