@@ -128,6 +128,7 @@ class Runner:
         self._addresses: frozenset[IPInterface] = frozenset()
         self._couriers = 0
         self._counters = _Counters()
+        self._removal_kept = self._agent.removed  # a restart would else start from a snapshot without it
         self._failure: ConfigError | None = None
         self._stopping = False
 
@@ -217,7 +218,7 @@ class Runner:
             self._perform(output)
         if self._agent.listen_port != self._probe.port:
             self._move_probe()
-        if self._agent.removed and self._agent.is_cut_off:
+        if self._agent.removed and self._agent.is_cut_off and self._removal_kept:
             self._end_removed()
 
     def _end_removed(self) -> None:
@@ -240,7 +241,7 @@ class Runner:
             case WriteReport():
                 self._spawn(self._write_report(output))
             case SaveState():
-                self._spawn(self._save(output))
+                self._spawn(self._save(output, removed=self._agent.removed))
             case Reply(number, value):
                 future = self._replies.pop(number, None)
                 if future is not None and not future.done():
@@ -444,13 +445,15 @@ class Runner:
 
     # --- the disk ------------------------------------------------------------------------------------------
 
-    async def _save(self, save: SaveState) -> None:
+    async def _save(self, save: SaveState, *, removed: bool) -> None:
         try:
             await asyncio.to_thread(self._config.state.save, save.state)
         except ConfigError as error:
             log.warning("state.unsaved error=%s", error)
             self._post(Failed(Target.DISK, str(error)))
             return
+        finally:
+            self._removal_kept |= removed  # on a full disk too: nothing is gained by waiting for it
         self._post(Applied(Target.DISK))
 
     # --- the local socket ----------------------------------------------------------------------------------

@@ -188,8 +188,14 @@ def _opened_registry(data: Path) -> SqliteRegistry:
             f"cannot make the data directory {data}: {error.strerror}; run as root, or name another with "
             "--data"
         ) from None
+    database, trace = data / DATABASE_FILE, data / ADMIN_HASH_FILE
+    if _is_there(trace) and not _is_there(database):
+        raise ConfigError(
+            f"{database} is missing or empty, but {trace.name} beside it says that a registry was "
+            "here: restore it from a backup; or remove the directory, to begin a registry that no peer knows"
+        )
     return open_registry(
-        data / DATABASE_FILE,
+        database,
         wall=time.time,
         now=time.monotonic,
         new_uid=lambda: str(uuid.uuid4()),
@@ -201,6 +207,16 @@ def _opened_registry(data: Path) -> SqliteRegistry:
     )
 
 
+def _is_there(file: Path) -> bool:
+    """Whether it has any content. Raises ConfigError when that may not be known."""
+    try:
+        return file.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise ConfigError(f"cannot look at {file}: {error.strerror}: check its directory") from None
+
+
 def _certificate(config: ServeConfig, hosts: tuple[Advertised, ...]) -> tls.Certificate:
     own = config.certificate
     if own is not None:
@@ -209,9 +225,8 @@ def _certificate(config: ServeConfig, hosts: tuple[Advertised, ...]) -> tls.Cert
         return tls.self_made(config.data, tuple(host.host for host in hosts), datetime.now(UTC))
     except OSError as error:
         raise ConfigError(
-            f"cannot write the certificate in {config.data}: {error.strerror}; make the directory "
-            "writable, or "
-            "name another with --data"
+            f"cannot write the certificate in {config.data}: {error.strerror}; free space, make the "
+            "directory writable, or name another with --data"
         ) from None
 
 
