@@ -19,7 +19,7 @@ from meshlab import WatchError
 from rich.console import Console
 from rich.table import Table
 
-from bench import agents, cold, crowd, moves, nat_grid, outage, start, throughput, traffic
+from bench import agents, cold, crowd, moves, nat_grid, outage, size, start, throughput, traffic
 from bench.machine import describe
 from bench.result import Benchmark, Result, Sample
 
@@ -31,6 +31,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     *outage.BENCHMARKS,
     *cold.BENCHMARKS,
     *crowd.BENCHMARKS,
+    *size.BENCHMARKS,
     *traffic.BENCHMARKS,
     *throughput.BENCHMARKS,
 )

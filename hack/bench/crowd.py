@@ -18,7 +18,7 @@ from bench.agents import POLL_S, REST_S, SAVED_S, BenchError, World, reboot, wor
 from bench.result import Benchmark, Sample, Target
 
 SITES, MACHINES = 20, 5
-JOINING_AT_ONCE = 10  # while the mesh is built: more would only wait for each other
+JOINING_AT_ONCE = 4  # while the mesh is built: more would only wait for each other
 FORMING_S = 300.0  # for the mesh to form before anything is measured
 PATIENCE_S = 180.0
 LOOK_S = 1.0  # between two questions to a hundred agents, each of which answers about a hundred

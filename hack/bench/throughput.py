@@ -7,13 +7,12 @@ while the mesh carries; they are stopped (SIGSTOP) while the bare device does, s
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -37,18 +36,33 @@ def _ratios(attempts: int) -> Iterator[Sample]:
         for member in (first, second):
             member.join(here.token, arguments=("--wireguard", "UserSpace"))
         here.settle()
+        flow = here.flow(first, second)
+        if here.await_ping(flow) is None:
+            raise BenchError("the pair is direct, but no ping comes back")
+        here.pinger.stop(flow)
         hosts = (first.machine, second.machine)
         mtu = _mtu(hosts[0])
         _bare_pair(*hosts, mtu=mtu)
         agents = [member.process for member in (first, second) if member.process is not None]
         target = here.addresses[second.name]
+        before = _frozen_rate(agents, *hosts)
         for _ in range(attempts):
-            for agent in agents:
-                agent.send_signal(signal.SIGSTOP)
-            bare = _rate(*hosts, BARE_ADDRESSES[1])
-            for agent in agents:
-                agent.send_signal(signal.SIGCONT)
-            yield _rate(*hosts, target) / bare
+            through = _rate(*hosts, target)
+            after = _frozen_rate(agents, *hosts)
+            # The bare device before and after: what drifts with the machine drifts out.
+            yield through / ((before + after) / 2)
+            before = after
+
+
+def _frozen_rate(agents: Sequence[subprocess.Popen[str]], sender: Host, receiver: Host) -> float:
+    """The bare device's rate, with the agents stopped."""
+    for agent in agents:
+        agent.send_signal(signal.SIGSTOP)
+    try:
+        return _rate(sender, receiver, BARE_ADDRESSES[1])
+    finally:
+        for agent in agents:
+            agent.send_signal(signal.SIGCONT)
 
 
 def _mtu(host: Host) -> int:
@@ -82,7 +96,8 @@ def _bare_pair(first: Host, second: Host, *, mtu: int) -> None:
         raise BenchError("wireguard-go is not on the PATH: apt install wireguard-go")
     keys = [X25519PrivateKey.generate() for _ in range(2)]
     for number, (host, other) in enumerate(((first, second), (second, first))):
-        host.popen([program, "--foreground", BARE], env={**os.environ, "LOG_LEVEL": "error"})
+        with (host.directory / "bare.log").open("w") as log:
+            host.popen([program, "--foreground", BARE], stdout=log, stderr=log)
         peer = keys[1 - number].public_key().public_bytes_raw().hex()
         _configure(
             host,
@@ -98,7 +113,9 @@ def _bare_pair(first: Host, second: Host, *, mtu: int) -> None:
 
 
 def _configure(host: Host, facts: str) -> None:
-    path = Path("/proc", str(host.holder_pid), f"root/var/run/wireguard/{BARE}.sock")
+    # Resolved here: an absolute link below /proc/PID/root would lead out of it.
+    directory = Path("/var/run/wireguard").resolve().relative_to("/")
+    path = Path("/proc", str(host.holder_pid), "root", directory, f"{BARE}.sock")
     deadline = time.monotonic() + 10.0
     with socket.socket(socket.AF_UNIX) as control:
         while True:
@@ -117,7 +134,7 @@ def _configure(host: Host, facts: str) -> None:
 BENCHMARKS = (
     Benchmark(
         "throughput",
-        unit="of the bare device's rate",
+        unit="ratio",
         what="TCP through the mesh, against a bare device of the same program on the same path",
         target=Target(median=0.97, more_is_better=True),
         attempts=10,
