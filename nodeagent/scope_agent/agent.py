@@ -66,19 +66,31 @@ from scope_agent.membership import Membership
 from scope_agent.paths.candidates import contains
 from scope_agent.paths.core import Call, Changes, Outgoing, Paths, PathsView, PeerReading
 from scope_agent.wireguard.device import (
-    AddAllowedIps,
+    AddAddress,
+    AddGuard,
     AddPeer,
+    AddRoute,
+    CreateDevice,
     DesiredDevice,
     ObservedDevice,
     ObservedPeer,
+    RemoveAddress,
+    RemoveGuard,
     RemovePeer,
-    SetAllowedIps,
+    RemoveRoute,
     SetEndpoint,
-    SetKeepalive,
-    SetPsk,
+    SetFwmark,
+    SetListenPort,
+    SetMtu,
+    SetPrivateKey,
+    SetUp,
 )
 from scope_agent.wireguard.plan import count_drift, plan_device
 
+DEVICE_ACTIONS = (
+    CreateDevice, SetPrivateKey, SetListenPort, SetFwmark, SetMtu, SetUp,
+    AddAddress, RemoveAddress, AddRoute, RemoveRoute, AddGuard, RemoveGuard,
+)  # fmt: skip
 MAX_BATCH = 64  # actions between two looks at the device: endpoints never wait for a thousand peers
 SESSION_VALID = 180.0  # WireGuard's REJECT_AFTER_TIME
 OBSERVE_BUSY = 0.05  # while a handshake is awaited or a path is in doubt
@@ -143,6 +155,7 @@ class Agent:
         self._device_retry = RETRY_MIN
         self._desired: DesiredDevice | None = None
         self._topology = Topology({})
+        self._plan_after = now  # a device that failed is left alone for a while
         self._plan_all = True  # the whole device is to be compared
         self._touched: set[PublicKey] = set()  # else these peers
         # registry
@@ -396,18 +409,7 @@ class Agent:
         if first:
             self._adopt(now, new=device.peers.keys())
         self._paths.observe(readings, now)
-        if self._agreed is not None and not self._device_busy:
-            agreed = self._agreed
-            drift = (
-                count_drift(agreed, device)
-                if differing is None
-                else count_drift(_only(agreed, differing), _only(device, differing))
-                if differing
-                else 0
-            )
-            self._drift += drift
-            if drift:
-                self._agreed = None
+        self._count_drift(device, differing)
         self._observe_at = None
         self._observe_soon(now, OBSERVE_BUSY if self._paths.busy(now) else OBSERVE_IDLE)
         if differing is None:
@@ -451,7 +453,7 @@ class Agent:
             self._observe_at = at
 
     def _plan_device(self, now: float) -> None:
-        if not (self._plan_all or self._touched) or self._device_busy:
+        if not (self._plan_all or self._touched) or self._device_busy or now < self._plan_after:
             return
         if self._observed is None or self._observing_since is not None:
             return
@@ -462,29 +464,41 @@ class Agent:
             actions = plan_device(desired, observed)
         else:
             actions = plan_device(_only(desired, self._touched), _only(observed, self._touched))
-        complete = self._plan_all or self._agreed is not None
-        self._plan_all = False
-        self._touched.clear()
-        if not actions:
-            self._agreed = desired if complete else None
-            return
         batch = actions[:MAX_BATCH]
-        self._agreed = None
+        acted = {action.key for action in batch if not isinstance(action, DEVICE_ACTIONS)}
+        self._agree(desired, acted, whole=self._plan_all)
+        self._touched = acted  # what was acted on is compared again with the next observation
+        self._plan_all = len(actions) > MAX_BATCH or any(isinstance(a, DEVICE_ACTIONS) for a in batch)
+        if not batch:
+            return
+        if self._plan_all:
+            self._agreed = None
         self._device_busy = True
         self._out.append(DeviceBatch(batch, desired))
         for action in batch:
-            match action:  # what was acted on is compared again with the next observation
-                case SetEndpoint(key) | AddPeer(key):
-                    self._paths.settled(key, now)
-                    self._touched.add(key)
-                case RemovePeer(key):
-                    self._sessions.pop(key, None)
-                    self._touched.add(key)
-                case SetPsk(key) | AddAllowedIps(key) | SetAllowedIps(key) | SetKeepalive(key):
-                    self._touched.add(key)
-                case _:
-                    self._plan_all = True
-        self._plan_all |= len(actions) > MAX_BATCH
+            if isinstance(action, SetEndpoint | AddPeer):
+                self._paths.settled(action.key, now)
+            elif isinstance(action, RemovePeer):
+                self._sessions.pop(action.key, None)
+
+    def _agree(self, desired: DesiredDevice, acted: Set[PublicKey], *, whole: bool) -> None:
+        """Note with what the device agrees now; what was acted on is to be seen first."""
+        if whole:
+            peers = desired.peers
+        elif self._agreed is not None:
+            peers = self._agreed.peers | {k: desired.peers[k] for k in self._touched & desired.peers.keys()}
+        else:
+            return
+        self._agreed = replace(desired, peers={k: p for k, p in peers.items() if k not in acted})
+
+    def _count_drift(self, device: ObservedDevice, differing: set[PublicKey] | None) -> None:
+        """Count what somebody else changed since the device was last as it should be."""
+        agreed, desired = self._agreed, self._desired
+        if agreed is None or desired is None or self._device_busy or differing == set():
+            return
+        keys = device.peers.keys() | agreed.peers.keys() if differing is None else differing
+        foreign = {key for key in keys if key in agreed.peers or key not in desired.peers}
+        self._drift += count_drift(_only(agreed, foreign), _only(device, foreign))
 
     def _want(self, now: float) -> DesiredDevice | None:
         """The device as it should be: worked out anew for peers that were touched, else for all."""
@@ -546,8 +560,7 @@ class Agent:
                     self._paths.set_interfaces(self._interfaces, self._listen_port, now)
                     self._save_soon(now)
                 self._observing_since = None
-                self._observe_floor = now + self._device_retry
-                self._observe_at = self._observe_floor
+                self._plan_after = self._observe_floor = self._observe_at = now + self._device_retry
                 self._device_retry = min(2 * self._device_retry, RETRY_MAX)
             case Target.REGISTRY:
                 self._writing, self._registry_error = None, failed.error
