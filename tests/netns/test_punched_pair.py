@@ -8,7 +8,7 @@ from __future__ import annotations
 import meshlab.member
 import meshlab.registry
 import pytest
-from lab import Lab, Nat
+from lab import Host, Lab, Nat
 from meshlab import PRIVATE, Member, Pinger, Registry, Watch, mesh_document
 
 from tests.netns.device_fixture import KIND, PATIENCE
@@ -18,6 +18,7 @@ def test_two_agents_behind_port_restricted_nats_reach_each_other_directly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The lab's own patience is for real machines; an emulated one reads each program over a slow file system.
+    monkeypatch.setitem(Host.run.__kwdefaults__, "timeout", PATIENCE)
     monkeypatch.setattr(meshlab.registry, "_START_S", PATIENCE)
     monkeypatch.setattr(meshlab.member, "_JOIN_S", PATIENCE)
     monkeypatch.setattr(meshlab.member, "_LEAVE_S", PATIENCE)
