@@ -32,6 +32,9 @@ class Reach:
     endpoint: str | None
     rtt_ms: float | None
     since: float
+    handshake_s: float | None  # since WireGuard's last
+    rx: int
+    tx: int
     reason: str
 
     @property
@@ -216,6 +219,9 @@ def _reach(peer: _Json, now: float) -> Reach:
         endpoint=peer.text("endpoint"),
         rtt_ms=peer.number("rttMs"),
         since=now - (peer.number("sinceSeconds") or 0.0),
+        handshake_s=peer.number("lastHandshakeSeconds"),
+        rx=int(peer.number("rx") or 0),
+        tx=int(peer.number("tx") or 0),
         reason=peer.text("reason") or "",
     )
 

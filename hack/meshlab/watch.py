@@ -75,11 +75,16 @@ class PairRecord:
         return self.flow.first
 
     def describe(self) -> str:
-        """The way in words: its path, why it is none, whether a ping came back."""
-        path = self.reach.path if self.reach is not None else "unknown"
-        reason = f" ({self.reach.reason})" if self.reach is not None and self.reach.reason else ""
-        ping = "" if self.is_pinged else ", no ping back"
-        return f"{self.source.name} -> {self.target.name}: {path}{reason}{ping}"
+        """The way in words: its path, why it is none, whether a ping came back, what WireGuard says."""
+        name = f"{self.source.name} -> {self.target.name}"
+        if self.reach is None:
+            return f"{name}: unknown to its agent"
+        reach = self.reach
+        handshake = "never" if reach.handshake_s is None else f"{reach.handshake_s:g} s ago"
+        return (
+            f"{name}: {reach.path} {reach.endpoint or reach.reason}, {'' if self.is_pinged else 'not '}pinged, "
+            f"last handshake {handshake}, {reach.rx} bytes in and {reach.tx} out"
+        )
 
 
 class Watch:

@@ -31,13 +31,14 @@ from scope.model import (
 )
 from scope.wire import MAX_CANDIDATES, CallMeMaybe, Message, Nominate, Nominated, Ping, Pong
 from scope_agent.paths.candidates import is_private, own_candidates, refusal
-from scope_agent.paths.pair import CallPeer, CheckMapping, Pair, PairView, SendTo
+from scope_agent.paths.pair import NEVER, CallPeer, CheckMapping, Pair, PairView, SendTo
 from scope_agent.paths.reflexive import MAX_TARGETS, ReflectorTarget, Reflexive
 
 # A ping is about 150 bytes on the wire. A thousand peers that are searched at once are spread over seconds, a
 # hundred are not held up; home routers take this rate of new sessions.
 PACE_PER_SECOND = 400.0
 PACE_BURST = 120
+CANDIDATES_KNOWN = 1.0  # by then our endpoints have reached every peer, from the registry or in a call
 COUNTER_STALE = 0.5  # a receive counter read longer before the latest traffic is reported as 0: unknown
 ROUNDING = 1e-6  # of a token: a timer computed from a share of one may come that much too early
 MAX_CARRIERS = 3  # a call-me-maybe goes over so many at once: each may be lost, or not reach the other side
@@ -132,6 +133,7 @@ class Paths:
         self._targets: tuple[ReflectorTarget, ...] = ()
         self._observers: dict[str, dict[str, Endpoint]] = {}  # subject's name -> observer's name -> where
         self._candidates: tuple[Candidate, ...] = ()
+        self._candidates_since = NEVER
         self._mapping = Mapping.UNKNOWN
         self._families: frozenset[Family] = frozenset()
         self._own_endpoints: frozenset[Endpoint] = frozenset()
@@ -278,7 +280,8 @@ class Paths:
             case CallMeMaybe():
                 pair.called(
                     frozenset(c.endpoint for c in message.candidates if self._refusal(c.endpoint) is None),
-                    now,
+                    opened=now - self._candidates_since > CANDIDATES_KNOWN,
+                    now=now,
                 )
             case Ping() | Pong() | Nominate() | Nominated() if source is not None:
                 if isinstance(message, Nominate) and self._refusal(message.here) is not None:
@@ -412,6 +415,7 @@ class Paths:
         mapping = self._reflexive.mapping(addresses, now)
         if (candidates, mapping) != (self._candidates, self._mapping):
             self._candidates, self._mapping = candidates, mapping
+            self._candidates_since = now
             self._changes.own = True
 
     def carriers(self, to: PublicKey, now: float) -> list[PublicKey]:

@@ -199,7 +199,6 @@ class Pair:
     def set_candidates(self, endpoints: frozenset[Endpoint], mapping: Mapping, now: float) -> None:
         """The endpoints that may work now; new ones are tried at once where they could help."""
         self._mapping = mapping
-        behind_nat = mapping is not Mapping.NONE
         for endpoint in sorted(endpoints, key=lambda e: (rank(e, self._prefer), str(e))):
             route = self._route(endpoint)
             if route is None:
@@ -207,7 +206,7 @@ class Pair:
             if route.listed:
                 continue
             route.listed = True
-            route.opener = behind_nat and route.rank[0] > 0 and endpoint != self._last_good
+            route.opener = self._wants_opener(route)
             if route.echoed == NEVER:
                 self._schedule_punch(route, now)
         for endpoint, route in list(self._routes.items()):
@@ -215,6 +214,10 @@ class Pair:
                 route.listed = False
                 if endpoint != self._current and now - max(route.echoed, route.heard) > VERIFIED:
                     del self._routes[endpoint]
+
+    def _wants_opener(self, route: _Route) -> bool:
+        behind_nat = self._mapping is not Mapping.NONE
+        return behind_nat and route.rank[0] > 0 and route.endpoint != self._last_good
 
     def restore(self, endpoint: Endpoint, now: float) -> None:
         """The last good endpoint from disk: asked first, and programmed after a second without an echo."""
@@ -254,12 +257,17 @@ class Pair:
         else:
             self.search(now)
 
-    def called(self, endpoints: frozenset[Endpoint], now: float) -> None:
-        """A call-me-maybe: the peer punches towards us now and has opened its NAT, so we ping in full."""
+    def called(self, endpoints: frozenset[Endpoint], *, opened: bool, now: float) -> None:
+        """A call-me-maybe: the peer punches towards us now.
+
+        `opened`: it knows our endpoints, so its NAT is open and we ping in full. Where it may have called
+        before it heard of them, openers go first.
+        """
         for endpoint in endpoints:
+            is_new = endpoint not in self._routes
             route = self._route(endpoint)
-            if route is not None:
-                route.opener = False
+            if route is not None and (opened or is_new):
+                route.opener = not opened and self._wants_opener(route)
         if self._alive:
             self._doubt(now)
         else:

@@ -116,6 +116,7 @@ class Reflexive:
             return []
         if self._awaited is not None and self._awaited.at < self._asked_at:
             self._attempt = 0
+            self._silent_since = self._asked_at if self._silent_since is None else self._silent_since
         self._awaited = None
         first_round = self._attempt < len(RETRIES) - 1
         self._attempt += 1
@@ -129,7 +130,7 @@ class Reflexive:
         places: dict[Family, int] = {}
         for target, asked in self._by_freshness():
             place = places[target.endpoint.family] = places.get(target.endpoint.family, -1) + 1
-            missing = first_round and now - asked.at > REFRESH
+            missing = (first_round or self._silent_since is not None) and now - asked.at > REFRESH
             second = place == 1 and now - asked.at > SECOND_VIEW
             if place > 0 and not missing and not second:
                 continue
@@ -137,7 +138,7 @@ class Reflexive:
             asked.pending = {t: at for t, at in asked.pending.items() if now - at < REFRESH}
             asked.pending[transaction] = now
             questions.append(Question(target, transaction))
-            if refreshing and place == 0:
+            if refreshing and place == 0 and self._silent_since is None:
                 self._awaited, self._asked_at, self._due = asked, now, now + PATIENCE
         return questions
 
