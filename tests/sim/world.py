@@ -64,6 +64,7 @@ from scope.model import (
     PeerSpec,
     PublicKey,
     Reflector,
+    Resource,
     Secret,
     Snapshot,
     Timers,
@@ -82,7 +83,7 @@ WALL_START = 1_800_000_000.0
 DEVICE_DELAY = 0.002
 DISK_DELAY = 0.005
 POLL = 0.25  # how often the shell looks at the device's own counters
-RECONNECT = 1.0
+RECONNECT, RECONNECT_MAX = 1.0, 30.0
 SPIN_LIMIT = 200  # turns of one timer at one instant
 REFLECTOR_PORTS = (3478, 3479)
 
@@ -97,6 +98,14 @@ class Packet:
 
     number: int
     answer: bool  # whether the receiver answers
+
+
+@dataclass(frozen=True, slots=True)
+class Backup:
+    """A registry's resources at one revision."""
+
+    number: int
+    resources: tuple[Resource, ...]
 
 
 class World:
@@ -235,6 +244,7 @@ class Machine:
         self.disk = DiskState(Snapshot(), listen_port=port or pick_port(world.random.random))
         self.agent: Agent | None = None
         self.connected = False
+        self.patience = RECONNECT
         self.generation = 0  # rises at each start and crash: what was scheduled for an earlier run is void
         self.crash_after: int | None = None  # outputs still to be performed
         self.disk_fails = False
@@ -563,6 +573,7 @@ class RegistryServer:
         self.reflecting = True
         self._seen: dict[PublicKey, tuple[Endpoint, int]] = {}
         self._by_probe: dict[PublicKey, Machine] = {}
+        self._forsaken: set[str] = set()
 
     def _new_store(self) -> Store:
         return Store(f"registry-{self._serial}", wall=lambda: self.world.wall, new_uid=self._new_uid)
@@ -628,6 +639,34 @@ class RegistryServer:
         mesh = self.mesh()
         self._write(Update(replace(mesh, spec=change(mesh.spec))))
 
+    def assign(self, machine: Machine, assignment: Assignment) -> None:
+        """Write the registry's part of a status."""
+        self._write(UpdateStatus(Kind.PEER, machine.name, assignment, self.peer(machine).meta.uid))
+
+    def peers(self) -> list[Peer]:
+        """All ScopePeers."""
+        return [peer for peer in self.store.list(Kind.PEER).resources if isinstance(peer, Peer)]
+
+    def vanish(self, machine: Machine) -> None:
+        """A ScopePeer is gone and no event says so."""
+        self.store.write(Delete(Kind.PEER, machine.name, self.peer(machine).meta.uid))
+
+    def backup(self) -> Backup:
+        """Everything as it stands."""
+        resources = [r for kind in (Kind.MESH, Kind.PEER) for r in self.store.list(kind).resources]
+        return Backup(self.store.number, tuple(resources))
+
+    def restore(self, backup: Backup) -> None:
+        """Go back to what was; every stream breaks."""
+        self.store = self._new_store()
+        self.store.restore(backup.resources, (), number=backup.number)
+        for machine in self.world.machines:
+            self.disconnect(machine, "the registry restarted")
+
+    def forsake(self, machine: Machine) -> None:
+        """The machine never reaches the registry again; its reflector it does."""
+        self._forsaken.add(machine.name)
+
     def _write(self, write: Create | Update | UpdateStatus | Delete) -> None:
         before = self.store.revision
         self.store.write(write)
@@ -647,9 +686,10 @@ class RegistryServer:
         if machine.agent is None:
             return
         generation = machine.generation
-        if not self.up:
+        if not self.up or machine.name in self._forsaken:
             machine.give(FactArrived(Disconnected("the registry does not answer")))
-            machine._later(RECONNECT, lambda: self.connect(machine))
+            machine.patience = min(2 * machine.patience, RECONNECT_MAX)
+            machine._later(machine.patience, lambda: self.connect(machine))
             return
         self.world.after(
             2 * self.distance(machine),
@@ -657,10 +697,10 @@ class RegistryServer:
         )
 
     def _accept(self, machine: Machine) -> None:
-        if not self.up:
+        if not self.up or machine.name in self._forsaken:
             self.connect(machine)
             return
-        machine.connected = True
+        machine.connected, machine.patience = True, RECONNECT
         self.list_for(machine)
 
     def list_for(self, machine: Machine) -> None:
