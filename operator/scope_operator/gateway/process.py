@@ -189,7 +189,7 @@ def _opened_registry(data: Path) -> SqliteRegistry:
             "--data"
         ) from None
     database, trace = data / DATABASE_FILE, data / ADMIN_HASH_FILE
-    if _is_there(trace) and not _is_there(database):
+    if not _is_there(database) and _is_there(trace):
         raise ConfigError(
             f"{database} is missing or empty, but {trace.name} beside it says that a registry was "
             "here: restore it from a backup; or remove the directory, to begin a registry that no peer knows"
@@ -214,7 +214,7 @@ def _is_there(file: Path) -> bool:
     except FileNotFoundError:
         return False
     except OSError as error:
-        raise ConfigError(f"cannot look at {file}: {error.strerror}: check its directory") from None
+        raise ConfigError(f"cannot look at {file}: {error.strerror}; run as whoever owns it") from None
 
 
 def _certificate(config: ServeConfig, hosts: tuple[Advertised, ...]) -> tls.Certificate:
