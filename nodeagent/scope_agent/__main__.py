@@ -15,14 +15,17 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from scope.join import JoinString
 from scope.model import ConfigError, DeviceKind, Kind, Peer, Snapshot
 from scope_agent.inputs import DiskState
 from scope_agent.run import RunConfig, Runner, free_port
 from scope_agent.state import STATE_ROOT, Enrolment, Held, StateDir, enrolled_meshes, sole_agent
 from scope_agent.wireguard.device import ApplyError
 from scope_agent.wireguard.shell import choose_device
+
+if TYPE_CHECKING:
+    from scope.join import JoinString
 
 RUN_DIR = Path("/run/scope")
 MAX_DEVICE_NAME = 15  # IFNAMSIZ less its zero
@@ -86,6 +89,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _join(options: argparse.Namespace) -> None:
+    from scope.join import JoinString  # brings X.509, which the first ping need not wait for
+
     text = sys.stdin.readline() if options.url == "-" else options.url
     invitation = JoinString.parse(text)
     if not 0 < len(options.device) <= MAX_DEVICE_NAME or "/" in options.device:

@@ -16,7 +16,6 @@ import fcntl
 import json
 import os
 import stat
-import tempfile
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -210,6 +209,8 @@ def _lock(path: Path, flags: int, mesh: str) -> int:
 
 def _write(path: Path, document: Mapping[str, object]) -> None:
     """Replace `path` whole, 0600. The temporary file is new, so nobody's link is followed."""
+    import tempfile  # it loads three compressors, and nothing is written before the first ping
+
     temporary = ""
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
