@@ -18,7 +18,7 @@ def test_two_agents_behind_port_restricted_nats_reach_each_other_directly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The lab's own patience is for real machines; an emulated one reads each program over a slow file system.
-    monkeypatch.setitem(Host.run.__kwdefaults__, "timeout", PATIENCE)
+    monkeypatch.setattr(Host.run, "__kwdefaults__", {**(Host.run.__kwdefaults__ or {}), "timeout": PATIENCE})
     monkeypatch.setattr(meshlab.registry, "_START_S", PATIENCE)
     monkeypatch.setattr(meshlab.member, "_JOIN_S", PATIENCE)
     monkeypatch.setattr(meshlab.member, "_LEAVE_S", PATIENCE)
