@@ -202,7 +202,7 @@ class Revision:
 
 @dataclass(frozen=True, slots=True)
 class Meta:
-    """What every resource carries. A new resource has uid "", revision 0 and created 0: the registry sets them."""
+    """What every resource carries. A new one has uid "", revision 0 and created 0: the registry sets them."""
 
     name: str
     uid: str = ""

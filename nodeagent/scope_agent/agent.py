@@ -261,6 +261,11 @@ class Agent:
         """Whether the device is known to have no peers."""
         return self._observed is not None and not self._observed.peers and not self._device_busy
 
+    @property
+    def reaches_a_peer(self) -> bool:
+        """Whether some path is believed to work."""
+        return self._paths.any_alive
+
     def snapshot(self) -> Snapshot:
         """What is believed of the mesh."""
         return self._snapshot

@@ -125,6 +125,7 @@ class Runner:
         self._commands = 0
         self._registry: HttpRegistry | None = None
         self._list_again = asyncio.Event()
+        self._reached = asyncio.Event()  # once some path works
         self._addresses: frozenset[IPInterface] = frozenset()
         self._couriers = 0
         self._counters = _Counters()
@@ -214,6 +215,8 @@ class Runner:
         self._wake.set()
 
     def _perform_all(self) -> None:
+        if self._agent.reaches_a_peer:
+            self._reached.set()
         for output in self._agent.outputs():
             self._perform(output)
         if self._agent.listen_port != self._probe.port:
@@ -386,11 +389,9 @@ class Runner:
     async def _first_pings(self) -> None:
         """Let an enrolled agent reach its peers before anything is imported for the registry."""
         if self._agent.snapshot().peers:
-            deadline = time.monotonic() + HTTP_AFTER
-            while time.monotonic() < deadline and not any(
-                pair.path == "Direct" for pair in self._agent.paths(time.monotonic()).pairs.values()
-            ):
-                await asyncio.sleep(0.02)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(HTTP_AFTER):
+                    await self._reached.wait()
 
     async def _watch_registry(self, registry: HttpRegistry) -> None:
         """List all, then follow changes until something ends it. Raises RegistryError."""

@@ -10,6 +10,8 @@ from ipaddress import IPv4Interface, IPv4Network
 from pathlib import Path
 
 import pytest
+from scope_agent.inputs import DiskState
+from scope_agent.state import Enrolment, StateDir, enrolled_meshes, make_identity
 
 from scope.model import (
     Addressing,
@@ -29,8 +31,8 @@ from scope.model import (
     Snapshot,
 )
 from scope.tombstones import sign_tombstone
-from scope_agent.inputs import DiskState
-from scope_agent.state import Enrolment, StateDir, enrolled_meshes, make_identity
+
+PREFIXES = Addressing(IPv4Network("10.86.0.0/16"))
 
 
 def numbers(seed: int = 1) -> object:
@@ -80,7 +82,7 @@ def state(enrolment: Enrolment) -> DiskState:
     )
     return DiskState(
         Snapshot(
-            mesh=Mesh(Meta("home", uid="mesh-uid", created=1.0), MeshSpec(Addressing(IPv4Network("10.86.0.0/16")))),
+            mesh=Mesh(Meta("home", uid="mesh-uid", created=1.0), MeshSpec(PREFIXES)),
             peers={keys.wireguard: peer},
             tombstones=(tombstone,),
             revision=Revision("registry-1", 17),
@@ -131,7 +133,9 @@ def test_a_link_in_the_place_of_a_file_is_not_followed(
     assert not directory.enrolment_file.is_symlink()
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"format":1}', '{"format":"1"}', '{"format":1,"mesh":7}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"format":1}', '{"format":"1"}', '{"format":1,"mesh":7}']
+)
 def test_a_damaged_snapshot_is_put_aside_and_named(directory: StateDir, content: str) -> None:
     directory.snapshot_file.write_text(content)
     directory.snapshot_file.chmod(0o600)

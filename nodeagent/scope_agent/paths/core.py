@@ -418,6 +418,11 @@ class Paths:
             self._candidates_since = now
             self._changes.own = True
 
+    @property
+    def any_alive(self) -> bool:
+        """Whether some peer is reached."""
+        return bool(self._living)
+
     def carriers(self, to: PublicKey, now: float) -> list[PublicKey]:
         """Probe keys of whoever may pass a datagram on to `to`: reflectors that answer, then living peers."""
         reflectors = [target.probe_key for target in self._reflexive.answering(now)]
