@@ -19,7 +19,7 @@ from rich.text import Text
 from demo import summary
 from demo.frame import Mood, rows_of, tally_of
 from demo.screen import MOOD_STYLES, choose_screen, console, table
-from demo.story import Story
+from demo.story import MESH, Story
 
 OUTPUT = Path(__file__).parents[2] / "build" / "demo.json"
 DONE, FAILED, INTERRUPTED = 0, 1, 130
@@ -104,16 +104,17 @@ def _save_logs(lab: Lab, target: Path) -> None:
 
 
 def _tour(lab: Lab) -> str:
-    enter = f"sudo env PYTHONPATH={Path(__file__).parents[1]} {sys.executable} -m lab enter"
-    scopectl = program("scopectl")
+    programs = Path(program("scopectl")).parent
+    setting = f'PATH="{programs}:$PATH" PYTHONPATH={Path(__file__).parents[1]}'
     return "\n".join(
         (
-            "Look around, for instance:",
-            f"  {enter} web {scopectl} status              # what one agent sees",
-            f"  {enter} web {scopectl} ping book           # through the mesh, with the path it takes",
-            f"  {enter} registry {scopectl} get peers      # what the registry holds",
-            f"  {enter} {lab.prefix}-oslo nft list ruleset  # a NAT",
-            f"  {enter} {lab.prefix}-oslo tcpdump -ni wan udp",
+            "Look around, for instance, after this line:",
+            f'  enter() {{ sudo env {setting} {sys.executable} -m lab enter "$@"; }}',
+            "  enter web scopectl status                 # what one agent sees",
+            f"  enter web scopectl ping {MESH}.external.book  # through the mesh, and by which path",
+            "  enter registry scopectl get peers         # what the registry holds",
+            f"  enter {lab.prefix}-oslo nft list ruleset    # a NAT",
+            f"  enter {lab.prefix}-oslo tcpdump -ni wan udp # what leaves it",
         )
     )
 
