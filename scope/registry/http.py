@@ -246,14 +246,14 @@ class HttpRegistry:
         return removed
 
     async def courier(self, to: PublicKey, datagram: bytes) -> None:
-        """Have a sealed datagram brought to the holder of probe key `to`. Raises NotFound: it has no "
-        "stream.
+        """Have a sealed datagram brought to the holder of probe key `to`. Raises NotFound: it has no
+        stream.
         """
         await self._ask("POST", f"/v1/courier/{base64url(to.raw)}", body=datagram)
 
     async def couriered(self) -> AsyncIterator[Couriered]:
-        """Sealed datagrams that the courier brings while a watch is open; the oldest of too many are "
-        "dropped.
+        """Sealed datagrams that the courier brings while a watch is open; the oldest of too many are
+        dropped.
         """
         while True:
             yield await self._couriered.get()
@@ -277,8 +277,8 @@ class HttpRegistry:
         await self._ask("DELETE", f"/v1/tokens/{quote(token_id, safe='')}")
 
     async def join(self, request: Mapping[str, object]) -> Joined:
-        """Join a mesh; `request` as `scope.enrolment` writes it. Raises Refused (it says why), "
-        "Unavailable.
+        """Join a mesh; `request` as `scope.enrolment` writes it. Raises Refused (it says why),
+        Unavailable.
         """
         answer = await self._ask("POST", "/v1/join", body=request)
         try:
@@ -423,25 +423,29 @@ class HttpRegistry:
                 seen = base64url(error.got) if error.got else "none"
                 return Refused(
                     f"{self._url} shows a certificate key with pin {seen}, expected "
-                    f"{base64url(error.expected)}: "
-                    "someone is in between, or the registry was made anew; ask its administrator for a "
-                    "new join "
-                    "string"
+                    f"{base64url(error.expected)}: someone is in between, or the registry was made anew; "
+                    "ask its administrator for a new join string"
                 )
             case aiohttp.ClientConnectorCertificateError():
-                return Refused(f"{self._url} shows a certificate that this machine does not trust: {error}")
+                return Refused(
+                    f"{self._url} shows a certificate that this machine does not trust: add its authority, "
+                    "or start the registry with --tls-pinned and join with a new string"
+                )
             case aiohttp.InvalidURL():
                 return Refused(f"{self._url} is not a URL of a registry")
             case TimeoutError():
                 return Unavailable(f"{self._url} did not answer in time")
+            case aiohttp.ClientConnectorError():
+                reason = error.os_error.strerror or str(error.os_error)
+                return Unavailable(f"cannot reach {self._url}: {reason}; is it up, and is its port open?")
             case _:
                 return Unavailable(f"cannot reach {self._url}: {error}")
 
     # --- the stream ---------------------------------------------------------------------------------------
 
     async def _attach(self, watcher: _Watcher) -> None:
-        """Feed `watcher` from its revision on: by the open stream where it has not passed there, or a "
-        "new one.
+        """Feed `watcher` from its revision on: by the open stream where it has not passed there, or a
+        new one.
         """
         if self._stream is not None and self._stream.can_feed(watcher):
             self._watchers.add(watcher)
