@@ -17,7 +17,7 @@ import json
 import os
 import stat
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -139,7 +139,8 @@ class StateDir:
 
     def save(self, state: DiskState) -> None:
         """Replace the snapshot. Raises ConfigError (a full disk, above all); the old one is then whole."""
-        _write(self.snapshot_file, _state_dict(state))
+        peers = (resources.to_dict(_without_links(peer)) for peer in state.snapshot.peers.values())
+        _write(self.snapshot_file, _state_dict(state), peers=peers)
 
     def load(self) -> tuple[DiskState, str]:
         """The last good snapshot, and a sentence when there is none to be had from a damaged file."""
@@ -207,15 +208,27 @@ def _lock(path: Path, flags: int, mesh: str) -> int:
 # --- files --------------------------------------------------------------------------------------------------
 
 
-def _write(path: Path, document: Mapping[str, object]) -> None:
-    """Replace `path` whole, 0600. The temporary file is new, so nobody's link is followed."""
+def _write(
+    path: Path, document: Mapping[str, object], *, peers: Iterable[Mapping[str, object]] | None = None
+) -> None:
+    """Replace `path` whole, 0600. The temporary file is new, so nobody's link is followed.
+
+    `peers` becomes the member of that name. Each is rendered by itself: ten thousand dictionaries at once
+    would be half of what the agent holds.
+    """
     import tempfile  # it loads three compressors, and nothing is written before the first ping
 
     temporary = ""
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, **document}, file, separators=(",", ":"))
+            text = _json({"format": FORMAT, **document})
+            if peers is not None:
+                file.write(text.removesuffix("}") + ',"peers":[')
+                for number, peer in enumerate(peers):
+                    file.write(("," if number else "") + _json(peer))
+                text = "]}"
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -231,6 +244,11 @@ def _write(path: Path, document: Mapping[str, object]) -> None:
         raise ConfigError(
             f"cannot write {path}: {error.strerror}; {_next_move(error)}. Nothing was lost"
         ) from None
+
+
+def _json(value: Mapping[str, object]) -> str:
+    """One line. By `dumps`, since `dump` renders in Python what this renders in C."""
+    return json.dumps(value, separators=(",", ":"))
 
 
 def _read(path: Path, parse: Callable[[Mapping[str, object]], T], todo: str) -> T:
@@ -309,11 +327,11 @@ def _parse_enrolment(document: Mapping[str, object]) -> Enrolment:
 
 
 def _state_dict(state: DiskState) -> dict[str, object]:
+    """All but the peers."""
     snapshot = state.snapshot
     return {
         "mesh": resources.to_dict(snapshot.mesh) if snapshot.mesh is not None else None,
         "own": resources.to_dict(snapshot.own) if snapshot.own is not None else None,
-        "peers": [resources.to_dict(_without_links(peer)) for peer in snapshot.peers.values()],
         "tombstones": [resources.tombstone_to_dict(tombstone) for tombstone in snapshot.tombstones],
         "revision": (
             {"registry": snapshot.revision.registry, "number": snapshot.revision.number}
