@@ -1,31 +1,21 @@
-"""Netlink as values: the few rtnetlink and WireGuard messages that a device needs, to bytes and back.
+"""Rtnetlink as values: the few messages of links, addresses and routes that we need, to bytes and back.
 
-Pure; `shell.links` owns the sockets. Written out here because every pyroute2 import loads all of pyroute2,
-which costs an agent more start-up time than everything else it does before its first ping.
+Pure; `shell.links` owns the sockets. Written out here, though WireGuard's own messages are left to pyroute2:
+every agent speaks this before its first ping, and pyroute2's half of it takes longer to load than to use.
 
 A message is a 16-byte header (length, type, flags, sequence, port), a fixed body, then attributes: 2 bytes
 length, 2 bytes type, data, padded to 4. Integers are in the machine's order unless a name says otherwise.
-Layouts: linux/netlink.h, linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/genetlink.h,
-linux/wireguard.h.
+Layouts: linux/netlink.h, linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from ipaddress import (
-    IPv4Address,
-    IPv4Network,
-    IPv6Address,
-    IPv6Network,
-    ip_address,
-    ip_interface,
-)
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_interface
 
-from scope.model import Endpoint, IPInterface, IPNetwork, PublicKey, Secret
-from scope_agent.wireguard.device import NO_PSK, ObservedDevice, ObservedPeer
+from scope.model import IPInterface, IPNetwork
 
 AF_UNSPEC, AF_INET, AF_INET6 = 0, 2, 10
 
@@ -37,7 +27,6 @@ ERROR, DONE = 2, 3
 NEW_LINK, DELETE_LINK, GET_LINK = 16, 17, 18
 NEW_ADDRESS, DELETE_ADDRESS, GET_ADDRESS = 20, 21, 22
 NEW_ROUTE, DELETE_ROUTE, GET_ROUTE = 24, 25, 26
-GENERIC_CONTROL = 16
 
 # Marks the routes that Scope made, so that no other is ever touched; unused in iproute2's rt_protos.
 PROTOCOL = 83
@@ -57,29 +46,16 @@ _SKIP_STATISTICS = 1 << 3
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _RTA_DESTINATION, _RTA_OUTPUT, _RTA_PRIORITY, _RTA_TABLE = 1, 4, 6, 15
 
-_CTRL_GET_FAMILY, _CTRL_FAMILY_ID, _CTRL_FAMILY_NAME = 3, 1, 2
-
-_WG_GET, _WG_SET, _WG_VERSION = 0, 1, 1
-_DEVICE_NAME, _DEVICE_PRIVATE_KEY, _DEVICE_PUBLIC_KEY = 2, 3, 4
-_DEVICE_LISTEN_PORT, _DEVICE_FWMARK, _DEVICE_PEERS = 6, 7, 8
-_PEER_KEY, _PEER_PSK, _PEER_FLAGS, _PEER_ENDPOINT, _PEER_KEEPALIVE = 1, 2, 3, 4, 5
-_PEER_LAST_HANDSHAKE, _PEER_RX, _PEER_TX, _PEER_ALLOWED_IPS = 6, 7, 8, 9
-_REMOVE_ME, _REPLACE_ALLOWED_IPS, _UPDATE_ONLY = 1, 2, 4
-_ALLOWED_FAMILY, _ALLOWED_ADDRESS, _ALLOWED_MASK = 1, 2, 3
-
 _NESTED, _TYPE_MASK = 0x8000, 0x3FFF
-
-# One attribute holds at most 65,535 bytes, an allowed IP at most 40.
-ALLOWED_IPS_PER_MESSAGE = 1000
 
 
 class NetlinkError(Exception):
     """Bytes from the kernel that are not what the kernel's headers describe."""
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True)
 class Request:
-    """What to ask: a type, flags and a body. May hold keys, so it has no printable form."""
+    """What to ask: a type, flags and a body."""
 
     kind: int
     flags: int
@@ -90,7 +66,7 @@ class Request:
         return struct.pack("=IHHII", 16 + len(self.body), self.kind, self.flags, sequence, 0) + self.body
 
 
-@dataclass(frozen=True, slots=True, repr=False)
+@dataclass(frozen=True, slots=True)
 class Reply:
     """One message from the kernel; `body` starts after its header."""
 
@@ -143,7 +119,7 @@ def error_of(reply: Reply) -> tuple[int, str]:
     start = 20 if capped else 4 + max(16, (echoed + 3) & ~3)
     text = ""
     if reply.flags & 0x200 and start <= len(reply.body):
-        text = dict(_attributes(reply.body[start:])).get(1, b"").rstrip(b"\0").decode("utf-8", "replace")
+        text = dict(attributes(reply.body[start:])).get(1, b"").rstrip(b"\0").decode("utf-8", "replace")
     return -code, text
 
 
@@ -152,20 +128,20 @@ def error_of(reply: Reply) -> tuple[int, str]:
 
 def create_wireguard(name: str) -> Request:
     """Make a kernel WireGuard device."""
-    kind = _attribute(_IFLA_INFO_KIND, b"wireguard")
-    body = _link_body() + _attribute(_IFLA_NAME, _text(name)) + _attribute(_IFLA_LINKINFO | _NESTED, kind)
+    kind = attribute(_IFLA_INFO_KIND, b"wireguard")
+    body = _link_body() + attribute(_IFLA_NAME, _text(name)) + attribute(_IFLA_LINKINFO | _NESTED, kind)
     return Request(NEW_LINK, REQUEST | ACK | CREATE | EXCLUSIVE, body)
 
 
 def get_link(name: str) -> Request:
     """Ask for one interface by name."""
-    mask = _attribute(_IFLA_EXT_MASK, struct.pack("=I", _SKIP_STATISTICS))
-    return Request(GET_LINK, REQUEST | ACK, _link_body() + mask + _attribute(_IFLA_NAME, _text(name)))
+    mask = attribute(_IFLA_EXT_MASK, struct.pack("=I", _SKIP_STATISTICS))
+    return Request(GET_LINK, REQUEST | ACK, _link_body() + mask + attribute(_IFLA_NAME, _text(name)))
 
 
 def get_links() -> Request:
     """Ask for every interface."""
-    mask = _attribute(_IFLA_EXT_MASK, struct.pack("=I", _SKIP_STATISTICS))
+    mask = attribute(_IFLA_EXT_MASK, struct.pack("=I", _SKIP_STATISTICS))
     return Request(GET_LINK, REQUEST | DUMP, _link_body() + mask)
 
 
@@ -176,7 +152,7 @@ def set_up(index: int) -> Request:
 
 def set_mtu(index: int, mtu: int) -> Request:
     """Set an interface's MTU, in bytes."""
-    return Request(NEW_LINK, REQUEST | ACK, _link_body(index) + _attribute(_IFLA_MTU, struct.pack("=I", mtu)))
+    return Request(NEW_LINK, REQUEST | ACK, _link_body(index) + attribute(_IFLA_MTU, struct.pack("=I", mtu)))
 
 
 def delete_link(index: int) -> Request:
@@ -187,8 +163,8 @@ def delete_link(index: int) -> Request:
 def parse_link(reply: Reply) -> Link:
     """Read one interface. Raises NetlinkError."""
     index, flags = _unpack("=xxxxiI", reply.body)
-    found = dict(_attributes(reply.body[16:]))
-    info = dict(_attributes(found.get(_IFLA_LINKINFO, b"")))
+    found = dict(attributes(reply.body[16:]))
+    info = dict(attributes(found.get(_IFLA_LINKINFO, b"")))
     return Link(
         index=index,
         name=_string(found.get(_IFLA_NAME, b"")),
@@ -222,7 +198,7 @@ def parse_address(reply: Reply, index: int) -> IPInterface | None:
 def parse_any_address(reply: Reply) -> tuple[int, IPInterface] | None:
     """Read one address with its interface's index; None for link-local ones."""
     _, length, _, scope, owner = _unpack("=BBBBI", reply.body)
-    found = dict(_attributes(reply.body[8:]))
+    found = dict(attributes(reply.body[8:]))
     raw = found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS)
     if scope == _SCOPE_LINK or raw is None:
         return None
@@ -261,7 +237,7 @@ def get_routes(family: int) -> Request:
 def parse_route(reply: Reply) -> Route | None:
     """Read one route; None for what Scope did not make. Kernels before 4.20 send more than was asked for."""
     family, length, _, _, table, protocol, _, kind = _unpack("=BBBBBBBB", reply.body)
-    found = dict(_attributes(reply.body[12:]))
+    found = dict(attributes(reply.body[12:]))
     if protocol != PROTOCOL or _number("=I", found.get(_RTA_TABLE), table) != _TABLE_MAIN:
         return None
     if kind not in {_UNICAST, _BLACKHOLE} or family not in {AF_INET, AF_INET6}:
@@ -279,195 +255,6 @@ def guard_metric(name: str) -> int:
     return GUARD_METRIC + value
 
 
-# --- WireGuard ----------------------------------------------------------------------------------------------
-
-
-def get_wireguard_family() -> Request:
-    """Ask for the number of WireGuard's generic netlink family; ENOENT where the module is not loaded."""
-    body = struct.pack("=BBH", _CTRL_GET_FAMILY, 1, 0) + _attribute(_CTRL_FAMILY_NAME, _text("wireguard"))
-    return Request(GENERIC_CONTROL, REQUEST | ACK, body)
-
-
-def parse_family(reply: Reply) -> int:
-    """Read the family's number."""
-    return _number("=H", dict(_attributes(reply.body[4:])).get(_CTRL_FAMILY_ID))
-
-
-@dataclass(frozen=True, slots=True)
-class WireGuardFamily:
-    """The requests of WireGuard's family; `number` is this boot's."""
-
-    number: int
-
-    def get_device(self, name: str) -> Request:
-        """Ask for a device and all its peers."""
-        body = struct.pack("=BBH", _WG_GET, _WG_VERSION, 0) + _attribute(_DEVICE_NAME, _text(name))
-        return Request(self.number, REQUEST | DUMP, body)
-
-    def set_private_key(self, name: str, key: Secret) -> Request:
-        """Give the device its key."""
-        return self._set(name, _attribute(_DEVICE_PRIVATE_KEY, key.raw))
-
-    def set_listen_port(self, name: str, port: int) -> Request:
-        """Move the device to a UDP port."""
-        return self._set(name, _attribute(_DEVICE_LISTEN_PORT, struct.pack("=H", port)))
-
-    def set_fwmark(self, name: str, mark: int) -> Request:
-        """Mark the device's datagrams."""
-        return self._set(name, _attribute(_DEVICE_FWMARK, struct.pack("=I", mark)))
-
-    def add_peer(
-        self,
-        name: str,
-        key: PublicKey,
-        *,
-        endpoint: Endpoint | None,
-        allowed_ips: frozenset[IPNetwork],
-        keepalive: int,
-        psk: Secret | None,
-    ) -> list[Request]:
-        """Add a peer; more than one message where it has many allowed IPs."""
-        facts = [_endpoint(endpoint)] if endpoint else []
-        if psk:
-            facts.append(_attribute(_PEER_PSK, psk.raw))
-        first, *rest = _chunks(allowed_ips)
-        facts += [_allowed_ips(first), _keepalive(keepalive)]
-        return [
-            self._set_peer(name, key, _REPLACE_ALLOWED_IPS, b"".join(facts)),
-            *(self._set_peer(name, key, _UPDATE_ONLY, _allowed_ips(chunk)) for chunk in rest),
-        ]
-
-    def remove_peer(self, name: str, key: PublicKey) -> Request:
-        """Remove a peer."""
-        return self._set_peer(name, key, _REMOVE_ME, b"")
-
-    def set_endpoint(self, name: str, key: PublicKey, endpoint: Endpoint) -> Request:
-        """Set a known peer's endpoint."""
-        return self._set_peer(name, key, _UPDATE_ONLY, _endpoint(endpoint))
-
-    def set_psk(self, name: str, key: PublicKey, psk: Secret) -> Request:
-        """Set a known peer's pre-shared key."""
-        return self._set_peer(name, key, _UPDATE_ONLY, _attribute(_PEER_PSK, psk.raw))
-
-    def set_keepalive(self, name: str, key: PublicKey, seconds: int) -> Request:
-        """Set a known peer's keepalive interval."""
-        return self._set_peer(name, key, _UPDATE_ONLY, _keepalive(seconds))
-
-    def set_allowed_ips(
-        self, name: str, key: PublicKey, allowed_ips: frozenset[IPNetwork], *, replacing: bool
-    ) -> list[Request]:
-        """Add to, or replace, a known peer's allowed IPs."""
-        first, *rest = _chunks(allowed_ips)
-        flags = _UPDATE_ONLY | (_REPLACE_ALLOWED_IPS if replacing else 0)
-        return [
-            self._set_peer(name, key, flags, _allowed_ips(first)),
-            *(self._set_peer(name, key, _UPDATE_ONLY, _allowed_ips(chunk)) for chunk in rest),
-        ]
-
-    def _set_peer(self, name: str, key: PublicKey, flags: int, facts: bytes) -> Request:
-        peer = _attribute(_PEER_KEY, key.raw) + _attribute(_PEER_FLAGS, struct.pack("=I", flags)) + facts
-        return self._set(name, _attribute(_DEVICE_PEERS | _NESTED, _attribute(_NESTED, peer)))
-
-    def _set(self, name: str, facts: bytes) -> Request:
-        body = struct.pack("=BBH", _WG_SET, _WG_VERSION, 0) + _attribute(_DEVICE_NAME, _text(name)) + facts
-        return Request(self.number, REQUEST | ACK, body)
-
-
-def parse_wireguard(messages: Iterable[Reply], name: str) -> ObservedDevice:
-    """Read a device out of its dump: many messages, and a peer may be split over two. Raises NetlinkError."""
-    observed = ObservedDevice(name=name, exists=True)
-    peers: dict[PublicKey, ObservedPeer] = {}
-    for message in messages:
-        found = dict(_attributes(message.body[4:]))
-        if raw := found.get(_DEVICE_PUBLIC_KEY):
-            observed = replace(observed, public_key=None if raw == bytes(32) else _key(raw))
-        if _DEVICE_LISTEN_PORT in found:
-            observed = replace(observed, listen_port=_number("=H", found[_DEVICE_LISTEN_PORT]))
-        if _DEVICE_FWMARK in found:
-            observed = replace(observed, fwmark=_number("=I", found[_DEVICE_FWMARK]))
-        for _, data in _attributes(found.get(_DEVICE_PEERS, b"")):
-            peer = _parse_peer(data)
-            known = peers.get(peer.key)
-            if known is not None:  # the rest of a peer carries its key and further allowed IPs only
-                peer = replace(known, allowed_ips=known.allowed_ips | peer.allowed_ips)
-            peers[peer.key] = peer
-    return replace(observed, peers=peers)
-
-
-def _parse_peer(data: bytes) -> ObservedPeer:
-    found = dict(_attributes(data))
-    seconds = _number("=q", found.get(_PEER_LAST_HANDSHAKE, b"")[:8] or None)
-    nanoseconds = _number("=q", found.get(_PEER_LAST_HANDSHAKE, b"")[8:16] or None)
-    psk = found.get(_PEER_PSK, NO_PSK.raw)
-    return ObservedPeer(
-        key=_key(found.get(_PEER_KEY, b"")),
-        endpoint=_parse_endpoint(found.get(_PEER_ENDPOINT, b"")),
-        allowed_ips=frozenset(
-            _parse_allowed_ip(entry) for _, entry in _attributes(found.get(_PEER_ALLOWED_IPS, b""))
-        ),
-        keepalive=_number("=H", found.get(_PEER_KEEPALIVE)),
-        psk=None if psk == NO_PSK.raw else Secret(psk),
-        rx=_number("=Q", found.get(_PEER_RX)),
-        tx=_number("=Q", found.get(_PEER_TX)),
-        last_handshake=seconds + nanoseconds / 1e9 if seconds else None,
-    )
-
-
-@lru_cache(maxsize=4096)  # a dump every second names the same endpoints and prefixes again
-def _parse_endpoint(data: bytes) -> Endpoint | None:
-    if len(data) < 16:
-        return None
-    (family,) = struct.unpack_from("=H", data)
-    (port,) = struct.unpack_from("!H", data, 2)
-    if port == 0:
-        return None
-    if family == AF_INET:
-        return Endpoint(IPv4Address(data[4:8]), port)
-    if family == AF_INET6 and len(data) >= 24:
-        return Endpoint(IPv6Address(data[8:24]), port)
-    return None
-
-
-@lru_cache(maxsize=16384)
-def _parse_allowed_ip(data: bytes) -> IPNetwork:
-    found = dict(_attributes(data))
-    return _network(found.get(_ALLOWED_ADDRESS, b""), _number("=B", found.get(_ALLOWED_MASK)))
-
-
-def _endpoint(endpoint: Endpoint) -> bytes:
-    packed = endpoint.address.packed
-    if endpoint.address.version == 4:
-        data = struct.pack("=H", AF_INET) + struct.pack("!H", endpoint.port) + packed + bytes(8)
-    else:
-        data = struct.pack("=H", AF_INET6) + struct.pack("!H", endpoint.port) + bytes(4) + packed + bytes(4)
-    return _attribute(_PEER_ENDPOINT, data)
-
-
-def _keepalive(seconds: int) -> bytes:
-    return _attribute(_PEER_KEEPALIVE, struct.pack("=H", seconds))
-
-
-def _allowed_ips(prefixes: Iterable[IPNetwork]) -> bytes:
-    return _attribute(_PEER_ALLOWED_IPS | _NESTED, b"".join(_allowed_ip(prefix) for prefix in prefixes))
-
-
-def _allowed_ip(prefix: IPNetwork) -> bytes:
-    family = AF_INET if prefix.version == 4 else AF_INET6
-    return _attribute(
-        _NESTED,
-        _attribute(_ALLOWED_FAMILY, struct.pack("=H", family))
-        + _attribute(_ALLOWED_ADDRESS, prefix.network_address.packed)
-        + _attribute(_ALLOWED_MASK, struct.pack("=B", prefix.prefixlen)),
-    )
-
-
-def _chunks(prefixes: frozenset[IPNetwork]) -> list[list[IPNetwork]]:
-    """At least one chunk, which may be empty: replacing by nothing is a message, too."""
-    every = list(prefixes)
-    starts = range(0, max(len(every), 1), ALLOWED_IPS_PER_MESSAGE)
-    return [every[start : start + ALLOWED_IPS_PER_MESSAGE] for start in starts]
-
-
 # --- bodies and attributes ----------------------------------------------------------------------------------
 
 
@@ -481,9 +268,9 @@ def _address_body(index: int, address: IPInterface) -> bytes:
     flags = _NO_PREFIX_ROUTE | (_NO_DUPLICATE_DETECTION if family == AF_INET6 else 0)
     return (
         struct.pack("=BBBBI", family, address.network.prefixlen, 0, _SCOPE_UNIVERSE, index)
-        + _attribute(_IFA_LOCAL, raw)
-        + _attribute(_IFA_ADDRESS, raw)
-        + _attribute(_IFA_FLAGS, struct.pack("=I", flags))
+        + attribute(_IFA_LOCAL, raw)
+        + attribute(_IFA_ADDRESS, raw)
+        + attribute(_IFA_FLAGS, struct.pack("=I", flags))
     )
 
 
@@ -492,16 +279,18 @@ def _route_body(prefix: IPNetwork, metric: int, index: int | None) -> bytes:
     kind = _BLACKHOLE if index is None else _UNICAST
     scope = _SCOPE_LINK if index is not None and family == AF_INET else _SCOPE_UNIVERSE
     body = struct.pack("=BBBBBBBBI", family, prefix.prefixlen, 0, 0, _TABLE_MAIN, PROTOCOL, scope, kind, 0)
-    body += _attribute(_RTA_DESTINATION, prefix.network_address.packed)
-    body += _attribute(_RTA_PRIORITY, struct.pack("=I", metric))
-    return body if index is None else body + _attribute(_RTA_OUTPUT, struct.pack("=I", index))
+    body += attribute(_RTA_DESTINATION, prefix.network_address.packed)
+    body += attribute(_RTA_PRIORITY, struct.pack("=I", metric))
+    return body if index is None else body + attribute(_RTA_OUTPUT, struct.pack("=I", index))
 
 
-def _attribute(kind: int, data: bytes) -> bytes:
+def attribute(kind: int, data: bytes) -> bytes:
+    """One attribute, padded."""
     return struct.pack("=HH", 4 + len(data), kind) + data + bytes(-len(data) % 4)
 
 
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Split into (type, data). Raises NetlinkError."""
     offset = 0
     while len(data) - offset >= 4:
         length, kind = struct.unpack_from("=HH", data, offset)
@@ -529,13 +318,6 @@ def _network(raw: bytes, length: int) -> IPNetwork:
         return IPv4Network((raw, length)) if len(raw) == 4 else IPv6Network((raw, length))
     except ValueError as error:
         raise NetlinkError(f"a prefix cannot be read: {error}") from None
-
-
-def _key(raw: bytes) -> PublicKey:
-    try:
-        return PublicKey(raw)
-    except ValueError as error:
-        raise NetlinkError(str(error)) from None
 
 
 def _text(value: str) -> bytes:

@@ -14,7 +14,6 @@ from typing import Protocol, TypeVar
 
 from scope.model import ConfigError, DeviceKind
 from scope_agent.wireguard.device import Action, Counters, DesiredDevice, ObservedDevice
-from scope_agent.wireguard.shell.kernel import KernelDevice
 from scope_agent.wireguard.shell.links import Links
 from scope_agent.wireguard.shell.user_space import UserSpaceDevice, is_ours, require_program
 
@@ -118,6 +117,8 @@ def _choose_driver(name: str, links: Links, run_dir: Path, only: DeviceKind | No
     else:
         kind = DeviceKind.KERNEL
     if kind is DeviceKind.KERNEL:
+        from scope_agent.wireguard.shell.kernel import KernelDevice  # loads pyroute2, of no use elsewhere
+
         return KernelDevice(name, links)
     return UserSpaceDevice(name, links, run_dir)
 

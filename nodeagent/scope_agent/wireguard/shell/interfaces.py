@@ -29,7 +29,7 @@ class Interfaces:
     """
 
     def __init__(self) -> None:
-        self._reader = NetlinkSocket(socket.NETLINK_ROUTE)
+        self._reader = NetlinkSocket()
         flags = socket.SOCK_RAW | socket.SOCK_CLOEXEC
         self._events = socket.socket(socket.AF_NETLINK, flags, socket.NETLINK_ROUTE)
         self._events.bind((0, _LINK | _IPV4_ADDRESS | _IPV6_ADDRESS))

@@ -44,8 +44,9 @@ _GONE = {errno.ENODEV, errno.ENOENT, errno.ESRCH, errno.EADDRNOTAVAIL}
 class NetlinkSocket:
     """Asks the kernel and waits for its answer. The network namespace is the creating thread's."""
 
-    def __init__(self, protocol: int) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+    def __init__(self) -> None:
+        flags = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+        self._socket = socket.socket(socket.AF_NETLINK, flags, socket.NETLINK_ROUTE)
         self._sequence = itertools.count(1)
         for option in (_EXTENDED_ACK, _CAPPED_ACK, _STRICT_CHECK):
             try:
@@ -103,7 +104,7 @@ class Links:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._socket = NetlinkSocket(socket.NETLINK_ROUTE)
+        self._socket = NetlinkSocket()
         self._metric = netlink.guard_metric(name)
 
     def close(self) -> None:
