@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import logging
+import os
 import secrets
 import socket
 import sys
@@ -17,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scope.model import ConfigError, DeviceKind, Kind, Peer, Snapshot
+from scope.model import ConfigError, DeviceKind, Kind, Mesh, Peer, Snapshot, Tombstone
 from scope_agent.inputs import DiskState
 from scope_agent.run import RunConfig, Runner, free_port
 from scope_agent.state import STATE_ROOT, Enrolment, Held, StateDir, enrolled_meshes, sole_agent
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 RUN_DIR = Path("/run/scope")
 MAX_DEVICE_NAME = 15  # IFNAMSIZ less its zero
+DISMISS_PATIENCE = 2.0  # for a running agent to take what it is told
 LEAVE_PATIENCE = 5.0  # for a running agent to hear of its own leaving and end
 
 
@@ -230,6 +233,9 @@ def _leave(options: argparse.Namespace) -> None:
                 f"{error}. With --force it leaves unheard, and peers forget it in time"
             ) from None
         print(f"scope-agent: {error}; leaving all the same", file=sys.stderr)
+    if stored.snapshot.mesh is not None:
+        tombstone = _own_tombstone(enrolment, stored.snapshot.mesh)
+        _dismiss(options.run_dir / f"{mesh}.sock", tombstone)
     with _sole(state, options.run_dir):
         asyncio.run(_tear_down(enrolment, options))
         state.remove()
@@ -237,12 +243,11 @@ def _leave(options: argparse.Namespace) -> None:
 
 
 async def _tell(enrolment: Enrolment, stored: DiskState) -> None:
-    """Bury ourselves, so that every peer forgets us at once."""
+    """Bury ourselves in the registry, so that every peer forgets us at once."""
     from scope import resources
     from scope.credentials import PeerCredential
     from scope.registry.http import HttpRegistry, PeerRemoved
     from scope.registry.port import RegistryError
-    from scope.tombstones import sign_tombstone
 
     credential = PeerCredential(
         enrolment.peer_name, enrolment.peer_uid, enrolment.registry_id, enrolment.identity.signing
@@ -250,17 +255,36 @@ async def _tell(enrolment: Enrolment, stored: DiskState) -> None:
     async with HttpRegistry(enrolment.url, pin=enrolment.pin, credential=credential) as registry:
         try:
             mesh = stored.snapshot.mesh or await registry.get(Kind.MESH, enrolment.mesh)
-            tombstone = sign_tombstone(
-                mesh_uid=mesh.meta.uid,
-                peer_uid=enrolment.peer_uid,
-                key=enrolment.identity.public.wireguard,
-                secret=enrolment.identity.signing,
-            )
-            await registry.leave(resources.tombstone_to_dict(tombstone))
+            if isinstance(mesh, Mesh):
+                await registry.leave(resources.tombstone_to_dict(_own_tombstone(enrolment, mesh)))
         except PeerRemoved:
             return
         except RegistryError as error:
             raise ConfigError(f"the registry was not told: {error}") from None
+
+
+def _own_tombstone(enrolment: Enrolment, mesh: Mesh) -> Tombstone:
+    from scope.tombstones import sign_tombstone
+
+    return sign_tombstone(
+        mesh_uid=mesh.meta.uid,
+        peer_uid=enrolment.peer_uid,
+        key=enrolment.identity.public.wireguard,
+        secret=enrolment.identity.signing,
+    )
+
+
+def _dismiss(path: Path, tombstone: Tombstone) -> None:
+    """Have a running agent pass our tombstone on to the peers that it reaches, and end."""
+    from scope import resources
+
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.settimeout(DISMISS_PATIENCE)
+        with contextlib.suppress(OSError):  # none runs, or it hangs: who holds the lock is asked next
+            agent.connect(os.fspath(path))
+            request = {"command": "leave", "tombstone": resources.tombstone_to_dict(tombstone)}
+            agent.sendall(json.dumps(request).encode() + b"\n")
+            agent.recv(1)
 
 
 @contextlib.contextmanager

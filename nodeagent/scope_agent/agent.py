@@ -49,6 +49,7 @@ from scope_agent.inputs import (
     Failed,
     Input,
     InterfacesChanged,
+    Leaving,
     Leg,
     ListAgain,
     Observe,
@@ -210,6 +211,9 @@ class Agent:
             case TrafficMoved():
                 self._paths.traffic_moved(now)
                 self._observe_soon(now, OBSERVE_TRAFFIC)
+            case Leaving(tombstone):
+                if self._membership.bury(tombstone):
+                    self._snapshot_changed(now)
             case CommandArrived(number, command):
                 self._out.append(Reply(number, self._answer(command, now)))
             case _:

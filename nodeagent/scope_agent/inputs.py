@@ -11,7 +11,7 @@ from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from scope.model import DeviceKind, Endpoint, IPInterface, PeerReport, PublicKey, Snapshot
+from scope.model import DeviceKind, Endpoint, IPInterface, PeerReport, PublicKey, Snapshot, Tombstone
 from scope.registry.port import Fact
 from scope_agent.wireguard.device import Action, DesiredDevice, ObservedDevice
 
@@ -124,6 +124,13 @@ class CommandArrived:
     command: str
 
 
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """The machine leaves the mesh: its own tombstone is to reach whom it still reaches."""
+
+    tombstone: Tombstone
+
+
 Input: TypeAlias = (
     FactArrived
     | DatagramArrived
@@ -133,6 +140,7 @@ Input: TypeAlias = (
     | Failed
     | TrafficMoved
     | CommandArrived
+    | Leaving
 )
 
 

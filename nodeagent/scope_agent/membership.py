@@ -204,6 +204,9 @@ class Membership:
 
     def _is_signed(self, tombstone: Tombstone, peer: Peer | None = None) -> bool:
         """Whether the registry, or the removed peer itself, signed."""
+        own = self._own_peer
+        if peer is None and own is not None and own.meta.uid == tombstone.peer_uid:
+            peer = own
         peer = peer or self._peers.get(tombstone.peer_uid)
         report = peer.report if peer is not None else None
         if report is not None and report.keys.wireguard != tombstone.key:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
+from scope import resources
 from scope.channel import BOOT_ID_BYTES, Channel
 from scope.model import ConfigError, DeviceKind, IPInterface, Kind
 from scope.registry.port import Disconnected, Gone, RegistryError
@@ -38,6 +39,7 @@ from scope_agent.inputs import (
     Failed,
     Input,
     InterfacesChanged,
+    Leaving,
     ListAgain,
     Observe,
     Output,
@@ -484,15 +486,19 @@ class Runner:
                 answer = await self._command(line)
                 writer.write(json.dumps(answer).encode() + b"\n")
                 await writer.drain()
-        except (ConnectionError, ValueError):
-            pass  # the asker left, or sent a line beyond the limit
+        except (ConnectionError, ValueError, asyncio.CancelledError):
+            pass  # the asker left, or sent a line beyond the limit; or the agent ends
         finally:
             writer.close()
 
     async def _command(self, line: bytes) -> dict[str, object]:
         try:
-            command = json.loads(line)["command"]
-        except (ValueError, KeyError, TypeError):
+            request = json.loads(line)
+            command = request["command"]
+            if command == "leave":
+                self._post(Leaving(resources.parse_tombstone(request["tombstone"])))
+                return {"ok": True}
+        except (ValueError, KeyError, TypeError, ConfigError):
             return {"ok": False, "error": 'one JSON object a line: {"command": "status"}'}
         self._commands += 1
         future: asyncio.Future[dict[str, object]] = asyncio.get_running_loop().create_future()

@@ -163,6 +163,14 @@ def test_our_own_tombstone_says_that_we_are_to_leave() -> None:
     assert membership.removed_self()
 
 
+def test_our_own_leaving_is_believed_without_the_registry_and_only_when_we_signed_it() -> None:
+    membership = _members(4)
+    assert not membership.bury(_tombstone(0, signer=1))
+    assert not membership.removed_self()
+    assert membership.bury(_tombstone(0, signer=0))
+    assert membership.removed_self()
+
+
 def test_of_two_peers_with_one_key_the_older_is_believed() -> None:
     membership = _members(3)
     later = replace(PEERS[1], meta=Meta("thief", uid="u99", created=500.0))
