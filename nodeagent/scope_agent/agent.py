@@ -73,6 +73,7 @@ from scope_agent.wireguard.device import (
     AddRoute,
     CreateDevice,
     DesiredDevice,
+    DesiredPeer,
     ObservedDevice,
     ObservedPeer,
     RemoveAddress,
@@ -99,7 +100,9 @@ OBSERVE_TRAFFIC = 0.25  # while traffic flows: a path that swallows it is suspec
 OBSERVE_IDLE = 10.0  # foreign changes to an idle device are put right within so long
 OBSERVE_SHARE = 50.0  # a look that took t seconds is followed by t times this of not looking
 REPORT_URGENT = 0.05  # endpoints and mapping: others wait for them; bursts still make one write
-REPORT_LINKS = 0.25  # of the ladder's report bound, for paths: one write while a mesh forms or falls back
+# Of the ladder's report bound, for paths: one write while a mesh forms or falls back. Every peer reads every
+# other's report, so the larger the mesh, the longer changes are gathered.
+REPORT_LINKS, REPORT_PER_PEER, REPORT_LONGEST = 0.15, 0.005, 0.6
 REPORT_LATENCY = 30.0  # latencies alone
 SAVE_AFTER = 1.0  # the disk gets one write for a burst of changes
 RETRY_MIN, RETRY_MAX = 1.0, 30.0  # after a failed batch
@@ -194,7 +197,9 @@ class Agent:
             case DatagramArrived(data, leg):
                 self._datagram(data, leg, now)
             case FactArrived(fact):
+                was_complete = self._membership.is_complete
                 self._membership.receive(fact, now)
+                self._plan_all |= self._membership.is_complete and not was_complete
                 self._note_own_report(fact)
                 self._snapshot_changed(now)
             case InterfacesChanged(addresses, mtu):
@@ -524,16 +529,27 @@ class Agent:
             )
             if desired is not None and self.removed:
                 desired = replace(desired, peers={})
+            elif desired is not None and not self._membership.is_complete:
+                desired = replace(desired, peers=desired.peers | self._unlisted(desired))
         else:
             allowed = self._topology.allowed_ips
             wanted = {
                 key: desired_peer(key, allowed.get(key, frozenset()), view.pairs.get(key))
-                for key in self._touched & desired.peers.keys()
+                for key in self._touched & self._snapshot.peers.keys() & desired.peers.keys()
             }
             if any(desired.peers[key] != peer for key, peer in wanted.items()):
                 desired = replace(desired, peers=desired.peers | wanted)
         self._desired = desired
         return desired
+
+    def _unlisted(self, desired: DesiredDevice) -> dict[PublicKey, DesiredPeer]:
+        """Peers that the last agent added after it last wrote to disk: left as they are until a list."""
+        observed = self._observed.peers if self._observed is not None else {}
+        return {
+            key: DesiredPeer(key, allowed_ips=peer.allowed_ips, keepalive=peer.keepalive)
+            for key, peer in observed.items()
+            if key not in desired.peers and not self._membership.is_buried(key)
+        }
 
     # --- batches -------------------------------------------------------------------------------------------
 
@@ -649,7 +665,10 @@ class Agent:
         if urgent:
             return REPORT_URGENT
         mesh = self._snapshot.mesh
-        return REPORT_LINKS * mesh.spec.timers.report if mesh is not None else RETRY_MIN
+        if mesh is None:
+            return RETRY_MIN
+        share = min(REPORT_LINKS + REPORT_PER_PEER * len(self._snapshot.peers), REPORT_LONGEST)
+        return share * mesh.spec.timers.report
 
     def _report_soon(self, now: float, delay: float) -> None:
         at = now + delay * (0.8 + 0.4 * self._random())

@@ -56,6 +56,7 @@ class Membership:
         self._registration = Registration(connected=False, since=now, reason="not asked yet")
         self._snapshot = Snapshot()
         self._relist_at: float | None = None
+        self._complete = False
 
     # --- inputs --------------------------------------------------------------------------------------------
 
@@ -106,6 +107,15 @@ class Membership:
     def snapshot(self) -> Snapshot:
         """What is believed now; the same object until it changes."""
         return self._snapshot
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everybody is known: a complete list was believed since the start, not the disk alone."""
+        return self._complete
+
+    def is_buried(self, key: PublicKey) -> bool:
+        """Whether a tombstone names the WireGuard key."""
+        return key in self._buried
 
     def registration(self) -> Registration:
         """Whether the registry is heard."""
@@ -166,6 +176,7 @@ class Membership:
             return
         if self._own_peer is None or self._own_peer.meta.uid not in present:
             return
+        self._complete = True
         self._believe_absence(frozenset(self._peers.keys() - present), now)
 
     def _believe_absence(self, gone: frozenset[str], now: float) -> None:

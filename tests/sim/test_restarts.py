@@ -101,6 +101,21 @@ def test_two_restored_peers_with_no_echo_get_their_last_good_endpoints_after_a_s
     assert b_was is None
 
 
+def test_a_peer_that_the_disk_does_not_know_yet_keeps_its_place_until_the_registry_is_heard() -> None:
+    world, (a, b) = _mesh(7)
+    a.disk_fails = True
+    c = world.peer(Nat.NONE)
+    world.until(lambda: world.is_direct(a, c), within=5.0)
+    a.stream(c, rate=50.0, seconds=60.0, answer=False)
+    world.run(2.0)
+    a.crash()
+    world.registry.go_down()
+    a.start()
+    world.run(70.0)
+    assert _numbers(c) == list(range(len(_numbers(c)))) and len(_numbers(c)) > 2500
+    assert c.key in a.device.peers and world.is_direct(a, b)
+
+
 def test_a_full_disk_is_said_and_stops_nothing() -> None:
     world, (a, b) = _mesh(6)
     a.disk_fails = True
