@@ -81,8 +81,9 @@ class PairRecord:
             return f"{name}: unknown to its agent"
         reach = self.reach
         handshake = "never" if reach.handshake_s is None else f"{reach.handshake_s:g} s ago"
+        pinged = "pinged" if self.is_pinged else "not pinged"
         return (
-            f"{name}: {reach.path} {reach.endpoint or reach.reason}, {'' if self.is_pinged else 'not '}pinged, "
+            f"{name}: {reach.path} {reach.endpoint or reach.reason}, {pinged}, "
             f"last handshake {handshake}, {reach.rx} bytes in and {reach.tx} out"
         )
 

@@ -283,9 +283,7 @@ def _prepare_file(path: Path, *, may_create: bool) -> None:
         found = path.lstat()
     except FileNotFoundError:
         if not may_create:
-            raise ConfigError(
-                f"there is no registry at {path}: `scope-registry serve` makes one"
-            ) from None
+            raise ConfigError(f"there is no registry at {path}: `scope-registry serve` makes one") from None
         _create_file(path)
         return
     except OSError as error:
