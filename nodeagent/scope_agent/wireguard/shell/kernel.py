@@ -139,7 +139,7 @@ class _WireGuard:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._loop = asyncio.Runner()
+        self._loop = asyncio.Runner(debug=False)  # asyncio's debugging logs what calls returned: messages
         self._socket: AsyncWireGuard | None = None
 
     def info(self) -> list[Any]:
