@@ -10,7 +10,8 @@ from ipaddress import IPv4Address, IPv4Interface
 import pytest
 from lab.nat import Nat
 from scope_agent.inputs import CommandArrived, DatagramArrived, FactArrived, Socket
-from scope_agent.paths.pair import MAX_ROUTES, Pair
+from scope_agent.paths.pair import Pair
+from scope_agent.paths.routes import MAX_ROUTES
 from scope_agent.state import make_identity
 
 from scope.channel import Channel

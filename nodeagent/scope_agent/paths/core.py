@@ -31,8 +31,9 @@ from scope.model import (
 )
 from scope.wire import MAX_CANDIDATES, CallMeMaybe, Message, Nominate, Nominated, Ping, Pong
 from scope_agent.paths.candidates import is_private, own_candidates, refusal
-from scope_agent.paths.pair import NEVER, CallPeer, CheckMapping, Pair, PairView, SendTo
+from scope_agent.paths.pair import CallPeer, CheckMapping, Pair, PairView, SendTo
 from scope_agent.paths.reflexive import MAX_TARGETS, ReflectorTarget, Reflexive
+from scope_agent.paths.route import NEVER
 
 # A ping is about 150 bytes on the wire. A thousand peers that are searched at once are spread over seconds, a
 # hundred are not held up; home routers take this rate of new sessions.

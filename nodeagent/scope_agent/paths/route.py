@@ -1,0 +1,106 @@
+"""One route: an endpoint that may lead to the peer, the pings it was asked, and what its echoes prove.
+
+A route proves itself by echoes alone: that the peer was heard from there, or that somebody claims the
+endpoint, is a reason to ping it and nothing more. What was proven fades, and each use of it has its own
+patience.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from scope.model import Endpoint
+from scope.wire import Pong
+
+NEVER = float("-inf")
+RECENT = 1.0  # an echo so lately answers the question before it is asked again
+FRESH = 3.0  # an echo proves a route for so long: a nomination may follow
+VERIFIED = 30.0  # WireGuard may roam among routes that echoed so lately
+PROBATION = 1.0  # an endpoint that WireGuard found by itself may stay for so long until its echo
+DATA_DEAD_FOR = 60.0  # a route that swallows WireGuard's packets is not tried again for so long
+IN_FLIGHT = 0.05  # a ping asked so lately need not be asked again
+MAX_PENDING = 16  # unanswered pings remembered per route
+RTT_GAIN = 0.8  # a route of equal rank must be this much quicker, and RTT_MARGIN, to be switched to
+RTT_MARGIN = 0.01
+
+
+@dataclass(slots=True)
+class Route:
+    """An endpoint of the peer. Times are monotonic seconds, NEVER for what has not happened."""
+
+    endpoint: Endpoint
+    rank: tuple[int, int]  # lower is better
+    listed: bool = False  # somebody published it; else the peer only spoke from it
+    opener: bool = False  # the first pings of a punch stay short of the other side's NAT
+    punched: float = 0.0  # when its punch began
+    attempt: int = 0  # pings since then
+    next: float | None = None  # when its next ping is due
+    pending: dict[int, float] = field(default_factory=dict)  # transaction -> when it was asked
+    rtt: float | None = None
+    echoed: float = NEVER
+    heard: float = NEVER  # the peer pinged us from there
+    here: Endpoint | None = None  # our own endpoint, as the peer sees it on this route
+    probation: float = NEVER  # WireGuard moved here by itself at this time
+    data_dead: float = NEVER  # echoes came, WireGuard's packets did not
+    lost: float = NEVER  # given up at this time: only a later echo proves it
+
+    # --- asking --------------------------------------------------------------------------------------------
+
+    def punch(self, at: float) -> None:
+        """Begin a series of pings at `at`."""
+        self.punched, self.attempt, self.next = at, 0, at
+
+    def ask(self, transaction: int, now: float) -> None:
+        """Note a ping; the oldest of too many unanswered ones is forgotten."""
+        self.attempt += 1
+        if len(self.pending) >= MAX_PENDING:
+            del self.pending[next(iter(self.pending))]
+        self.pending[transaction] = now
+
+    def take_echo(self, pong: Pong, now: float) -> bool:
+        """Take an echo, which settles older pings too; False when it answers none of this route's."""
+        sent = self.pending.pop(pong.transaction, None)
+        if sent is None:
+            return False
+        sample = now - sent
+        known = self.rtt
+        self.rtt = sample if known is None or sample < known else 0.75 * known + 0.25 * sample
+        self.echoed, self.here = now, pong.observed
+        self.pending = {transaction: at for transaction, at in self.pending.items() if at > sent}
+        return True
+
+    def is_asked(self, now: float) -> bool:
+        """Whether a ping is on its way."""
+        return any(now - at < IN_FLIGHT for at in self.pending.values())
+
+    # --- what is proven ------------------------------------------------------------------------------------
+
+    def silence(self, now: float) -> float:
+        """Seconds since the last echo; infinite without one."""
+        return now - self.echoed
+
+    @property
+    def last_seen(self) -> float:
+        """When the peer was last seen there."""
+        return max(self.echoed, self.heard)
+
+    def is_data_dead(self, now: float) -> bool:
+        """Whether WireGuard's packets got lost there, though echoes came back."""
+        return now - self.data_dead < DATA_DEAD_FOR
+
+    def is_usable(self, now: float) -> bool:
+        """Whether it may be nominated."""
+        is_fresh = self.silence(now) < FRESH and self.echoed > self.lost
+        return is_fresh and not self.is_data_dead(now)
+
+    def is_verified(self, now: float) -> bool:
+        """Whether WireGuard may stay there after it moved there by itself."""
+        return self.silence(now) < VERIFIED or now - self.probation < PROBATION
+
+    def beats(self, other: Route) -> bool:
+        """Whether it is better than `other` by enough to be worth a switch."""
+        if self.rank != other.rank:
+            return self.rank < other.rank
+        if self.rtt is None or other.rtt is None:
+            return False
+        return self.rtt < RTT_GAIN * other.rtt and self.rtt < other.rtt - RTT_MARGIN

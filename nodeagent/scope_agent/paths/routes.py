@@ -1,0 +1,89 @@
+"""All routes towards one peer: which are kept, and which one is the best.
+
+A peer can claim endpoints, and speak from endpoints, without end, so the table is bounded. A claimed route is
+never pushed out by one that the peer only spoke from, and the route in use is never dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from scope.model import Endpoint, Family
+from scope_agent.paths.candidates import rank
+from scope_agent.paths.route import NEVER, VERIFIED, Route
+from scope_agent.paths.schedule import FAMILY_DELAY
+
+MAX_ROUTES = 32  # twice what a peer may publish: the rest are sources it spoke from
+
+
+class Routes:
+    """The routes of one pair, by endpoint."""
+
+    def __init__(self, prefer: Family) -> None:
+        self._prefer = prefer
+        self._by_endpoint: dict[Endpoint, Route] = {}
+
+    def __iter__(self) -> Iterator[Route]:
+        return iter(self._by_endpoint.values())
+
+    def __len__(self) -> int:
+        return len(self._by_endpoint)
+
+    def __contains__(self, endpoint: Endpoint) -> bool:
+        return endpoint in self._by_endpoint
+
+    def get(self, endpoint: Endpoint | None) -> Route | None:
+        """The route to an endpoint, where there is one."""
+        return self._by_endpoint.get(endpoint) if endpoint is not None else None
+
+    def open(self, endpoint: Endpoint, *, in_use: Endpoint | None) -> Route | None:
+        """The route to an endpoint; a new one only while there is room or a stale one to give up."""
+        route = self._by_endpoint.get(endpoint)
+        if route is not None:
+            return route
+        if len(self._by_endpoint) >= MAX_ROUTES:
+            spare = [r for r in self if not r.listed and r.endpoint != in_use]
+            if not spare:
+                return None
+            del self._by_endpoint[min(spare, key=lambda r: r.last_seen).endpoint]
+        route = Route(endpoint, rank(endpoint, self._prefer))
+        self._by_endpoint[endpoint] = route
+        return route
+
+    def unlist_others(self, listed: frozenset[Endpoint], *, in_use: Endpoint | None, now: float) -> None:
+        """Nobody publishes the others any more: they stay only while they are in use or lately seen."""
+        for endpoint, route in list(self._by_endpoint.items()):
+            if endpoint not in listed:
+                route.listed = False
+                if endpoint != in_use and now - route.last_seen > VERIFIED:
+                    del self._by_endpoint[endpoint]
+
+    def prefer(self, family: Family) -> None:
+        """Rank all routes anew."""
+        self._prefer = family
+        for route in self:
+            route.rank = rank(route.endpoint, family)
+
+    def order(self, endpoint: Endpoint) -> tuple[tuple[int, int], str]:
+        """A sort key: the better endpoint first."""
+        return rank(endpoint, self._prefer), str(endpoint)
+
+    def punch(self, route: Route, now: float) -> None:
+        """Begin a route's pings: at once, or a little later where a preferred family may win."""
+        is_second = route.endpoint.family is not self._prefer and route.echoed == NEVER
+        waits = is_second and any(r.endpoint.family is self._prefer for r in self)
+        route.punch(now + (FAMILY_DELAY if waits else 0.0))
+
+    def best(self, now: float) -> Route | None:
+        """The best usable route."""
+        usable = (route for route in self if route.is_usable(now))
+        return min(usable, key=lambda r: (r.rank, r.rtt or 0.0), default=None)
+
+    def verified(self, now: float) -> frozenset[Endpoint]:
+        """Endpoints that WireGuard may find by itself and stay at."""
+        return frozenset(route.endpoint for route in self if route.is_verified(now))
+
+    def last_heard(self) -> Endpoint | None:
+        """Where the peer was last seen to send from."""
+        heard = max(self, key=lambda r: r.heard, default=None)
+        return heard.endpoint if heard is not None and heard.heard > NEVER else None

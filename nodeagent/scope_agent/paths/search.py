@@ -1,0 +1,129 @@
+"""The ladder of one search: how long a peer without a path is looked for, and with what effort.
+
+A search calls the peer at once and twice more, connects back at the first bound, and gives up at the second:
+the peer is declared unreachable, and tried again ever more rarely. Both bounds are counted from the start of
+the search and come from the mesh's timers.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+from scope.model import Timers
+from scope_agent.paths.schedule import FAMILY_DELAY, PUNCH
+
+CALLS = (0.0, 1.0, 3.0)  # call-me-maybe of one punch: the first may be lost, the second find no session
+MEETING = PUNCH[-1] + FAMILY_DELAY  # of a punch: by then the two sides' pings have met, if they ever do
+JUST_NOW = 0.02  # a call that left so lately is not worth another one
+RETRY_FIRST, RETRY_MAX = 60.0, 600.0  # a call and a few pings each: cheap enough never to stop
+
+
+class Step(enum.Enum):
+    """What the ladder asks for."""
+
+    CONNECT_BACK = enum.auto()  # punch again: by now others may have seen the peer elsewhere
+    DECLARE = enum.auto()  # say that there is no path
+    RETRY = enum.auto()  # punch again
+
+
+class Search:
+    """The ladder's state. `random` draws from [0, 1)."""
+
+    def __init__(self, *, timers: Timers, random: Callable[[], float], now: float) -> None:
+        self.timers = timers
+        self.declared = False  # the last bound has passed without a path
+        self._random = random
+        self._started = now
+        self._connected_back = False
+        self._retry_at: float | None = None
+        self._retry_after = RETRY_FIRST
+        self._punched = now
+        self._calls = 0
+        self._next_call: float | None = None
+
+    def start(self, now: float) -> None:
+        """Climb the ladder from its foot."""
+        self._started = now
+        self.declared = self._connected_back = False
+        self.forget_retry()
+
+    def succeed(self) -> None:
+        """There is a path: nothing more is asked for."""
+        self.declared = False
+        self._retry_at = self._next_call = None
+
+    def forget_retry(self) -> None:
+        """The peer punches now: no retry is awaited."""
+        self._retry_at, self._retry_after = None, RETRY_FIRST
+
+    # --- punches and calls ---------------------------------------------------------------------------------
+
+    def punch(self, now: float, *, call: bool) -> None:
+        """Note a punch; `call`: the peer is to be called, so that it punches too."""
+        self._punched = now
+        if call:
+            self._calls, self._next_call = 0, now
+
+    def is_punching(self, now: float) -> bool:
+        """Whether the last punch is so young that the two sides' pings are still to meet."""
+        return now - self._punched < MEETING
+
+    @property
+    def is_calling(self) -> bool:
+        """Whether another call is to come."""
+        return self._next_call is not None
+
+    def call_again(self, now: float) -> None:
+        """There is news for the peer: worth a call, unless one left just now."""
+        if not self.declared and now - self._punched > JUST_NOW:
+            self._next_call = now
+
+    def take_call(self, now: float, *, searching: bool) -> bool:
+        """Whether a call is due; asked again, it is not. A pair that has a path calls nobody."""
+        if self._next_call is None or now < self._next_call:
+            return False
+        self._calls += 1
+        more = self._calls < len(CALLS) and searching
+        self._next_call = self._punched + CALLS[self._calls] if more else None
+        if self._next_call is not None and self._next_call <= now:
+            self._next_call = now + CALLS[1]
+        return searching
+
+    # --- the bounds ----------------------------------------------------------------------------------------
+
+    @property
+    def eager_until(self) -> float:
+        """Until when a better route than the one that answered is searched eagerly."""
+        return self._started + self.timers.address_fallback
+
+    def get_timer(self, *, searching: bool) -> float | None:
+        """When `climb` or `take_call` wants to run next."""
+        times = (self._next_call, self._retry_at, self._next_bound() if searching else None)
+        return min((t for t in times if t is not None), default=None)
+
+    def _next_bound(self) -> float | None:
+        if self.declared:
+            return None
+        timers = self.timers
+        return self._started + (timers.hub_fallback if self._connected_back else timers.connect_back)
+
+    def climb(self, now: float) -> list[Step]:
+        """What the bounds that have passed ask for, each once."""
+        steps = []
+        if not self._connected_back and now >= self._started + self.timers.connect_back:
+            self._connected_back = True
+            steps.append(Step.CONNECT_BACK)
+        if not self.declared and now >= self._started + self.timers.hub_fallback:
+            self.declared = True
+            self._schedule_retry(now)
+            steps.append(Step.DECLARE)
+        if self._retry_at is not None and now >= self._retry_at:
+            self._retry_after = min(2 * self._retry_after, RETRY_MAX)
+            self._schedule_retry(now)
+            steps.append(Step.RETRY)
+        return steps
+
+    def _schedule_retry(self, now: float) -> None:
+        # Not in step: a thousand pairs may have lost their paths in the same moment.
+        self._retry_at = now + self._retry_after * (0.9 + 0.2 * self._random())
