@@ -242,7 +242,7 @@ def test_a_switch_between_two_living_paths_takes_at_most_four_endpoint_changes(
 def test_a_switch_under_a_full_stream_with_answers_loses_nothing(
     seed: int, back: float, delay: float
 ) -> None:
-    # Every packet under way leads its receiver back to where it came from. With more than one of them per round
+    # Every packet under way leads its receiver back to where it came from. With more than one per round
     # trip the two ends can chase each other over the two paths until the traffic pauses; both paths carry.
     world, a, b = _two_paths(seed, delay=delay)
     a.stream(b, rate=1000.0, seconds=10.0, answer=False)
