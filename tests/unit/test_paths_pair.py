@@ -390,6 +390,17 @@ def test_the_last_good_endpoint_is_asked_every_second_and_a_half_for_ten_minutes
     assert len(late) <= len(PUNCH)  # a retry, at most
 
 
+def test_a_peer_declared_unreachable_that_calls_in_vain_is_still_tried_again() -> None:
+    loop = _Loop(V4)
+    loop.run(70.0)
+    assert loop.view().declared
+    loop.pair.called(frozenset({V4}), opened=True, now=loop.now)
+    loop.run(3.0)
+    quiet_from = loop.now
+    loop.run(3600.0)
+    assert [at for at in loop.times(V4) if at > quiet_from + 10.0]
+
+
 def test_a_path_that_swallows_data_while_its_echoes_pass_is_left_and_not_offered_again() -> None:
     loop = _connected()
     loop.device(sent=10_000, got=100)

@@ -180,7 +180,7 @@ class Pair:
         `opened`: it knows our endpoints, so its NAT is open and we ping in full. Where it may have called
         before it heard of them, openers go first.
         """
-        for endpoint in endpoints:
+        for endpoint in sorted(endpoints, key=self._routes.order):
             is_new = endpoint not in self._routes
             route = self._open(endpoint)
             if route is not None and (opened or is_new):
@@ -188,7 +188,7 @@ class Pair:
         if self._alive:
             self._suspect(now)
         else:
-            self._search.forget_retry()
+            self._search.called(now)
         self._punch(now, call=False)
 
     def mapping_known(self, now: float) -> None:

@@ -46,16 +46,18 @@ class Search:
         """Climb the ladder from its foot."""
         self._started = now
         self.declared = self._connected_back = False
-        self.forget_retry()
+        self._retry_at, self._retry_after = None, RETRY_FIRST
 
     def succeed(self) -> None:
         """There is a path: nothing more is asked for."""
         self.declared = False
         self._retry_at = self._next_call = None
 
-    def forget_retry(self) -> None:
-        """The peer punches now: no retry is awaited."""
-        self._retry_at, self._retry_after = None, RETRY_FIRST
+    def called(self, now: float) -> None:
+        """The peer punches now: should it be in vain, the next retry comes as soon as the first one did."""
+        self._retry_after = RETRY_FIRST
+        if self.declared:
+            self._schedule_retry(now)
 
     # --- punches and calls ---------------------------------------------------------------------------------
 
