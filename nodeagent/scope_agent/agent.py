@@ -97,7 +97,7 @@ MAX_BATCH = 64  # actions between two looks at the device: endpoints never wait 
 SESSION_VALID = 180.0  # WireGuard's REJECT_AFTER_TIME
 OBSERVE_BUSY = 0.05  # while a handshake is awaited or a path is in doubt
 OBSERVE_TRAFFIC = 0.25  # while traffic flows: a path that swallows it is suspect after 0.5 s
-OBSERVE_IDLE = 10.0  # foreign changes to an idle device are put right within so long
+OBSERVE_IDLE = 15.0  # foreign changes to an idle device are put right within so long
 OBSERVE_SHARE = 50.0  # a look that took t seconds is followed by t times this of not looking
 REPORT_URGENT = 0.05  # endpoints and mapping: others wait for them; bursts still make one write
 # Of the ladder's report bound, for paths: one write while a mesh forms or falls back. Every peer reads every

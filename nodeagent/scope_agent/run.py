@@ -398,7 +398,7 @@ class Runner:
     async def _watch_registry(self, registry: HttpRegistry) -> None:
         """List all, then follow changes until something ends it. Raises RegistryError."""
         revisions = {}
-        for kind in (Kind.MESH, Kind.PEER):
+        for kind in (Kind.PEER, Kind.MESH):  # the mesh is on disk since the join: peers are the news
             listed = await registry.list(kind)
             revisions[kind] = listed.revision
             self._post(FactArrived(listed))

@@ -54,8 +54,7 @@ class Search:
         self._retry_at = self._next_call = None
 
     def called(self, now: float) -> None:
-        """The peer punches now: should it be in vain, the next retry comes as soon as the first one did."""
-        self._retry_after = RETRY_FIRST
+        """The peer punches now, and so do we: a retry; should it be in vain, the next one waits its time."""
         if self.declared:
             self._schedule_retry(now)
 
