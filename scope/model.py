@@ -139,16 +139,6 @@ class Candidate:
     kind: CandidateKind
 
 
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """A claim: `observer` saw `subject` at `endpoint` at monotonic time `at`."""
-
-    observer: PublicKey
-    subject: PublicKey
-    endpoint: Endpoint
-    at: float
-
-
 class Mapping(enum.StrEnum):
     """The NAT mapping class of a peer's WireGuard socket (RFC 4787, section 4.1)."""
 

@@ -18,7 +18,6 @@ _PRIVATE: tuple[IPNetwork, ...] = (
     IPv4Network("192.168.0.0/16"),
     IPv6Network("fc00::/7"),
 )
-_SHARED = IPv4Network("100.64.0.0/10")  # RFC 6598: between a carrier's NAT and its customers
 MAX_PUBLISHED = 16  # host addresses of a multi-homed server, reflexive and static ones, with room
 
 
@@ -46,11 +45,6 @@ def refusal(endpoint: Endpoint, *, mesh: Iterable[IPNetwork], own: frozenset[End
 def is_private(address: IPAddress) -> bool:
     """Whether the address is of a site's own range (RFC 1918, RFC 4193)."""
     return contains(_PRIVATE, address)
-
-
-def is_shared(address: IPAddress) -> bool:
-    """Whether the address is of the shared range between a carrier's NAT and its customers (RFC 6598)."""
-    return address.version == 4 and address in _SHARED
 
 
 def rank(endpoint: Endpoint, prefer: Family) -> tuple[int, int]:
