@@ -10,7 +10,7 @@ import enum
 
 from scope_agent.paths.route import NEVER
 
-SUSPECT_AFTER = 0.5  # bytes out and none back: longer than a round trip anywhere on Earth
+SUSPECT_AFTER = 0.3  # bytes out and none back: longer than most round trips; a doubt too many costs one ping
 # Counters are compared no oftener: what was sent within one such time shows, by the end of the next, in the
 # counter of the peer, which reads it every quarter of a second and reports it half a second late at most.
 STALL_WINDOW = 1.0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 
 PINGS = (0.0, 0.1, 0.2)  # three, so that two may be lost
-VERDICT_AFTER = 0.2  # patience after the last ping, at least; else two RTTs
+VERDICT_AFTER = 0.15  # patience after the last ping, at least, for jitter and a busy peer; else two RTTs
 
 
 class Ruling(enum.Enum):

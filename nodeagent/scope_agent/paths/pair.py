@@ -12,7 +12,7 @@ The algorithm, for the pair of ourselves and one peer, and in brackets the part 
 3. The peer with the lower key decides. After its first verified echo it waits min(200 ms, one RTT) for
    better ones, then *nominates* the best route: both sides set it, five times, an RTT apart (`nomination`).
    WireGuard is given a first path on one side before the other, so that handshakes do not cross (`gate`).
-4. A path in use is judged by WireGuard's own counters: bytes out and none back for 500 ms make it *suspect*;
+4. A path in use is judged by WireGuard's own counters: bytes out and none back for 300 ms make it *suspect*;
    three pings in 200 ms, none answered, make it dead (`doubt`). A peer's receive counter that stands still
    while ours goes on sending is a dead data path although probes pass (`counters`). An idle path is left to
    WireGuard's keepalive.
