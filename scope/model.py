@@ -231,6 +231,32 @@ class Timers:
     hub_fallback: float = 60.0  # the pair is declared relayed, or unreachable without a hub
 
 
+class Operator(enum.StrEnum):
+    """How a requirement compares a label, by Kubernetes' names."""
+
+    IN = "In"
+    NOT_IN = "NotIn"  # also true where the label is absent
+    EXISTS = "Exists"
+    DOES_NOT_EXIST = "DoesNotExist"
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """What one label of a Node must be. `values` is empty for Exists and DoesNotExist, and for them only."""
+
+    key: str
+    operator: Operator
+    values: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LabelSelector:
+    """Which Nodes are meant: those whose labels meet everything here, so an empty one means every Node."""
+
+    match_labels: tuple[tuple[str, str], ...] = ()  # (key, value), sorted, each key once
+    match_expressions: tuple[Requirement, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class MeshSpec:
     """What the user asks of a mesh."""
@@ -241,6 +267,7 @@ class MeshSpec:
     listen_port: int = 0  # 0: each agent picks a port and keeps it
     mtu: int | None = None  # None: Auto, the underlay's MTU less WireGuard's 80 bytes
     peer_expiry: float = 30 * 86400.0
+    node_selector: LabelSelector = LabelSelector()  # which Kubernetes Nodes are peers: all, unless it says
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +290,14 @@ class MeshCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class Cluster:
+    """A Kubernetes cluster with Nodes in a mesh: whoever comes with its name must have its UID."""
+
+    name: str
+    uid: str  # of its kube-system namespace
+
+
+@dataclass(frozen=True, slots=True)
 class MeshStatus:
     """What the registry says of a mesh."""
 
@@ -271,6 +306,7 @@ class MeshStatus:
     counts: MeshCounts = MeshCounts()
     conditions: tuple[Condition, ...] = ()
     observed_generation: int = 0
+    clusters: tuple[Cluster, ...] = ()  # each name once
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,12 +320,19 @@ class Mesh:
 
 @dataclass(frozen=True, slots=True)
 class PeerSpec:
-    """What the user asks of a peer."""
+    """What the user asks of a peer.
+
+    A Kubernetes Node's peer names the Node with all three of `cluster`, `node_name` and `node_uid`, an
+    external peer with none. The UID tells a Node from a later one of the same name, which is another peer.
+    """
 
     mesh: str
     role: Role = Role.AUTO
     routes: tuple[IPNetwork, ...] = ()  # prefixes offered beyond the peer's own address
     endpoints: tuple[Endpoint, ...] = ()  # static endpoints
+    cluster: str = ""
+    node_name: str = ""
+    node_uid: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,6 +44,7 @@ from scope.model import (
     Assignment,
     Candidate,
     CandidateKind,
+    Cluster,
     Condition,
     ConfigError,
     DeviceKind,
@@ -54,12 +55,14 @@ from scope.model import (
     IPNetwork,
     JoinToken,
     Kind,
+    LabelSelector,
     Link,
     Mesh,
     MeshCounts,
     MeshSpec,
     MeshStatus,
     Meta,
+    Operator,
     PathKind,
     Peer,
     PeerKeys,
@@ -67,6 +70,7 @@ from scope.model import (
     PeerSpec,
     PublicKey,
     Reflector,
+    Requirement,
     Resource,
     Role,
     StatusPart,
@@ -90,6 +94,9 @@ MAX_ROUTES = 64  # the pod, Service and site prefixes of one node; each is an al
 MAX_ADDRESSES = 4  # one of each family, and as many while a mesh moves to new prefixes
 MAX_REFLECTORS = 16  # a mapping class needs two; more than a few add nothing
 MAX_CONDITIONS = 16  # one of each type; the design names five
+MAX_CLUSTERS = 64  # in one mesh; each is a line of its status
+MAX_REQUIREMENTS = 16  # of a selector, labels and expressions each; nobody reads a longer one
+MAX_VALUES = 64  # of one requirement: as many Nodes as a person lists by name
 MAX_USED_BY = 10_000  # machines joined with one token: the largest mesh that Scope is measured with
 MAX_COUNT = 50_000_000  # pairs in a mesh of 10,000 peers
 MAX_REASON = 160  # a line on a terminal, beside the peer's name
@@ -422,7 +429,29 @@ def _read_mesh_spec(fields: _Fields) -> MeshSpec:
         peer_expiry=fields.optional(
             "peerExpiry", lambda value: _duration(value, MIN_EXPIRY, MAX_EXPIRY), _USUAL_EXPIRY
         ),
+        node_selector=_read_selector(fields.sub("nodeSelector")),
     )
+
+
+def _read_selector(fields: _Fields) -> LabelSelector:
+    return LabelSelector(
+        match_labels=fields.optional("matchLabels", _labels, ()),
+        match_expressions=fields.parts("matchExpressions", _read_requirement, limit=MAX_REQUIREMENTS),
+    )
+
+
+def _read_requirement(fields: _Fields) -> Requirement:
+    requirement = Requirement(
+        key=fields.required("key", _label_key, ""),
+        operator=fields.required("operator", lambda value: _choice(Operator, value), Operator.EXISTS),
+        values=fields.items("values", _label_value, limit=MAX_VALUES),
+    )
+    compares = requirement.operator in (Operator.IN, Operator.NOT_IN)
+    if compares != bool(requirement.values) and not fields.refused("operator", "values"):
+        found = "no value" if compares else "values that nothing is compared with"
+        allowed = "one value or more" if compares else "none"
+        fields.refuse(f"{found} for {requirement.operator}", allowed, at="values")
+    return requirement
 
 
 def _read_timers(fields: _Fields) -> Timers:
@@ -456,9 +485,15 @@ def _read_mesh_status(fields: _Fields) -> MeshStatus:
         signing_key=fields.optional("signingKey", _key, None),
         reflectors=fields.parts("reflectors", _read_reflector, limit=MAX_REFLECTORS),
         counts=MeshCounts(*(counts.optional(name, _count, 0) for name in _COUNTS)),
-        conditions=fields.parts("conditions", _read_condition, limit=MAX_CONDITIONS),
+        conditions=_read_conditions(fields),
         observed_generation=fields.optional(
             "observedGeneration", lambda value: _integer(value, 0, 2**63 - 1), 0
+        ),
+        clusters=_each_once(
+            fields,
+            "clusters",
+            fields.parts("clusters", _read_cluster, limit=MAX_CLUSTERS),
+            key=lambda cluster: cluster.name,
         ),
     )
 
@@ -473,9 +508,33 @@ def _read_reflector(fields: _Fields) -> Reflector:
     )
 
 
+def _read_cluster(fields: _Fields) -> Cluster:
+    return Cluster(
+        name=fields.required("name", _cluster_name, ""),
+        uid=fields.required("uid", _object_uid, ""),
+    )
+
+
+def _read_conditions(fields: _Fields) -> tuple[Condition, ...]:
+    conditions = fields.parts("conditions", _read_condition, limit=MAX_CONDITIONS)
+    return _each_once(fields, "conditions", conditions, key=lambda condition: condition.type)
+
+
+def _each_once(
+    fields: _Fields, name: str, values: tuple[T, ...], *, key: Callable[[T], str]
+) -> tuple[T, ...]:
+    """The values of a list that is a map by `key`, as Kubernetes reads it."""
+    seen: set[str] = set()
+    for i, value in enumerate(values):
+        if key(value) and key(value) in seen:  # an empty one is a stand-in, and was refused
+            fields.refuse(f"a second {_shown(key(value))}", "each one once", at=f"{name}[{i}]")
+        seen.add(key(value))
+    return values
+
+
 def _read_condition(fields: _Fields) -> Condition:
     return Condition(
-        type=fields.required("type", lambda value: _text(value, MAX_LABEL), ""),
+        type=fields.required("type", _condition_type, ""),
         status=fields.required("status", lambda value: _one_of(("True", "False", "Unknown"), value), ""),
         reason=fields.optional("reason", lambda value: _text(value, MAX_REASON), ""),
         message=fields.optional("message", lambda value: _text(value, MAX_MESSAGE), ""),
@@ -484,12 +543,24 @@ def _read_condition(fields: _Fields) -> Condition:
 
 
 def _read_peer_spec(fields: _Fields) -> PeerSpec:
+    node = {name for name in _NODE_FIELDS if fields.values.get(name) not in (None, "")}
+    if node and len(node) < len(_NODE_FIELDS):
+        fields.refuse(
+            f"{', '.join(sorted(node))} without {', '.join(sorted(_NODE_FIELDS - node))}",
+            "all three for the peer of a Kubernetes Node, none for an external peer",
+        )
     return PeerSpec(
         mesh=fields.required("mesh", _label, ""),
         role=fields.optional("role", lambda value: _choice(Role, value), Role.AUTO),
         routes=fields.items("routes", _route, limit=MAX_ROUTES),
         endpoints=fields.items("endpoints", _static_endpoint, limit=MAX_CANDIDATES),
+        cluster=fields.optional("cluster", _cluster_name, ""),
+        node_name=fields.optional("nodeName", _subdomain, ""),
+        node_uid=fields.optional("nodeUID", _object_uid, ""),
     )
+
+
+_NODE_FIELDS = frozenset({"cluster", "nodeName", "nodeUID"})
 
 
 def _read_report(fields: _Fields) -> PeerReport:
@@ -538,7 +609,7 @@ def _read_assignment(fields: _Fields) -> Assignment:
         role=fields.optional("role", lambda value: _choice(Role, value), Role.EDGE),
         online=fields.optional("online", _boolean, False),
         last_seen=fields.optional("lastSeen", _time, 0.0),
-        conditions=fields.parts("conditions", _read_condition, limit=MAX_CONDITIONS),
+        conditions=_read_conditions(fields),
         tombstone=_read_tombstone(fields.sub("tombstone")) if "tombstone" in fields.present() else None,
     )
 
@@ -594,6 +665,13 @@ def _text(value: object, limit: int, allowed: str = "") -> str:
     return value
 
 
+def _condition_type(value: object) -> str:
+    text = _text(value, MAX_LABEL)
+    if not text:
+        raise _refusal(value, f"1 to {MAX_LABEL} characters")
+    return text
+
+
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
 _SUBDOMAIN = re.compile(rf"{_LABEL.pattern}(?:\.{_LABEL.pattern})*")
 
@@ -614,6 +692,46 @@ def _subdomain(value: object) -> str:
     return text
 
 
+EXTERNAL = "external"  # stands in the names of peers off Kubernetes where others have their cluster
+
+
+def _cluster_name(value: object) -> str:
+    name = _label(value)
+    if name == EXTERNAL:
+        raise _refusal(value, "any other DNS label", "the names of external peers begin with it")
+    return name
+
+
+_LABEL_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
+_LABEL_KEY = re.compile(rf"(?:(?P<prefix>{_SUBDOMAIN.pattern})/)?{_LABEL_NAME.pattern}")
+MAX_LABEL_KEY = MAX_NAME + 1 + MAX_LABEL  # a DNS subdomain, a slash and a name
+
+
+def _label_key(value: object) -> str:
+    allowed = "the key of a label, as topology.kubernetes.io/zone"
+    text = _text(value, MAX_LABEL_KEY, allowed)
+    found = _LABEL_KEY.fullmatch(text)
+    if not found or len(found["prefix"] or "") > MAX_NAME:
+        raise _refusal(value, allowed)
+    return text
+
+
+def _label_value(value: object) -> str:
+    allowed = f"the value of a label: letters, digits and ._-, at most {MAX_LABEL}"
+    text = _text(value, MAX_LABEL, allowed)
+    if text and not _LABEL_NAME.fullmatch(text):
+        raise _refusal(value, allowed)
+    return text
+
+
+def _labels(value: object) -> tuple[tuple[str, str], ...]:
+    if not isinstance(value, Mapping):
+        raise _refusal(value, "an object of label keys and values")
+    if len(value) > MAX_REQUIREMENTS:
+        raise _Refused(f"{len(value)} labels", f"at most {MAX_REQUIREMENTS}")
+    return tuple(sorted((_label_key(key), _label_value(wanted)) for key, wanted in value.items()))
+
+
 def _name_hint(text: str) -> str:
     lower = text.lower().replace("_", "-")
     return f'did you mean "{lower}"?' if lower != text and _LABEL.fullmatch(lower) else ""
@@ -628,6 +746,13 @@ def _uid(value: object) -> str:
     if not _UID.fullmatch(text):
         raise _refusal(value, allowed)
     return text
+
+
+def _object_uid(value: object) -> str:
+    """The UID of an object of Kubernetes, which is never empty."""
+    if value == "":
+        raise _refusal(value, f"a UID: letters, digits and ._:+/=-, 1 to {MAX_UID}")
+    return _uid(value)
 
 
 def _revision(value: object) -> int:
@@ -996,6 +1121,18 @@ def _mesh_spec_dict(spec: MeshSpec) -> dict[str, object]:
         "listenPort": spec.listen_port,
         "mtu": "Auto" if spec.mtu is None else spec.mtu,
         "peerExpiry": format_duration(spec.peer_expiry),
+        **({"nodeSelector": selector} if (selector := _selector_dict(spec.node_selector)) else {}),
+    }
+
+
+def _selector_dict(selector: LabelSelector) -> dict[str, object]:
+    expressions = [
+        {"key": each.key, "operator": str(each.operator), **_unless_empty("values", each.values)}
+        for each in selector.match_expressions
+    ]
+    return {
+        **({"matchLabels": dict(selector.match_labels)} if selector.match_labels else {}),
+        **({"matchExpressions": expressions} if expressions else {}),
     }
 
 
@@ -1005,6 +1142,9 @@ def _peer_spec_dict(spec: PeerSpec) -> dict[str, object]:
         "role": str(spec.role),
         **_unless_empty("routes", spec.routes),
         **_unless_empty("endpoints", spec.endpoints),
+        **({"cluster": spec.cluster} if spec.cluster else {}),
+        **({"nodeName": spec.node_name} if spec.node_name else {}),
+        **({"nodeUID": spec.node_uid} if spec.node_uid else {}),
     }
 
 
@@ -1031,6 +1171,9 @@ def _mesh_status_dict(status: MeshStatus) -> dict[str, object]:
         **({"counts": counts} if counts else {}),
         **_conditions_dict(status.conditions),
         **({"observedGeneration": status.observed_generation} if status.observed_generation else {}),
+        **(
+            {"clusters": [{"name": c.name, "uid": c.uid} for c in status.clusters]} if status.clusters else {}
+        ),
     }
 
 

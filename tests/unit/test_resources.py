@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from ipaddress import IPv4Network, IPv6Network, ip_interface, ip_network
 from typing import cast
 
@@ -17,18 +18,21 @@ from scope.model import (
     Assignment,
     Candidate,
     CandidateKind,
+    Cluster,
     Condition,
     DeviceKind,
     Endpoint,
     Family,
     JoinToken,
     Kind,
+    LabelSelector,
     Link,
     Mesh,
     MeshCounts,
     MeshSpec,
     MeshStatus,
     Meta,
+    Operator,
     PathKind,
     Peer,
     PeerKeys,
@@ -36,6 +40,7 @@ from scope.model import (
     PeerSpec,
     PublicKey,
     Reflector,
+    Requirement,
     Resource,
     Role,
     Timers,
@@ -65,7 +70,28 @@ MESH_METAS = st.builds(Meta, LABELS, UIDS, st.integers(0, 10**18), st.integers(0
 CONDITIONS = st.lists(
     st.builds(Condition, LABELS, st.sampled_from(("True", "False", "Unknown")), REASONS, REASONS, WALL),
     max_size=4,
+    unique_by=lambda condition: condition.type,
 ).map(tuple)
+CLUSTER_NAMES = LABELS.filter(lambda name: name != "external")
+OBJECT_UIDS = UIDS.filter(bool)
+CLUSTERS = st.lists(
+    st.builds(Cluster, CLUSTER_NAMES, OBJECT_UIDS), max_size=3, unique_by=lambda cluster: cluster.name
+).map(tuple)
+LABEL_KEYS = st.from_regex(
+    r"([a-z0-9]{1,9}\.[a-z]{1,9}/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", fullmatch=True
+)
+LABEL_VALUES = st.just("") | st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", fullmatch=True)
+REQUIREMENTS = st.builds(
+    Requirement,
+    LABEL_KEYS,
+    st.sampled_from((Operator.IN, Operator.NOT_IN)),
+    st.lists(LABEL_VALUES, min_size=1, max_size=3).map(tuple),
+) | st.builds(Requirement, LABEL_KEYS, st.sampled_from((Operator.EXISTS, Operator.DOES_NOT_EXIST)))
+SELECTORS = st.builds(
+    LabelSelector,
+    st.dictionaries(LABEL_KEYS, LABEL_VALUES, max_size=3).map(lambda labels: tuple(sorted(labels.items()))),
+    st.lists(REQUIREMENTS, max_size=3).map(tuple),
+)
 
 
 @st.composite
@@ -91,6 +117,7 @@ MESHES = st.builds(
         st.integers(0, 65535),
         st.none() | st.integers(1280, 9000),
         st.integers(60_000, 3650 * 86_400_000).map(lambda n: n / 1000),
+        SELECTORS,
     ),
     st.builds(
         MeshStatus,
@@ -101,6 +128,7 @@ MESHES = st.builds(
         st.builds(MeshCounts, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS),
         CONDITIONS,
         st.integers(0, 2**62),
+        CLUSTERS,
     ),
 )
 LINKS = st.builds(
@@ -138,13 +166,15 @@ ASSIGNMENTS = st.builds(
     CONDITIONS,
     st.none() | TOMBSTONES,
 )
-PEER_SPECS = st.builds(
+PEER_SPEC = partial(
+    st.builds,
     PeerSpec,
     LABELS,
     st.sampled_from(Role),
     st.lists(ROUTES, max_size=4).map(tuple),
     st.lists(STATIC, max_size=4).map(tuple),
 )
+PEER_SPECS = PEER_SPEC() | PEER_SPEC(CLUSTER_NAMES, NAMES, OBJECT_UIDS)
 PEERS = st.builds(Peer, METAS, PEER_SPECS, st.none() | REPORTS, ASSIGNMENTS)
 TOKENS = st.builds(
     JoinToken,
@@ -424,6 +454,74 @@ def test_a_huge_number_is_refused_without_printing_it() -> None:
 def test_the_kind_is_asked_for() -> None:
     assert _refusal({}) == ["kind: missing; allowed: ScopeMesh, ScopePeer, JoinToken"]
     assert _refusal({"kind": "scopemesh"})[0].endswith('did you mean "ScopeMesh"?')
+
+
+@pytest.mark.parametrize(
+    ("selector", "refusal"),
+    [
+        ([], "spec.nodeSelector: a list is not allowed; allowed: an object"),
+        (
+            {"matchLabels": {"-": "a"}},
+            'spec.nodeSelector.matchLabels: "-" is not allowed; allowed: the key of',
+        ),
+        ({"matchLabels": {"A.b/c": ""}}, "allowed: the key of a label"),
+        ({"matchLabels": {"a": "a b"}}, "allowed: the value of a label"),
+        ({"matchLabels": {"a": True}}, "true is not allowed; allowed: the value of a label"),
+        ({"matchLabels": {f"a{n}": "" for n in range(17)}}, "17 labels; allowed: at most 16"),
+        (
+            {"matchExpressions": [{"key": "a", "operator": "in", "values": ["b"]}]},
+            'spec.nodeSelector.matchExpressions[0].operator: "in" is not allowed; '
+            'allowed: In, NotIn, Exists, DoesNotExist; did you mean "In"?',
+        ),
+        (
+            {"matchExpressions": [{"key": "a", "operator": "In"}]},
+            "spec.nodeSelector.matchExpressions[0].values: no value for In; allowed: one value or more",
+        ),
+        (
+            {"matchExpressions": [{"key": "a", "operator": "Exists", "values": ["b"]}]},
+            "values: values that nothing is compared with for Exists; allowed: none",
+        ),
+        ({"matchExpressions": [{"operator": "Exists"}]}, "matchExpressions[0].key: missing"),
+    ],
+)
+def test_a_selector_that_kubernetes_would_not_take_is_refused(selector: object, refusal: str) -> None:
+    [line] = _refusal(_mesh(nodeSelector=selector))
+    assert refusal in line
+
+
+def test_no_selector_and_an_empty_one_select_every_node() -> None:
+    selectors: tuple[object, ...] = (None, {}, {"matchLabels": {}, "matchExpressions": []})
+    for selector in selectors:
+        assert resources.parse_mesh(_mesh(nodeSelector=selector)).spec.node_selector == LabelSelector()
+
+
+def test_the_peer_of_a_node_names_cluster_name_and_uid_of_the_node() -> None:
+    node: dict[str, object] = {"cluster": "fra", "nodeName": "n1.example.net", "nodeUID": "0d3f"}
+    spec = resources.parse_peer(_peer(None, **node)).spec
+    assert (spec.cluster, spec.node_name, spec.node_uid) == ("fra", "n1.example.net", "0d3f")
+    for missing in node:
+        [line] = _refusal(_peer(None, **(node | {missing: None})))
+        others = ", ".join(sorted(set(node) - {missing}))
+        assert line == (
+            f"spec: {others} without {missing}; "
+            "allowed: all three for the peer of a Kubernetes Node, none for an external peer"
+        )
+
+
+def test_no_cluster_is_called_as_external_peers_are() -> None:
+    [line] = _refusal(_peer(cluster="external", nodeName="n1", nodeUID="0d3f"))
+    assert line.startswith('spec.cluster: "external" is not allowed')
+
+
+def test_clusters_and_conditions_stand_once_each() -> None:
+    clusters = [{"name": "fra", "uid": "1"}, {"name": "ber", "uid": "2"}, {"name": "fra", "uid": "3"}]
+    assert _refusal(_mesh() | {"status": {"clusters": clusters}}) == [
+        'status.clusters[2]: a second "fra"; allowed: each one once'
+    ]
+    ready = {"type": "Ready", "status": "True"}
+    assert _refusal(_peer({"conditions": [ready, ready]})) == [
+        'status.conditions[1]: a second "Ready"; allowed: each one once'
+    ]
 
 
 # --- sizes, durations, times, overlap ----------------------------------------------------------------------
