@@ -363,6 +363,7 @@ class Runner:
                 registry=enrolment.registry_id,
                 signing=enrolment.identity.signing,
             ),
+            for_agent=True,
         )
         self._spawn(self._take_couriered(registry))
         retry = RETRY_FIRST

@@ -20,6 +20,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
@@ -28,8 +29,11 @@ from yarl import URL
 
 from scope import resources
 from scope.credentials import (
+    CLUSTER_HEADER,
+    MESH_HEADER,
     PIN_BYTES,
     Credential,
+    ProjectedToken,
     authorization,
     base64url,
     pin_of,
@@ -66,6 +70,8 @@ REGISTRY_HEADER = "Scope-Registry"  # in every answer: the registry's id, within
 AGENT = "scope-agent"  # field managers: who writes which part of a peer's status
 OPERATOR = "scope-operator"
 COURIER = "cc.ltgc.scope:courier"  # the type of the events that carry sealed datagrams
+BOOKMARK = "cc.ltgc.scope:bookmark"  # the type of the events that only say how far the stream is
+AGENT_VIEW = "agent"  # lists and streams that hold no more than an agent acts on; one's own peer is whole
 
 CONNECT_SECONDS = 5.0  # three SYN retransmissions
 REQUEST_SECONDS = 20.0  # a join waits up to 5 s for its address, behind a slow uplink
@@ -74,6 +80,7 @@ STREAM_IDLE_SECONDS = 40.0  # two heartbeats of 15 s may be lost on the way
 # the kernel asks after so many silent seconds, at this interval, and so often before it gives the stream up.
 KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 4, 2, 3
 MAX_ANSWER = 64 * 1024 * 1024  # a list of 10,000 peers of at most 4 KB, and room
+MAX_TOKEN = 8 * 1024  # bytes of a ServiceAccount token: one signed with RSA of 4,096 bits has 2,000
 WAITING_FACTS = 1024  # facts that wait for a watch; then the stream waits, and the gateway cuts it in the end
 WAITING_DATAGRAMS = 64  # sealed datagrams that wait for the agent; more are dropped, as on any network
 
@@ -121,7 +128,8 @@ class HttpRegistry:
     """The port at `url` (https://HOST:PORT). Use it from one event loop; `close` it, or use `async with`.
 
     `pin` is the 32-byte pin of the gateway's key, None to trust the machine's certificate authorities (or for
-    http, which a test may use). `credential` None is for joining. `wall` is the wall clock.
+    http, which a test may use). `credential` None is for joining. `wall` is the wall clock. With
+    `for_agent`, lists and watches give of others what an agent acts on, and no change in anything else.
     """
 
     def __init__(
@@ -132,6 +140,7 @@ class HttpRegistry:
         credential: Credential | None,
         wall: Callable[[], float] = time.time,
         stream_idle: float = STREAM_IDLE_SECONDS,
+        for_agent: bool = False,
     ) -> None:
         self._url = url.rstrip("/")
         if not self._url.startswith(("https://", "http://")):
@@ -143,6 +152,7 @@ class HttpRegistry:
         self._wall = wall
         self._offset = 0.0  # what the gateway's clock is ahead of ours
         self._stream_idle = stream_idle
+        self._view = {"view": AGENT_VIEW} if for_agent else {}
         self._session: aiohttp.ClientSession | None = None
         self._stream: _Stream | None = None
         self._watchers: set[_Watcher] = set()
@@ -178,7 +188,8 @@ class HttpRegistry:
 
     async def list(self, kind: Kind) -> Listed:
         """Everything of `kind` that the credential may see. Raises Refused, Unavailable."""
-        answer = await self._ask("GET", _path(kind))
+        view = f"?{urlencode(self._view)}" if self._view else ""
+        answer = await self._ask("GET", f"{_path(kind)}{view}")
         try:
             items = tuple(_read(kind, item) for item in answer.document["items"])
             number = int(answer.document["metadata"]["resourceVersion"])
@@ -324,16 +335,7 @@ class HttpRegistry:
         limits: aiohttp.ClientTimeout,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """A signed request; what the connection raises, also while it is read, becomes the port's error."""
-        signed = dict(headers)
-        if self._credential is not None:
-            signed["Authorization"] = authorization(
-                self._credential,
-                method=method,
-                target=target,
-                body=body,
-                wall=self._wall() + self._offset,
-                nonce=secrets.token_bytes(16),
-            )
+        signed = dict(headers) | self._identification(method, target, body)
         url = URL(self._url + target, encoded=True)
         try:
             async with self._opened().request(
@@ -342,6 +344,28 @@ class HttpRegistry:
                 yield response
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise self._lost(error) from error
+
+    def _identification(self, method: str, target: str, body: bytes) -> dict[str, str]:
+        """The headers that say who asks. Raises Unavailable while the token's file cannot be read."""
+        match self._credential:
+            case None:
+                return {}
+            case ProjectedToken(mesh, cluster, path):
+                return {
+                    "Authorization": f"Bearer {_projected(path)}",
+                    MESH_HEADER: mesh,
+                    CLUSTER_HEADER: cluster,
+                }
+            case credential:
+                header = authorization(
+                    credential,
+                    method=method,
+                    target=target,
+                    body=body,
+                    wall=self._wall() + self._offset,
+                    nonce=secrets.token_bytes(16),
+                )
+                return {"Authorization": header}
 
     def _opened(self) -> aiohttp.ClientSession:
         """The one session, made when it is first needed."""
@@ -488,7 +512,7 @@ class HttpRegistry:
                 watcher.lose(error)
 
     async def _follow(self, stream: _Stream) -> None:
-        query = {"since": str(stream.since.number), "registry": stream.since.registry}
+        query = {"since": str(stream.since.number), "registry": stream.since.registry, **self._view}
         limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=self._stream_idle)
         for last in (False, True):
             async with self._request(
@@ -514,6 +538,11 @@ class HttpRegistry:
             data = event["data"]
             sender = PublicKey(read_base64url(data["sender"]))
             self._arrived(Couriered(sender, read_base64url(data["datagram"])))
+            return
+        if event["type"] == BOOKMARK:
+            here = Revision(stream.since.registry, int(event["scoperevision"]))
+            for watcher in self._watchers:
+                watcher.position = max(watcher.position, here)
             return
         kind = Kind(event["data"]["kind"])
         resource = _read(kind, event["data"])
@@ -617,6 +646,24 @@ def _condition(name: str, uid: str, if_revision: int | None) -> dict[str, object
     """Metadata that names what a write is about."""
     condition = {} if if_revision is None else {"resourceVersion": str(if_revision)}
     return {"name": name, "uid": uid, **condition}
+
+
+def _projected(path: str) -> str:
+    """The token in a projected volume, read for each request: its kubelet replaces it before it expires.
+
+    Raises Unavailable.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            token = file.read(MAX_TOKEN + 1).strip()
+    except OSError as error:
+        raise Unavailable(
+            f"cannot read the ServiceAccount token {path}: {error.strerror}; is the projected volume "
+            "mounted there?"
+        ) from None
+    if not token or len(token) > MAX_TOKEN or not token.isascii():
+        raise Unavailable(f"{path} holds no ServiceAccount token: is it the projected volume's?")
+    return token.decode()
 
 
 def _encoded(body: Mapping[str, object] | bytes | None) -> tuple[bytes, dict[str, str]]:

@@ -31,7 +31,7 @@ from scope.model import (
     Revision,
     StatusPart,
 )
-from scope.registry.http import AGENT, API, OPERATOR, REGISTRY_HEADER
+from scope.registry.http import AGENT, AGENT_VIEW, API, OPERATOR, REGISTRY_HEADER
 from scope.registry.port import Conflict, Listed, NotFound, Registry, RegistryError
 from scope.wire import MAX_DATAGRAM
 from scope_operator.gateway.authorisation import Administrator, Authority, Caller, Member, Stranger
@@ -39,6 +39,7 @@ from scope_operator.gateway.errors import Refusal, refusal_of
 from scope_operator.gateway.feed import Feed, Stream
 from scope_operator.gateway.joining import Joining
 from scope_operator.gateway.limits import Buckets, Limits, source_of
+from scope_operator.gateway.projection import projected
 
 log = logging.getLogger(__name__)
 
@@ -132,8 +133,8 @@ class Gateway:
         self._peers = Buckets[str](limits.peer)
         self._couriers = Buckets[str](limits.courier)
         self._joins = 0
-        # By uid and revision: the mesh of each resource that the last list held, and its JSON.
-        self._rendered: dict[Kind, dict[tuple[str, int], tuple[str, bytes]]] = {kind: {} for kind in Kind}
+        # By uid and revision: what of each resource the last list held.
+        self._rendered: dict[Kind, dict[tuple[str, int], _Rendered]] = {kind: {} for kind in Kind}
         document = yaml.safe_load(files(__package__).joinpath("openapi.yaml").read_text())
         self._openapi = json.dumps(document).encode()
 
@@ -235,25 +236,35 @@ class Gateway:
     def _list(self, kind: Kind) -> Handler:
         async def handle(asked: Asked) -> web.Response:
             mesh = asked.mesh()
+            for_agent = _for_agent(asked.query)
             listed = await self._registry.list(kind)
-            return web.Response(body=self._list_body(listed, mesh), content_type="application/json")
+            whole = asked.caller.peer.meta.uid if isinstance(asked.caller, Member) else None
+            body = self._list_body(listed, mesh, for_agent=for_agent, whole=whole)
+            return web.Response(body=body, content_type="application/json")
 
         return handle
 
-    def _list_body(self, listed: Listed, mesh: str | None) -> bytes:
-        """The list as JSON. Only what changed since the last list is rendered: agents list all at once."""
+    def _list_body(self, listed: Listed, mesh: str | None, *, for_agent: bool, whole: str | None) -> bytes:
+        """The list as JSON; `whole`: the uid of what is whole in an agent's list, too.
+
+        Only what changed since the last list is rendered: agents list all at once.
+        """
         known, rendered = self._rendered[listed.kind], {}
         for resource in listed.resources:
             if isinstance(resource, Mesh | Peer):
                 key = (resource.meta.uid, resource.meta.revision)
-                rendered[key] = known.get(key) or (_mesh_of(resource), _bytes(resources.to_dict(resource)))
+                rendered[key] = known.get(key) or _rendered(resource)
         self._rendered[listed.kind] = rendered
         head = {
             "apiVersion": resources.API_VERSION,
             "kind": f"{listed.kind}List",
             "metadata": {"resourceVersion": str(listed.revision.number)},
         }
-        items = b",".join(item for of_mesh, item in rendered.values() if mesh in (None, of_mesh))
+        items = b",".join(
+            item.for_agent if for_agent and uid != whole else item.whole
+            for (uid, _), item in rendered.items()
+            if mesh in (None, item.mesh)
+        )
         return _bytes(head)[:-1] + b',"items":[' + items + b"]}"
 
     def _get(self, kind: Kind) -> Handler:
@@ -378,7 +389,7 @@ class Gateway:
         if visible is not None and wanted not in (None, visible):
             raise NotFound(f"there is no ScopeMesh {wanted!r}")
         since = Revision(asked.query.get("registry", self._registry_id), _number(asked.query, "since"))
-        seconds = _seconds(asked.query)
+        seconds, for_agent = _seconds(asked.query), _for_agent(asked.query)
         of_peers, of_administrators = self._feed.counts()
         peer, full = None, of_administrators >= self._limits.admin_streams
         if isinstance(asked.caller, Member):
@@ -386,7 +397,7 @@ class Gateway:
             full = of_peers >= self._limits.streams and not self._feed.has_stream(peer.meta.uid)
         if full:
             raise Refusal(503, "ServiceUnavailable", "too many event streams are open", retry_after=10.0)
-        stream = await self._feed.open(peer, visible or wanted, since)
+        stream = await self._feed.open(peer, visible or wanted, since, for_agent=for_agent)
         response = web.StreamResponse(
             headers={"Content-Type": "application/x-ndjson", REGISTRY_HEADER: self._registry_id}
         )
@@ -426,7 +437,7 @@ class Gateway:
                 continue
             except TimeoutError:
                 pass  # quiet for so long
-            await self._write(response, b"\n")
+            await self._write(response, self._feed.bookmark(stream) or b"\n")
 
     async def _write(self, response: web.StreamResponse, data: bytes) -> None:
         async with asyncio.timeout(self._limits.stall):
@@ -562,6 +573,13 @@ def _flag(query: Mapping[str, str], name: str) -> bool:
     return text == "true"
 
 
+def _for_agent(query: Mapping[str, str]) -> bool:
+    text = query.get("view", "whole")
+    if text not in ("whole", AGENT_VIEW):
+        raise Refusal(400, "BadRequest", f"view is whole or {AGENT_VIEW}, not {text!r}")
+    return text == AGENT_VIEW
+
+
 def _number(query: Mapping[str, str], name: str) -> int:
     text = query.get(name, "")
     if not (text.isascii() and text.isdigit() and len(text) <= 19):
@@ -583,6 +601,22 @@ def _seconds(query: Mapping[str, str]) -> float | None:
 
 def _bytes(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A listed resource as JSON."""
+
+    mesh: str
+    whole: bytes
+    for_agent: bytes
+
+
+def _rendered(resource: Mesh | Peer) -> _Rendered:
+    whole, less = _bytes(resources.to_dict(resource)), projected(resource)
+    return _Rendered(
+        _mesh_of(resource), whole, whole if less == resource else _bytes(resources.to_dict(less))
+    )
 
 
 def _json(value: object, *, code: int = 200) -> web.Response:

@@ -3,7 +3,8 @@
 The type says what a reader wants to know of it: a peer that is new is a peerJoin, one whose published
 endpoints changed a peerMove, one that was removed (its tombstone, then its deletion) a peerLeave, any other
 change of a peer a peerConn, any change of a mesh a meshUpdate. A sealed datagram that passes the courier
-travels as an event too, and belongs to no history.
+travels as an event too, and belongs to no history. So does a bookmark: it tells a stream from which changes
+were left out, since its reader does not act on them, up to which revision it is.
 
 Extensions of CloudEvents: `scoperevision`, the registry's number of the change (a string, as CloudEvents'
 integers have 32 bits), and `scopedeleted`, true when the resource is gone and `data` is its last state.
@@ -12,13 +13,15 @@ integers have 32 bits), and `scopedeleted`, true when the resource is gone and `
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from scope.credentials import base64url
 from scope.model import Kind, Mesh, Peer, PublicKey, kind_of
-from scope.registry.http import COURIER
+from scope.registry.http import BOOKMARK, COURIER
 from scope.registry.port import Deleted, Put
 from scope.resources import to_dict
+from scope_operator.gateway.projection import is_told, projected
 
 PEER_JOIN = "cc.ltgc.scope:peerJoin"
 PEER_CONN = "cc.ltgc.scope:peerConn"
@@ -37,6 +40,7 @@ class Event:
     uid: str
     mesh: str
     line: bytes  # the CloudEvent, ending with a line feed
+    agent_line: bytes | None  # what agents of others are told; None: nothing that they act on
     removes: bool = False  # the peer has no business here any more
 
 
@@ -76,14 +80,19 @@ def event_of(change: Put | Deleted, before: Mesh | Peer | None, *, time: str) ->
     }
     if deleted:
         fields["scopedeleted"] = True
-    fields["data"] = to_dict(resource)
+    line = _line(fields, resource)
+    agent_line = None
+    if deleted or is_told(before, resource):
+        less = projected(resource)
+        agent_line = line if less == resource else _line(fields, less)
     return Event(
         revision=change.revision.number,
         kind=kind_of(resource),
         name=resource.meta.name,
         uid=resource.meta.uid,
         mesh=resource.meta.name if isinstance(resource, Mesh) else resource.spec.mesh,
-        line=json.dumps(fields, separators=(",", ":")).encode() + b"\n",
+        line=line,
+        agent_line=agent_line,
         removes=isinstance(resource, Peer) and (deleted or resource.assignment.tombstone is not None),
     )
 
@@ -99,4 +108,22 @@ def courier_line(registry: str, sender: PublicKey, datagram: bytes, *, number: i
         "datacontenttype": "application/json",
         "data": {"sender": base64url(sender.raw), "datagram": base64url(datagram)},
     }
-    return json.dumps(fields, separators=(",", ":")).encode() + b"\n"
+    return _line(fields)
+
+
+def bookmark_line(registry: str, revision: int, *, time: str) -> bytes:
+    """The event that says up to which revision its stream is, ending with a line feed."""
+    fields = {
+        "specversion": "1.0",
+        "id": f"bookmark-{revision}",
+        "source": f"/registries/{registry}",
+        "type": BOOKMARK,
+        "time": time,
+        "scoperevision": str(revision),
+    }
+    return _line(fields)
+
+
+def _line(fields: Mapping[str, object], resource: Mesh | Peer | None = None) -> bytes:
+    whole = fields if resource is None else {**fields, "data": to_dict(resource)}
+    return json.dumps(whole, separators=(",", ":")).encode() + b"\n"

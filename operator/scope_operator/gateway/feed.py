@@ -3,7 +3,8 @@
 One feed follows the registry for all streams: it lists, watches both kinds, turns each change into one
 event (the type needs the state before, which the feed keeps) and holds the newest in memory. A stream is a
 cursor into them, so a slow reader costs no memory: once what it has not read is no longer kept it is told
-to list again. Each stream besides has a short queue of sealed datagrams that the courier brings.
+to list again. A stream for an agent leaves out what agents do not act on (`projection`), and says at times how
+far it is. Each stream besides has a short queue of sealed datagrams that the courier brings.
 
 In-process registries wake both watches in one pass of the event loop, and the feed takes all that has arrived
 before it appends, in the order of revisions: a reader may resume from the last revision that it saw.
@@ -22,7 +23,7 @@ from itertools import islice
 from scope.model import Kind, Mesh, Peer, PublicKey, Revision
 from scope.registry.port import Deleted, Gone, Put, Registry, RegistryError, Unavailable
 from scope_operator.gateway.errors import Refusal
-from scope_operator.gateway.events import Event, courier_line, event_of
+from scope_operator.gateway.events import Event, bookmark_line, courier_line, event_of
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class Stream:
     mesh: str | None
     since: int
     cursor: int
+    for_agent: bool = False  # leave out what an agent does not act on
+    told: int = 0  # the revision that its reader knows to have reached
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     datagrams: deque[bytes] = field(default_factory=deque)
     ended: Refusal | None = None
@@ -152,10 +155,13 @@ class Feed:
 
     # --- streams ------------------------------------------------------------------------------------------
 
-    async def open(self, peer: Peer | None, mesh: str | None, since: Revision) -> Stream:
+    async def open(
+        self, peer: Peer | None, mesh: str | None, since: Revision, *, for_agent: bool = False
+    ) -> Stream:
         """A stream of what changed in `mesh` (None: in all) after `since`, for `peer` or an administrator.
 
-        A peer's older stream ends. Raises Gone, Unavailable.
+        `for_agent`: of what an agent acts on, and of all that concerns `peer` itself. A peer's older stream
+        ends. Raises Gone, Unavailable.
         """
         if not self.ready.is_set():
             raise Unavailable("the gateway is reading its registry: try again in a second")
@@ -176,7 +182,7 @@ class Feed:
         if older is not None:
             older.end(Refusal(409, "Conflict", "a newer stream of the same peer took this one's place"))
             self.close(older)
-        stream = Stream(peer, mesh, since.number, self._first)
+        stream = Stream(peer, mesh, since.number, self._first, for_agent=for_agent, told=since.number)
         self._streams.add(stream)
         if peer is not None and peer.report is not None:
             self._of_peer[peer.meta.uid] = stream
@@ -206,8 +212,10 @@ class Feed:
             skipped += 1
             if event.revision <= stream.since:
                 continue
-            if stream.mesh is None or event.mesh == stream.mesh:
-                lines.append(event.line)
+            line = _line_for(stream, event)
+            if line is not None:
+                lines.append(line)
+                stream.told = event.revision
             if event.removes and stream.peer is not None and event.uid == stream.peer.meta.uid:
                 stream.ended = removed(event.name)
                 break
@@ -215,6 +223,15 @@ class Feed:
         if stream.cursor < self._first + len(self._history):
             stream.wake.set()
         return lines
+
+    def bookmark(self, stream: Stream) -> bytes | None:
+        """The line that tells how far an agent's stream is; None where its last line told that."""
+        if not stream.for_agent or stream.cursor < self._first + len(self._history):
+            return None  # what is left out of an administrator's stream is another mesh's
+        if stream.told >= self._newest:
+            return None
+        stream.told = self._newest
+        return bookmark_line(self._registry_id, self._newest, time=self._time())
 
     def counts(self) -> tuple[int, int]:
         """How many streams are open: of peers, of administrators."""
@@ -272,6 +289,14 @@ class Feed:
             pass
         peer = self.peers.get(name)
         return peer if peer is not None and peer.meta.uid == uid else None
+
+
+def _line_for(stream: Stream, event: Event) -> bytes | None:
+    """What the reader is told of a change; None: nothing."""
+    if stream.mesh is not None and event.mesh != stream.mesh:
+        return None
+    is_own = stream.peer is not None and event.uid == stream.peer.meta.uid
+    return event.agent_line if stream.for_agent and not is_own else event.line
 
 
 def removed(name: str) -> Refusal:
