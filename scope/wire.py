@@ -25,7 +25,8 @@ A message is one byte of type and then:
     2 Pong         transaction u32, has_session u8, received u64, observed endpoint
     3 Nominate     sequence u32, there endpoint, here endpoint
     4 Nominated    sequence u32
-    5 CallMeMaybe  count u8, then for each candidate: kind u8, endpoint
+    5 CallMeMaybe  count u8, then for each candidate: kind u8, endpoint;
+                   count u8, then that many opened endpoints (absent: none)
     6 Forward      to 32 bytes, length u16, datagram
     7 Forwarded    sender 32 bytes, length u16, datagram
     8 Removed      mesh uid, peer uid (each: length u8, UTF-8), key 32, signer 32, signature 64
@@ -114,9 +115,14 @@ class Nominated:
 
 @dataclass(frozen=True, slots=True)
 class CallMeMaybe:
-    """The call "punch towards me now", with at most MAX_CANDIDATES candidates of the sender."""
+    """The call "punch towards me now", with at most MAX_CANDIDATES candidates of the sender.
+
+    `opened` are endpoints of the receiver, at most MAX_CANDIDATES: the sender has just sent towards them, so
+    that its NAT lets in what comes from there.
+    """
 
     candidates: tuple[Candidate, ...]
+    opened: tuple[Endpoint, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,8 +251,13 @@ def encode_message(message: Message) -> bytes:
         case CallMeMaybe():
             if len(message.candidates) > MAX_CANDIDATES:
                 raise ValueError(f"at most {MAX_CANDIDATES} candidates, not {len(message.candidates)}")
+            if len(message.opened) > MAX_CANDIDATES:
+                raise ValueError(f"at most {MAX_CANDIDATES} opened endpoints, not {len(message.opened)}")
             listed = b"".join(map(_encode_candidate, message.candidates))
-            return bytes((_Type.CALL_ME_MAYBE, len(message.candidates))) + listed
+            body = bytes((_Type.CALL_ME_MAYBE, len(message.candidates))) + listed
+            if not message.opened:
+                return body
+            return body + bytes((len(message.opened),)) + b"".join(map(_encode_endpoint, message.opened))
         case Forward():
             return _encode_forward(_Type.FORWARD, message.to, message.datagram)
         case Forwarded():
@@ -280,7 +291,11 @@ def decode_message(body: bytes) -> Message:
             count = reader.u8()
             if count > MAX_CANDIDATES:
                 raise WireError(f"a call-me-maybe with {count} candidates; {MAX_CANDIDATES} are allowed")
-            return CallMeMaybe(candidates=tuple(reader.candidate() for _ in range(count)))
+            candidates = tuple(reader.candidate() for _ in range(count))
+            count = reader.u8() if reader.has_more else 0
+            if count > MAX_CANDIDATES:
+                raise WireError(f"a call-me-maybe with {count} opened endpoints; {MAX_CANDIDATES} are allowed")
+            return CallMeMaybe(candidates, opened=tuple(reader.endpoint() for _ in range(count)))
         case _Type.FORWARD:
             return Forward(to=reader.key(), datagram=reader.datagram())
         case _Type.FORWARDED:
@@ -379,6 +394,10 @@ class _Reader:
         field = self._data[self._offset : end]
         self._offset = end
         return field
+
+    @property
+    def has_more(self) -> bool:
+        return self._offset < len(self._data)
 
     def u8(self) -> int:
         return self.take(1)[0]

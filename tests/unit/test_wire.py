@@ -61,7 +61,11 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Pong, u32, endpoints, st.booleans(), u64),
     st.builds(Nominate, u32, endpoints, endpoints),
     st.builds(Nominated, u32),
-    st.builds(CallMeMaybe, st.lists(candidates, max_size=MAX_CANDIDATES).map(tuple)),
+    st.builds(
+        CallMeMaybe,
+        st.lists(candidates, max_size=MAX_CANDIDATES).map(tuple),
+        opened=st.lists(endpoints, max_size=MAX_CANDIDATES).map(tuple),
+    ),
     st.builds(Forward, keys, datagrams),
     st.builds(Forwarded, keys, datagrams),
     st.builds(Removed, st.builds(Tombstone, uids, uids, keys, keys, signatures)),
@@ -112,6 +116,10 @@ def test_any_bytes_are_a_message_or_a_wire_error(body: bytes) -> None:
         (
             CallMeMaybe((Candidate(HERE, CandidateKind.MAPPED),)),
             "05 01 05 00000000000000000000ffffc0000207 ca6c",
+        ),
+        (
+            CallMeMaybe((Candidate(HERE, CandidateKind.MAPPED),), opened=(THERE,)),
+            "05 01 05 00000000000000000000ffffc0000207 ca6c 01 20010db8000000000000000000000007 01bb",
         ),
         (Forward(KEY, datagram()), f"06 {KEY.raw.hex()} 0040 {datagram().hex()}"),
         (Forwarded(KEY, datagram()), f"07 {KEY.raw.hex()} 0040 {datagram().hex()}"),
@@ -233,6 +241,7 @@ def test_a_field_out_of_bounds_is_refused(body: str, why: str) -> None:
         Nominate(2**32, HERE, THERE),
         Nominated(-1),
         CallMeMaybe((Candidate(HERE, CandidateKind.HOST),) * (MAX_CANDIDATES + 1)),
+        CallMeMaybe((), opened=(HERE,) * (MAX_CANDIDATES + 1)),
         Forward(KEY, b"not a datagram"),
         Forwarded(KEY, datagram(bytes(MAX_FORWARDED - wire.MIN_DATAGRAM + 1))),
         Removed(Tombstone("", "p", KEY, KEY, bytes(64))),
@@ -248,7 +257,8 @@ def test_what_would_be_refused_is_not_written(message: Message) -> None:
 def test_the_largest_messages_fit_into_one_datagram() -> None:
     forward = encode_message(Forward(KEY, datagram(bytes(MAX_FORWARDED - wire.MIN_DATAGRAM))))
     assert len(datagram(forward)) == MAX_DATAGRAM
-    call = encode_message(CallMeMaybe((Candidate(THERE, CandidateKind.HOST),) * MAX_CANDIDATES))
+    candidates = (Candidate(THERE, CandidateKind.HOST),) * MAX_CANDIDATES
+    call = encode_message(CallMeMaybe(candidates, opened=(HERE,) * MAX_CANDIDATES))
     assert len(datagram(call)) <= MAX_FORWARDED  # it reaches its receiver over a third one
     with pytest.raises(ValueError, match="at most"):
         pack_header(
@@ -259,3 +269,9 @@ def test_the_largest_messages_fit_into_one_datagram() -> None:
             receiver=bytes(12),
             counter=0,
         )
+
+
+def test_a_call_of_an_earlier_release_says_nothing_of_what_it_opened() -> None:
+    body = encode_message(CallMeMaybe((Candidate(HERE, CandidateKind.HOST),), opened=(THERE,)))
+    older = body[: -1 - 18]
+    assert decode_message(older) == CallMeMaybe((Candidate(HERE, CandidateKind.HOST),))
