@@ -1,8 +1,9 @@
 """Keeps a registry's meshes and peers as they should be, over any Registry: cache, queue, plan, write.
 
-The decisions are `plan.planner`'s. This shell lists and watches both kinds, hands every fact to the planner,
-does the actions that it gives, at most 64 at once, and tells it how they ended. A write names the revision it
-was planned from; on a conflict the resource is read and planned again, so no write of another is undone, a
+The decisions are `plan.planner`'s. This shell hands it every fact, does the actions that it gives, at most 64
+at once, and tells it how they ended. Facts are either followed here (`follow`: list and watch, the embedded
+registry) or pushed from outside (`take`: whoever watches a cluster). A write names the revision it was
+planned from; on a conflict the resource is read and planned again, so no write of another is undone, a
 tombstone least of all. What the registry refuses for now is tried again with backoff, longer each time.
 
 Nothing is written at rest. A new peer is planned as soon as its fact arrives.
@@ -12,24 +13,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import assert_never
 
-from scope.model import Kind, PublicKey, Reflector, Resource
+from scope.model import Kind, PublicKey, Reflector, Resource, Revision
 from scope.registry.port import (
+    AlreadyExists,
     Conflict,
     Deleted,
     Gone,
-    Listed,
     Liveness,
     NotFound,
     Put,
     Registry,
     RegistryError,
 )
+from scope_operator.plan.nodes import NodeDeleted, NodePeers, NodePut, NodesListed
 from scope_operator.plan.planner import (
     Action,
+    CreatePeer,
     DeletePeer,
     Planner,
     WriteAssignment,
@@ -39,8 +42,10 @@ from scope_operator.plan.planner import (
 
 log = logging.getLogger(__name__)
 
+KINDS = (Kind.MESH, Kind.PEER)
 HEAR_INTERVAL = 5.0  # seconds: `online` is right to this, and reading 10,000 ages takes milliseconds
 SWEEP_INTERVAL = 60.0  # seconds: what time alone brings about (expiry, freed addresses) is a matter of days
+CONFIRM_INTERVAL = 5.0  # seconds between looks whether Nodes are to be listed anew
 FIRST_BACKOFF = 0.5  # seconds
 MAX_BACKOFF = 30.0  # seconds: an outage that ends is noticed within half a minute
 
@@ -56,6 +61,16 @@ class ReconcileHealth:
     error_age: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class Done:
+    """How a write ended; `stored` is the resource afterwards, None where there is none."""
+
+    action: Action
+    stored: Resource | None
+    error: RegistryError | None
+    seconds: float
+
+
 def backoff(failures: int, *, uniform: Callable[[float, float], float]) -> float:
     """Seconds to wait after the `failures`-th failure in a row, from 1 on: doubled each time, jittered."""
     longest = min(MAX_BACKOFF, FIRST_BACKOFF * 2.0 ** min(failures - 1, 16))
@@ -65,7 +80,8 @@ def backoff(failures: int, *, uniform: Callable[[float, float], float]) -> float
 class Reconciler:
     """One for each registry. `now` is monotonic, `uniform` draws the jitter (`random.uniform`).
 
-    `liveness` is the registry where it keeps heartbeats in this process; without it `online` is left alone.
+    `liveness` is where heartbeats are known in this process; without it `online` is left alone. `nodes` and
+    `list_nodes` (given the newest revision known) are a cluster's. `told` hears how each write ended.
     """
 
     def __init__(
@@ -78,6 +94,9 @@ class Reconciler:
         uniform: Callable[[float, float], float],
         signing_key: PublicKey | None = None,
         reflectors: tuple[Reflector, ...] = (),
+        nodes: NodePeers | None = None,
+        list_nodes: Callable[[], Awaitable[NodesListed]] | None = None,
+        told: Callable[[Done], None] = lambda _: None,
     ) -> None:
         self._registry = registry
         self._liveness = liveness
@@ -89,10 +108,12 @@ class Reconciler:
             tells_liveness=liveness is not None,
             signing_key=signing_key,
             reflectors=reflectors,
+            nodes=nodes,
         )
+        self._list_nodes = list_nodes
+        self._told = told
         self._wake = asyncio.Event()
         self._failures: dict[tuple[Kind, str], int] = {}
-        self._listed: set[Kind] = set()
         self._event_at: float | None = None
         self._error_at: float | None = None
         self._error = ""
@@ -102,18 +123,27 @@ class Reconciler:
         """How it goes."""
         now = self._now()
         return ReconcileHealth(
-            listed={Kind.MESH, Kind.PEER} <= self._listed,
+            listed=self._planner.is_listed,
             event_age=None if self._event_at is None else now - self._event_at,
             queue=self._planner.depth,
             last_error=self._error,
             error_age=None if self._error_at is None else now - self._error_at,
         )
 
+    def take(self, fact: Put | Deleted | NodePut | NodeDeleted) -> None:
+        """Take what a watch outside of this shell told."""
+        self._planner.take(fact)
+        self._heard()
+
+    async def list_all(self) -> None:
+        """List everything once and compare: what a watch missed is found. Raises RegistryError."""
+        for kind in KINDS:
+            await self._list(kind)
+        await self._list_the_nodes()
+
     async def run(self) -> None:
-        """Run until cancelled; a registry that closes is left at rest."""
+        """Plan and write until cancelled, from the facts that are taken."""
         async with asyncio.TaskGroup() as tasks:
-            for kind in (Kind.MESH, Kind.PEER):
-                tasks.create_task(self._follow(kind))
             tasks.create_task(self._every(SWEEP_INTERVAL, self._planner.sweep))
             if self._liveness is not None:
                 liveness = self._liveness
@@ -123,19 +153,25 @@ class Reconciler:
                         lambda: self._planner.hear(liveness.seconds_since_heartbeat(), now=self._now()),
                     )
                 )
+            if self._list_nodes is not None:
+                tasks.create_task(self._confirm())
             await self._work(tasks)
+
+    async def follow(self) -> None:
+        """Follow the registry and write, until cancelled; a registry that closes is left at rest."""
+        async with asyncio.TaskGroup() as tasks:
+            for kind in KINDS:
+                tasks.create_task(self._follow(kind))
+            await self.run()
 
     async def _follow(self, kind: Kind) -> None:
         """Keep the planner's cache of a kind: list, watch, and list again when the watch breaks."""
         failures = 0
         while True:
             try:
-                listed = await self._registry.list(kind)
-                self._take(listed)
-                self._listed.add(kind)
-                async for fact in self._registry.watch(kind, listed.revision):
+                async for fact in self._registry.watch(kind, await self._list(kind)):
                     failures = 0
-                    self._take(fact)
+                    self.take(fact)
                 return
             except Gone as error:
                 log.info("reconcile.relist kind=%s reason=%s", kind, error)
@@ -143,6 +179,35 @@ class Reconciler:
                 self._note(error)
             failures += 1
             await asyncio.sleep(backoff(failures, uniform=self._uniform))
+
+    async def _list(self, kind: Kind) -> Revision:
+        after = self._planner.seen(kind)
+        listed = await self._registry.list(kind)
+        self._planner.take(listed, after=after)
+        self._heard()
+        return listed.revision
+
+    async def _list_the_nodes(self) -> None:
+        if self._list_nodes is not None:
+            self._planner.take(await self._list_nodes())
+            self._heard()
+
+    async def _confirm(self) -> None:
+        """List Nodes whenever peers wait for that to go."""
+        failures = 0
+        while True:
+            due = self._planner.nodes_due(now=self._now())
+            if due is not None and due <= self._now():
+                try:
+                    await self._list_the_nodes()
+                    failures = 0
+                except RegistryError as error:
+                    self._note(error)
+                    failures += 1
+            # A list that was not complete confirms nothing: it is asked for again, but not at once.
+            await asyncio.sleep(
+                CONFIRM_INTERVAL + (backoff(failures, uniform=self._uniform) if failures else 0)
+            )
 
     async def _every(self, interval: float, step: Callable[[], None]) -> None:
         while True:
@@ -163,16 +228,21 @@ class Reconciler:
                 continue
 
     async def _do(self, action: Action) -> None:
-        key = key_of(action)
+        began = self._now()
+        stored: Resource | None = None
+        error: RegistryError | None = None
         try:
             stored = await self._perform(action)
-        except (Conflict, NotFound):
+        except (AlreadyExists, Conflict, NotFound) as outdated:
+            error = outdated
             await self._read_again(action)
-        except RegistryError as error:
-            self._fail(action, error)
+        except RegistryError as failed:
+            error = failed
+            self._fail(action, failed)
         else:
-            self._failures.pop(key, None)
+            self._failures.pop(key_of(action), None)
             self._planner.succeeded(action, stored)
+        self._told(Done(action, stored, error, self._now() - began))
         self._wake.set()
 
     async def _perform(self, action: Action) -> Resource | None:
@@ -187,8 +257,11 @@ class Reconciler:
                 return await self._registry.update_status(
                     Kind.MESH, meta.name, status, uid=meta.uid, if_revision=meta.revision
                 )
-            case DeletePeer(peer):
-                log.info("reconcile.expired peer=%s uid=%s", peer.meta.name, peer.meta.uid)
+            case CreatePeer(peer, mesh):
+                log.info("reconcile.created peer=%s node=%s", peer.meta.name, peer.spec.node_name)
+                return await self._registry.create(peer)
+            case DeletePeer(peer, why):
+                log.info("reconcile.deleted peer=%s uid=%s why=%s", peer.meta.name, peer.meta.uid, why)
                 await self._registry.delete(Kind.PEER, peer.meta.name, uid=peer.meta.uid)
                 return None
         assert_never(action)
@@ -209,9 +282,8 @@ class Reconciler:
         self._note(error)
         self._planner.failed(action, again_at=self._now() + backoff(failures, uniform=self._uniform))
 
-    def _take(self, fact: Listed | Put | Deleted) -> None:
+    def _heard(self) -> None:
         self._event_at = self._now()
-        self._planner.take(fact)
         self._wake.set()
 
     def _note(self, error: RegistryError) -> None:

@@ -12,6 +12,7 @@ from scope_operator.plan.planner import (
     MAX_IN_FLIGHT,
     MESH_INTERVAL,
     Action,
+    CreatePeer,
     DeletePeer,
     Planner,
     WriteAssignment,
@@ -65,6 +66,8 @@ class World:
             if isinstance(action, DeletePeer):
                 self.store.write(Delete(kind, meta.name, meta.uid))
                 self.planner.succeeded(action, None)
+            elif isinstance(action, CreatePeer):
+                raise AssertionError("there are no Nodes here")
             else:
                 write = UpdateStatus(kind, meta.name, action.part, meta.uid, meta.revision)
                 self.planner.succeeded(action, self.store.write(write))
@@ -411,7 +414,7 @@ def test_a_registry_that_was_restored_is_believed_from_its_list_on() -> None:
     restored = [resource for listed in old.values() for resource in listed.resources]
     world.store.restore(restored, (), number=old[Kind.PEER].revision.number)
     for kind in (Kind.MESH, Kind.PEER):
-        world.planner.take(world.store.list(kind))
+        world.planner.take(world.store.list(kind), after=world.planner.seen(kind))
     world.seen = world.store.revision
     world.settle()
     joined = world.peer(1)

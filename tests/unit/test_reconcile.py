@@ -64,7 +64,7 @@ async def reconciled(registry: Faulty) -> AsyncIterator[Reconciler]:
         wall=lambda: 1_700_000_000.0,
         uniform=lambda low, high: low / 100,
     )
-    task = asyncio.create_task(reconciler.run())
+    task = asyncio.create_task(reconciler.follow())
     try:
         yield reconciler
     finally:

@@ -267,7 +267,7 @@ async def _reconcile(
     """Reconcile; where the reflectors are found elsewhere than before, by a new reconciler that says so."""
     reflectors = await where()
     while True:
-        running = asyncio.create_task(make(reflectors).run())
+        running = asyncio.create_task(make(reflectors).follow())
         try:
             before = reflectors
             while reflectors == before:

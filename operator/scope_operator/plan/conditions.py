@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from scope.model import Condition, IPNetwork, Mesh, Peer
+from scope.model import Condition, IPAddress, IPNetwork, Mesh, Peer
 
 READY = "Ready"
 ADDRESSES_EXHAUSTED = "AddressesExhausted"
 ROUTE_CONFLICT = "RouteConflict"
+PORT_CONFLICT = "PortConflict"
+ADDRESS_CONFLICT = "AddressConflict"
 REMOVED = "Removed"  # its `changed` is the time of the removal
 
 SHOWN = 3  # names in a message: enough to start looking, short enough for a terminal
@@ -36,6 +38,23 @@ class RouteConflict:
     holder: str
 
 
+@dataclass(frozen=True, slots=True)
+class AddressConflict:
+    """An address of a peer that `holder` had first, so that the peer has another one now."""
+
+    address: IPAddress
+    holder: str
+
+
+@dataclass(frozen=True, slots=True)
+class PortConflict:
+    """A fixed port that an older mesh, `holder`, has on the same Nodes."""
+
+    port: int
+    holder: str
+    nodes: tuple[str, ...]  # names, sorted
+
+
 def mesh_conditions(
     mesh: Mesh,
     *,
@@ -43,11 +62,14 @@ def mesh_conditions(
     without_address: Iterable[str],
     conflicting: Iterable[str],
     wall: float,
+    ports: PortConflict | None = None,
+    impostor: str = "",
 ) -> tuple[Condition, ...]:
     """The conditions of a mesh.
 
     `overlaps` is an older mesh whose address space this one overlaps, `without_address` the peers for which
-    no address was left, `conflicting` those with a route that another has.
+    no address was left, `conflicting` those with a route that another has. `impostor` is this cluster's name
+    where another cluster has it in the mesh.
     """
     lacking, disputed = tuple(without_address), tuple(conflicting)
     exhausted = Failure(
@@ -59,12 +81,22 @@ def mesh_conditions(
         "RoutesOverlap",
         f"routes of {_some(disputed)} overlap others' and are not used: see the peers' conditions",
     )
-    chain = (_overlap(overlaps) if overlaps else None, exhausted if lacking else None)
-    return (
-        _ready(mesh.status.conditions, chain, "every peer has its addresses", wall),
-        _problem(mesh.status.conditions, ADDRESSES_EXHAUSTED, exhausted if lacking else None, wall),
-        _problem(mesh.status.conditions, ROUTE_CONFLICT, conflict if disputed else None, wall),
+    chain = (
+        _impostor(impostor) if impostor else None,
+        _overlap(overlaps) if overlaps else None,
+        exhausted if lacking else None,
+        _port_taken(ports) if ports else None,
     )
+    earlier = mesh.status.conditions
+    told = (
+        _ready(earlier, chain, "every peer has its addresses", wall),
+        _problem(earlier, ADDRESSES_EXHAUSTED, exhausted if lacking else None, wall),
+        _problem(earlier, ROUTE_CONFLICT, conflict if disputed else None, wall),
+    )
+    # Only where there are Nodes, and two meshes, can this be: elsewhere it is left out.
+    if ports is None and all(each.type != PORT_CONFLICT for each in earlier):
+        return told
+    return (*told, _problem(earlier, PORT_CONFLICT, _port_taken(ports) if ports else None, wall))
 
 
 def peer_conditions(
@@ -75,8 +107,13 @@ def peer_conditions(
     conflict: RouteConflict | None,
     online: bool,
     wall: float,
+    moved: AddressConflict | None = None,
 ) -> tuple[Condition, ...]:
-    """The conditions of a peer that is not removed; what is no problem is left out, for the sake of etcd."""
+    """The conditions of a peer that is not removed; what is no problem is left out, for the sake of etcd.
+
+    An address that was claimed twice is put right by the write that says so: that condition is False and
+    stays, to tell why the peer has another address than it had.
+    """
     chain = (
         None if mesh else _no_mesh(peer),
         Failure("NoKeys", "its agent has not reported keys: start scope-agent there")
@@ -88,14 +125,35 @@ def peer_conditions(
         None if online else Failure("Offline", "nothing heard for 180 s: is scope-agent running there?"),
     )
     earlier = peer.assignment.conditions
-    ready = _ready(earlier, chain, "online, with an address", wall)
-    if conflict is None:
-        return (ready,)
-    failure = Failure(
-        "RoutesOverlap",
-        f"its route {conflict.route} overlaps one of {conflict.holder}, which had it first: remove one",
+    told = [_ready(earlier, chain, "online, with an address", wall)]
+    if conflict is not None:
+        failure = Failure(
+            "RoutesOverlap",
+            f"its route {conflict.route} overlaps one of {conflict.holder}, which had it first: remove one",
+        )
+        told.append(_problem(earlier, ROUTE_CONFLICT, failure, wall))
+    if moved is not None:
+        message = f"{moved.address} is {moved.holder}'s, which had it first: this peer was given another"
+        told.append(Condition(ADDRESS_CONFLICT, "False", "GivenAnother", message, wall))
+    else:
+        told.extend(each for each in earlier if each.type == ADDRESS_CONFLICT)
+    return tuple(told)
+
+
+def _impostor(cluster: str) -> Failure:
+    return Failure(
+        "ClusterNameTaken",
+        f"another cluster is called {cluster} in this mesh: start this cluster's operator with another "
+        "--cluster-name; its Nodes are no peers until then",
     )
-    return (ready, _problem(earlier, ROUTE_CONFLICT, failure, wall))
+
+
+def _port_taken(conflict: PortConflict) -> Failure:
+    return Failure(
+        "PortTaken",
+        f"UDP port {conflict.port} is ScopeMesh {conflict.holder}'s on {_some(conflict.nodes)}: change "
+        "spec.listenPort, or leave it out and each agent picks a free one",
+    )
 
 
 def _overlap(older: Mesh) -> Failure:

@@ -8,10 +8,15 @@ resource is not planned again, so a slow registry never has two writes of one re
 
 Peers are planned at once, since a peer without an address is waiting for it; a mesh's status, which counts
 them, at most every `MESH_INTERVAL` seconds. `now` is monotonic, `wall` is in resources.
+
+On Kubernetes `nodes` says which peers the cluster's Nodes ask for; the planner creates and deletes those.
+Facts may come from several sources at once (a watch, a list of one's own, answers to writes), in any order:
+the newer state of a resource stays, and one that was seen deleted does not come back.
 """
 
 from __future__ import annotations
 
+import enum
 import heapq
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +24,7 @@ from typing import TypeAlias
 
 from scope.model import (
     Assignment,
+    Cluster,
     IPAddress,
     Kind,
     Mesh,
@@ -32,10 +38,12 @@ from scope.model import (
 )
 from scope.registry.port import Deleted, Listed, Put
 from scope_operator.plan.conditions import RouteConflict, mesh_conditions
+from scope_operator.plan.nodes import NodeFact, NodePeers
 from scope_operator.plan.routes import route_conflicts
 from scope_operator.plan.status import ALIVE, is_expired, plan_assignment, plan_mesh_status
 
 MESH_INTERVAL = 5.0  # seconds between writes of a mesh's counts: they are for people
+MAX_DELETED = 4096  # uids of deleted resources: what is under way when they go is answered within seconds
 MAX_IN_FLIGHT = 64  # writes under way: enough to fill a batch of the embedded registry, few for an API server
 
 Key: TypeAlias = tuple[Kind, str]
@@ -58,13 +66,29 @@ class WriteMeshStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class DeletePeer:
-    """Delete a peer that was away, or removed, for too long."""
+class CreatePeer:
+    """Create the peer that a Node asks for; `mesh` owns it."""
 
     peer: Peer
+    mesh: Mesh
 
 
-Action: TypeAlias = WriteAssignment | WriteMeshStatus | DeletePeer
+class Why(enum.StrEnum):
+    """Why a peer is deleted."""
+
+    EXPIRED = "Expired"  # away, or removed, for too long
+    NODE_LEFT = "NodeLeft"  # its Node is gone, was made anew, or is not selected any more
+
+
+@dataclass(frozen=True, slots=True)
+class DeletePeer:
+    """Delete a peer."""
+
+    peer: Peer
+    why: Why
+
+
+Action: TypeAlias = WriteAssignment | WriteMeshStatus | CreatePeer | DeletePeer
 
 
 def key_of(action: Action) -> Key:
@@ -72,7 +96,7 @@ def key_of(action: Action) -> Key:
     match action:
         case WriteMeshStatus(mesh=mesh):
             return Kind.MESH, mesh.meta.name
-        case WriteAssignment(peer=peer) | DeletePeer(peer=peer):
+        case WriteAssignment(peer=peer) | CreatePeer(peer=peer) | DeletePeer(peer=peer):
             return Kind.PEER, peer.meta.name
 
 
@@ -90,7 +114,8 @@ class _Members:
 class Planner:
     """The registry side of all meshes of one registry.
 
-    `tells_liveness` says whether `hear` is called: where it is not, something else writes `online`.
+    `tells_liveness` says whether `hear` is called: where it is not, something else writes `online`. `nodes`
+    is about the Nodes of one cluster; without it no peer is created.
     """
 
     def __init__(
@@ -100,8 +125,12 @@ class Planner:
         tells_liveness: bool,
         signing_key: PublicKey | None = None,
         reflectors: tuple[Reflector, ...] = (),
+        nodes: NodePeers | None = None,
     ) -> None:
         self._started = now
+        self._nodes = nodes
+        self._cluster = Cluster(nodes.cluster, nodes.uid) if nodes is not None else None
+        self._deleted: dict[str, None] = {}  # uids, the latest last
         self._tells_liveness = tells_liveness
         self._signing_key = signing_key
         self._reflectors = reflectors
@@ -119,31 +148,66 @@ class Planner:
         self._mesh_due: dict[str, float] = {}
 
     @property
+    def is_listed(self) -> bool:
+        """Whether everything that a plan is made from was listed once."""
+        return {Kind.MESH, Kind.PEER} <= self._listed and (self._nodes is None or self._nodes.is_listed)
+
+    @property
     def depth(self) -> int:
         """How many keys wait, those that wait for a time included."""
         return len(self._queue) + len(self._later)
 
     # --- what is known ------------------------------------------------------------------------------------
 
-    def take(self, fact: Listed | Put | Deleted) -> None:
-        """Take what a list, a watch or the answer to a write says."""
+    def seen(self, kind: Kind) -> Revision | None:
+        """The newest revision that a fact told: what a list that is asked for now is compared with."""
+        return self._seen.get(kind)
+
+    def take(self, fact: Listed | Put | Deleted | NodeFact, *, after: Revision | None = None) -> None:
+        """Take what a list, a watch or the answer to a write says.
+
+        `after` is for lists: what `seen` was when it was asked for. A list older than that was restored.
+        """
         match fact:
             case Listed(kind, revision, resources, complete):
-                if self._went_back(kind, revision):
-                    self._forget_absent(kind, set())
-                if complete:
-                    self._forget_absent(kind, {resource.meta.uid for resource in resources})
-                # The elder of two that claim one address is indexed first, and keeps it.
-                for resource in sorted(resources, key=lambda each: (each.meta.created, each.meta.uid)):
-                    self._put(resource)
-                self._listed.add(kind)
-                self._seen[kind] = revision
+                self._take_list(kind, revision, resources, complete=complete, after=after)
             case Put(resource, revision):
                 self._put(resource)
-                self._seen[kind_of(resource)] = revision
+                self._note(kind_of(resource), revision)
             case Deleted(last, revision):
                 self._forget(last)
-                self._seen[kind_of(last)] = revision
+                self._note(kind_of(last), revision)
+            case _:
+                if self._nodes is not None:
+                    self._nodes.take(fact)
+
+    def _take_list(
+        self,
+        kind: Kind,
+        revision: Revision,
+        resources: tuple[Resource, ...],
+        *,
+        complete: bool,
+        after: Revision | None,
+    ) -> None:
+        if after is not None and (revision.registry != after.registry or revision < after):
+            # Restored, or made anew: what is known says nothing about it.
+            self._deleted.clear()
+            self._forget_absent(kind, set(), revision=None)
+            self._deleted.clear()
+            self._seen.pop(kind, None)
+        if complete:
+            self._forget_absent(kind, {resource.meta.uid for resource in resources}, revision=revision)
+        # The elder of two that claim one address is indexed first, and keeps it.
+        for resource in sorted(resources, key=lambda each: (each.meta.created, each.meta.uid)):
+            self._put(resource)
+        self._listed.add(kind)
+        self._note(kind, revision)
+
+    def _note(self, kind: Kind, revision: Revision) -> None:
+        seen = self._seen.get(kind)
+        if seen is None or seen.registry != revision.registry or seen < revision:
+            self._seen[kind] = revision
 
     def hear(self, ages: Mapping[str, float], *, now: float) -> None:
         """Take the age of every peer's last heartbeat; peers that came or fell silent are planned."""
@@ -164,8 +228,10 @@ class Planner:
         """The next actions; empty when there are none, when enough are under way, or before both kinds are
         listed.
         """
-        if not {Kind.MESH, Kind.PEER} <= self._listed:
+        if not self.is_listed:
             return []
+        if self._nodes is not None:
+            self._queue.update(((Kind.PEER, name), None) for name in self._nodes.judge(now=now))
         while self._later and self._later[0][0] <= now:
             _, key = heapq.heappop(self._later)
             self._delayed.discard(key)
@@ -185,6 +251,10 @@ class Planner:
         self._queue.update(dict.fromkeys(blocked))
         return actions
 
+    def nodes_due(self, *, now: float) -> float | None:
+        """When Nodes are to be listed anew, to confirm that peers are to go (monotonic); None: no need."""
+        return self._nodes.list_due(now=now) if self._nodes is not None else None
+
     def next_time(self) -> float | None:
         """When `plan` is to be called even if nothing happens (monotonic)."""
         return self._later[0][0] if self._later else None
@@ -196,12 +266,15 @@ class Planner:
             self._put(stored)
         elif isinstance(action, DeletePeer):
             self._forget(action.peer)
+            self._queue[key_of(action)] = None  # a Node made anew asks for a peer of the same name
 
     def outdated(self, action: Action, stored: Resource | None) -> None:
         """The resource had changed: here it is as it is now (None: it is gone), to be planned anew."""
         self._undo(action)
         if stored is not None:
             self._put(stored)
+            self._queue[key_of(action)] = None
+        elif isinstance(action, CreatePeer):
             self._queue[key_of(action)] = None
         else:
             self._forget(action.mesh if isinstance(action, WriteMeshStatus) else action.peer)
@@ -220,7 +293,7 @@ class Planner:
         kind, name = key
         if kind is Kind.PEER:
             peer = self._peers.get(name)
-            return self._plan_peer(peer, wall=wall) if peer is not None else None
+            return self._plan_peer(peer, now=now, wall=wall) if peer is not None else self._plan_new(name)
         mesh = self._meshes.get(name)
         if mesh is None:
             return None
@@ -230,11 +303,20 @@ class Planner:
             return None
         return self._plan_mesh(mesh, now=now, wall=wall)
 
-    def _plan_peer(self, peer: Peer, *, wall: float) -> Action | None:
+    def _plan_new(self, name: str) -> Action | None:
+        wanted = self._nodes.missing(name) if self._nodes is not None else None
+        mesh = self._meshes.get(wanted.spec.mesh) if wanted is not None else None
+        return CreatePeer(wanted, mesh) if wanted is not None and mesh is not None else None
+
+    def _plan_peer(self, peer: Peer, *, now: float, wall: float) -> Action | None:
         name, mesh = peer.meta.name, self._meshes.get(peer.spec.mesh)
         members = self._members[peer.spec.mesh]
-        if mesh is not None and self._is_expired(peer, mesh, wall=wall):
-            return DeletePeer(peer)
+        nodes = self._nodes
+        if nodes is not None and nodes.may_go(peer, members=len(members.peers), now=now):
+            return DeletePeer(peer, Why.NODE_LEFT)
+        stays = nodes is not None and nodes.is_wanted(peer)
+        if mesh is not None and not stays and self._is_expired(peer, mesh, wall=wall):
+            return DeletePeer(peer, Why.EXPIRED)
         part = plan_assignment(
             peer,
             mesh=mesh,
@@ -264,7 +346,7 @@ class Planner:
         self._queue[Kind.MESH, peer.spec.mesh] = None
 
     def _plan_mesh(self, mesh: Mesh, *, now: float, wall: float) -> Action | None:
-        members = self._members_of(mesh.meta.name)
+        members, nodes = self._members_of(mesh.meta.name), self._nodes
         part = plan_mesh_status(
             mesh,
             peers=members.peers.values(),
@@ -274,9 +356,12 @@ class Planner:
                 without_address=sorted(members.lacking),
                 conflicting=sorted(members.conflicts),
                 wall=wall,
+                ports=nodes.port_conflict(mesh) if nodes is not None else None,
+                impostor=nodes.cluster if nodes is not None and nodes.is_refused(mesh) else "",
             ),
             signing_key=self._signing_key,
             reflectors=self._reflectors,
+            cluster=self._cluster,
         )
         if part == mesh.status:
             return None
@@ -301,12 +386,9 @@ class Planner:
     def _members_of(self, mesh: str) -> _Members:
         return self._members.setdefault(mesh, _Members())
 
-    def _went_back(self, kind: Kind, revision: Revision) -> bool:
-        """Whether the registry was restored or made anew: what is known says nothing about it then."""
-        seen = self._seen.get(kind)
-        return seen is not None and (revision.registry != seen.registry or revision < seen)
-
     def _put(self, resource: Resource) -> None:
+        if resource.meta.uid in self._deleted:
+            return
         match resource:
             case Mesh(meta=meta):
                 before = self._meshes.get(meta.name)
@@ -314,6 +396,8 @@ class Planner:
                     return
                 self._meshes[meta.name] = resource
                 self._queue[Kind.MESH, meta.name] = None
+                if self._nodes is not None:
+                    self._nodes.put_mesh(resource)
                 if before is None or before.meta.uid != meta.uid or before.spec != resource.spec:
                     self._mesh_changed(meta.name)
             case Peer(meta=meta):
@@ -321,7 +405,7 @@ class Planner:
                 if _is_old(resource, known):
                     return
                 if known is not None and known.spec.mesh != resource.spec.mesh:
-                    self._forget(known)
+                    self._unindex(known)
                 self._index(resource)
                 self._queue[Kind.PEER, meta.name] = None
                 self._queue[Kind.MESH, resource.spec.mesh] = None
@@ -333,6 +417,8 @@ class Planner:
         name, members = peer.meta.name, self._members_of(peer.spec.mesh)
         before = members.peers.get(name)
         self._peers[name] = members.peers[name] = peer
+        if self._nodes is not None:
+            self._nodes.put_peer(peer)
         holds = {interface.ip for interface in peer.assignment.addresses}
         held = {interface.ip for interface in before.assignment.addresses} if before is not None else set()
         self._release(members, name, held - holds)
@@ -348,12 +434,20 @@ class Planner:
             self._judge_routes(peer.spec.mesh)
 
     def _forget(self, resource: Resource) -> None:
+        self._deleted[resource.meta.uid] = None
+        if len(self._deleted) > MAX_DELETED:
+            del self._deleted[next(iter(self._deleted))]
+        self._unindex(resource)
+
+    def _unindex(self, resource: Resource) -> None:
         name = resource.meta.name
         if isinstance(resource, Mesh):
             known: Resource | None = self._meshes.get(name)
             if known is not None and known.meta.uid == resource.meta.uid:
                 del self._meshes[name]
                 self._mesh_due.pop(name, None)
+                if self._nodes is not None:
+                    self._nodes.drop_mesh(name)
                 self._mesh_changed(name)
         elif isinstance(resource, Peer):
             peer = self._peers.get(name)
@@ -365,12 +459,16 @@ class Planner:
             self._release(members, name, {interface.ip for interface in peer.assignment.addresses})
             if members.routed.pop(name, None) is not None:
                 self._judge_routes(peer.spec.mesh)
+            if self._nodes is not None:
+                self._nodes.drop_peer(peer)
             self._queue[Kind.MESH, peer.spec.mesh] = None
 
-    def _forget_absent(self, kind: Kind, present: set[str]) -> None:
+    def _forget_absent(self, kind: Kind, present: set[str], *, revision: Revision | None) -> None:
+        """Forget who is not `present` in a list of this revision; what is newer than the list stays."""
         known: Iterable[Resource] = self._meshes.values() if kind is Kind.MESH else self._peers.values()
         for resource in [each for each in known if each.meta.uid not in present]:
-            self._forget(resource)
+            if revision is None or resource.meta.revision <= revision.number:
+                self._forget(resource)
 
     def _release(self, members: _Members, name: str, addresses: Iterable[IPAddress]) -> None:
         """Free what `name` holds of `addresses`; whoever found none left is planned again."""

@@ -11,8 +11,10 @@ from dataclasses import replace
 
 from scope.model import (
     Assignment,
+    Cluster,
     Condition,
     IPAddress,
+    IPInterface,
     Mesh,
     MeshCounts,
     MeshStatus,
@@ -21,7 +23,7 @@ from scope.model import (
     Reflector,
 )
 from scope_operator.plan.addresses import Assigned, assign_addresses, is_released, removed_at
-from scope_operator.plan.conditions import RouteConflict, peer_conditions
+from scope_operator.plan.conditions import AddressConflict, RouteConflict, peer_conditions
 from scope_operator.plan.roles import assign_role
 
 ALIVE = 180.0  # seconds that a heartbeat counts for: three of the agents', sent every 60 s
@@ -55,8 +57,24 @@ def plan_assignment(
             conflict=conflict,
             online=online,
             wall=wall,
+            moved=_moved(now.addresses, assigned.addresses, taken=taken, name=peer.meta.name),
         ),
     )
+
+
+def _moved(
+    had: tuple[IPInterface, ...],
+    has: tuple[IPInterface, ...],
+    *,
+    taken: Mapping[IPAddress, str],
+    name: str,
+) -> AddressConflict | None:
+    """The first address that the peer had and that is another's."""
+    for address in (interface.ip for interface in had):
+        holder = taken.get(address, name)
+        if holder != name and address not in (interface.ip for interface in has):
+            return AddressConflict(address, holder=f"ScopePeer {holder}")
+    return None
 
 
 def is_expired(peer: Peer, *, mesh: Mesh, wall: float) -> bool:
@@ -75,14 +93,22 @@ def plan_mesh_status(
     conditions: tuple[Condition, ...],
     signing_key: PublicKey | None,
     reflectors: tuple[Reflector, ...],
+    cluster: Cluster | None = None,
 ) -> MeshStatus:
-    """The status of a mesh with these peers."""
+    """The status of a mesh with these peers; `cluster` is the one whose Nodes are peers of it.
+
+    A cluster's name is kept for the UID with which it first came.
+    """
+    clusters = mesh.status.clusters
+    if cluster is not None and all(each.name != cluster.name for each in clusters):
+        clusters = (*clusters, cluster)
     return MeshStatus(
         signing_key=signing_key,
         reflectors=reflectors,
         counts=count(peers),
         conditions=conditions,
         observed_generation=mesh.meta.generation,
+        clusters=clusters,
     )
 
 
