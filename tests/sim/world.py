@@ -44,6 +44,8 @@ from scope_agent.inputs import (
     WriteReport,
 )
 from scope_agent.state import make_identity
+from scope_operator.gateway.projection import is_told, projected
+from scope_agent.wireguard.device import HoldEndpoint
 
 from scope.channel import Channel, Confirmed, Hello, NotACorrespondent, Received
 from scope.model import (
@@ -53,6 +55,7 @@ from scope.model import (
     Endpoint,
     Family,
     IPInterface,
+    JoinToken,
     Kind,
     Mesh,
     MeshSpec,
@@ -69,9 +72,10 @@ from scope.model import (
     Snapshot,
     Timers,
     Tombstone,
+    kind_of,
 )
 from scope.registry.memory import Create, Delete, Store, Update, UpdateStatus
-from scope.registry.port import Disconnected, RegistryError
+from scope.registry.port import Deleted, Disconnected, Put, RegistryError
 from scope.tombstones import sign_tombstone
 from scope.wire import Forward, Forwarded, Message, Ping, Pong, WireError
 from tests.sim.network import Network, Site
@@ -81,11 +85,14 @@ MESH = "mesh"
 DEFAULT_TIMERS = Timers()
 WALL_START = 1_800_000_000.0
 DEVICE_DELAY = 0.002
+HOLD_DELAY = (0.005, 0.04)  # the packet filter's program is started for each hold
+TURN_DELAY = 0.002  # what another family's packet may lose by going through the agent
 DISK_DELAY = 0.005
 POLL = 0.25  # how often the shell looks at the device's own counters
 RECONNECT, RECONNECT_MAX = 1.0, 30.0
 SPIN_LIMIT = 200  # turns of one timer at one instant
 REFLECTOR_PORTS = (3478, 3479)
+CONTENT = (Kind.MESH, Kind.PEER)  # what a gateway serves
 
 
 class Livelock(AssertionError):
@@ -247,8 +254,11 @@ class Machine:
         self.patience = RECONNECT
         self.generation = 0  # rises at each start and crash: what was scheduled for an earlier run is void
         self.crash_after: int | None = None  # outputs still to be performed
+        self.busy_until = 0.0  # till then nothing that comes to the agent, its timer included, is looked at
         self.disk_fails = False
         self.device_fails = False
+        self.can_hold = True
+        self.holds: dict[PublicKey, tuple[HoldEndpoint, float]] = {}  # and until when
         self.started_at = 0.0
         self.sent: dict[str, int] = {}
         self.on_send: Callable[[Leg, Message], object] | None = None
@@ -339,6 +349,10 @@ class Machine:
         self.connected = False
         self.crash_after = None
 
+    def stall(self, seconds: float) -> None:
+        """Give the agent no share of the processor for so long; what comes meanwhile waits."""
+        self.busy_until = self.world.now + seconds
+
     def restart(self, *, after: float = 0.1) -> None:
         """Kill the agent and start it again."""
         self.crash()
@@ -408,8 +422,20 @@ class Machine:
             return
         if isinstance(payload, bytes):
             self.give(DatagramArrived(payload, Socket(source)))
+        elif isinstance(payload, Transport):
+            self._arrived_data(source, payload)
         else:
             self.device.receive(source, payload)  # type: ignore[arg-type]
+
+    def _arrived_data(self, source: Endpoint, data: Transport) -> None:
+        hold, until = self.holds.get(data.sender, (None, 0.0))
+        if hold is None or self.world.now >= until or source not in hold.against:
+            self.device.receive(source, data)
+        elif hold.endpoint.family is source.family:
+            self.device.receive(hold.endpoint, data)
+        else:
+            delay = TURN_DELAY * self.world.random.random()
+            self.world.after(delay, lambda: self.device.receive(hold.endpoint, data))
 
     def _put(self, to: Endpoint, payload: object, *, ttl: int | None = None) -> None:
         port = self.device.listen_port or (self.agent.listen_port if self.agent else 0)
@@ -438,6 +464,9 @@ class Machine:
     def give(self, event: Input) -> None:
         """Hand one input to the agent and perform what comes out."""
         if self.agent is None:
+            return
+        if self.world.now < self.busy_until:
+            self._later(self.busy_until - self.world.now, lambda: self.give(event))
             return
         self.agent.receive(event, self.world.now)
         self._perform()
@@ -468,6 +497,9 @@ class Machine:
         agent = self.agent
         if agent is None or generation != self.generation or self._armed != due:
             return
+        if self.world.now < self.busy_until:
+            self.world.at(self.busy_until, lambda: self._tick(due, generation))
+            return
         self._armed = None
         wanted = agent.get_timer()
         if wanted is not None and wanted <= self.world.now:
@@ -492,7 +524,9 @@ class Machine:
                     self.world.registry.carry(self, leg.to, data)
             case DeviceBatch():
                 self.batches.append((self.world.now, output))
-                self._later(DEVICE_DELAY, lambda: self._apply(output))
+                holds = sum(isinstance(action, HoldEndpoint) for action in output.actions)
+                delay = DEVICE_DELAY + sum(self.world.random.uniform(*HOLD_DELAY) for _ in range(holds))
+                self._later(delay, lambda: self._apply(output))
             case Observe():
                 self._later(DEVICE_DELAY / 2, lambda: self.give(self._observation()))
             case WriteReport():
@@ -513,7 +547,10 @@ class Machine:
             self.give(Failed(Target.DEVICE, "the device does not answer"))
             return
         for action in batch.actions:
-            self.device.apply(action)
+            if not isinstance(action, HoldEndpoint):
+                self.device.apply(action)
+            elif self.can_hold:
+                self.holds[action.key] = (action, self.world.now + action.seconds)
         self.give(Applied(Target.DEVICE))
         self.give(self._observation())
 
@@ -668,13 +705,15 @@ class RegistryServer:
         self._forsaken.add(machine.name)
 
     def _write(self, write: Create | Update | UpdateStatus | Delete) -> None:
-        before = self.store.revision
+        since = self.store.revision
+        before = {(kind, r.meta.name): r for kind in CONTENT for r in self.store.list(kind).resources}
         self.store.write(write)
-        for kind in (Kind.MESH, Kind.PEER):
-            for change in self.store.changes_since(kind, before):
+        for kind in CONTENT:
+            for change in self.store.changes_since(kind, since):
                 for machine in self.world.machines:
-                    if machine.connected:
-                        self._tell(machine, FactArrived(change))
+                    told = _told(machine, change, before) if machine.connected else None
+                    if told is not None:
+                        self._tell(machine, FactArrived(told))
 
     def _tell(self, machine: Machine, event: Input) -> None:
         machine._later(self.distance(machine), lambda: machine.give(event))
@@ -707,8 +746,10 @@ class RegistryServer:
         """Send complete lists."""
         if not self.up:
             return
-        self._tell(machine, FactArrived(self.store.list(Kind.MESH)))
-        self._tell(machine, FactArrived(self.store.list(Kind.PEER)))
+        for kind in CONTENT:
+            listed = self.store.list(kind)
+            told = tuple(_seen_by(machine, resource) for resource in listed.resources)
+            self._tell(machine, FactArrived(replace(listed, resources=told)))
 
     def disconnect(self, machine: Machine, reason: str) -> None:
         """Break the machine's stream; it connects again."""
@@ -783,6 +824,26 @@ class RegistryServer:
         for address in self.addresses:
             if address.version == to.address.version:
                 self.world.network.send(self.site, Endpoint(address, port), to, data)
+
+
+def _told(
+    machine: Machine, change: Put | Deleted, before: dict[tuple[Kind, str], Resource]
+) -> Put | Deleted | None:
+    """What the gateway's stream tells an agent of a change; None: nothing."""
+    if isinstance(change, Deleted):
+        return change
+    resource = change.resource
+    was = before.get((kind_of(resource), resource.meta.name))
+    assert isinstance(resource, Mesh | Peer) and not isinstance(was, JoinToken)
+    seen = _seen_by(machine, resource)
+    return replace(change, resource=seen) if seen is resource or is_told(was, resource) else None
+
+
+def _seen_by(machine: Machine, resource: Resource) -> Resource:
+    """What an agent is given of a resource: all of its own peer, of others what it acts on."""
+    if isinstance(resource, JoinToken) or resource.meta.name == machine.name:
+        return resource
+    return projected(resource)
 
 
 def _interface(address: object) -> IPInterface:
