@@ -6,8 +6,16 @@ A peer signs every request with its own Ed25519 key: `Authorization: Bearer <JWT
     sub  the peer's uid             iat  wall clock                 exp  iat + LIFETIME, never more than 60 s
     req  base64url of SHA-256 over METHOD LF TARGET LF BODY, where TARGET is path and query as sent
 
-so that a token stolen from a log is worth nothing for another request, another registry or another minute. An
-administrator sends a bearer secret. The registry's own certificate is known by its pin: SHA-256 over the
+so that a token stolen from a log is worth nothing for another request, another registry or another minute.
+
+The operator of a joined cluster signs in the same way with its cluster's key: `iss` is the cluster's name,
+`sub` the UID of its kube-system namespace, and one claim more, `mesh`. Its header says `typ` CLUSTER_TYPE
+where a peer's says PEER_TYPE (RFC 8725, section 3.11), so a cluster is never taken for a peer of its name,
+nor a peer for a cluster. An agent of a joined cluster sends its ServiceAccount token for the audience
+AUDIENCE, and in two headers the mesh and the cluster under whose keys it holds: what issuers call
+themselves is alike in all clusters.
+
+An administrator sends a bearer secret. The registry's own certificate is known by its pin: SHA-256 over the
 DER of its SubjectPublicKeyInfo, which stays when the certificate is renewed.
 
 The client makes the JWT by hand, since that is four lines; the gateway verifies with a library.
@@ -21,7 +29,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, assert_never
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -32,6 +40,12 @@ from scope.model import Secret
 LIFETIME = 30.0  # seconds that a signed request lives: a slow uplink, and half of what the gateway allows
 MAX_LIFETIME = 60.0  # the gateway keeps every jti this long, so a longer life would cost it memory
 PIN_BYTES = 32
+
+PEER_TYPE = "JWT"
+CLUSTER_TYPE = "scope-cluster+jwt"
+AUDIENCE = "scope-gateway"  # of the tokens that kubelets project for agents
+MESH_HEADER = "Scope-Mesh"
+CLUSTER_HEADER = "Scope-Cluster"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,27 +65,60 @@ class AdminCredential:
     token: Secret
 
 
-Credential: TypeAlias = PeerCredential | AdminCredential
+@dataclass(frozen=True, slots=True)
+class ClusterCredential:
+    """What the operator of a joined cluster signs with; `uid` is its kube-system namespace's.
+
+    `signing` is the 32-byte seed of the Ed25519 key that it joined `mesh` with.
+    """
+
+    mesh: str
+    cluster: str
+    uid: str
+    registry: str
+    signing: Secret
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectedToken:
+    """The file in which a kubelet keeps the ServiceAccount token of an agent of a joined cluster fresh."""
+
+    mesh: str
+    cluster: str
+    path: str
+
+
+SigningCredential: TypeAlias = PeerCredential | ClusterCredential
+Credential: TypeAlias = SigningCredential | AdminCredential | ProjectedToken
 
 
 def authorization(
-    credential: Credential, *, method: str, target: str, body: bytes, wall: float, nonce: bytes
+    credential: SigningCredential | AdminCredential,
+    *,
+    method: str,
+    target: str,
+    body: bytes,
+    wall: float,
+    nonce: bytes,
 ) -> str:
     """The Authorization header of one request; `nonce` is 16 fresh bytes, `wall` the gateway's time."""
+    if isinstance(credential, AdminCredential):
+        return f"Bearer {credential.token.raw.decode('ascii')}"
+    claims: dict[str, str | float] = {
+        "aud": credential.registry,
+        "iat": wall,
+        "exp": wall + LIFETIME,
+        "jti": base64url(nonce),
+        "req": request_digest(method, target, body),
+    }
     match credential:
-        case AdminCredential(token):
-            return f"Bearer {token.raw.decode('ascii')}"
-        case PeerCredential(name, uid, registry, signing):
-            claims: dict[str, str | float] = {
-                "iss": name,
-                "sub": uid,
-                "aud": registry,
-                "iat": wall,
-                "exp": wall + LIFETIME,
-                "jti": base64url(nonce),
-                "req": request_digest(method, target, body),
-            }
-            return f"Bearer {_signed({'alg': 'EdDSA', 'typ': 'JWT'}, claims, signing)}"
+        case PeerCredential(name, uid):
+            kind, claims = PEER_TYPE, {"iss": name, "sub": uid, **claims}
+        case ClusterCredential(mesh, cluster, uid):
+            kind, claims = CLUSTER_TYPE, {"iss": cluster, "sub": uid, "mesh": mesh, **claims}
+        case _:
+            assert_never(credential)
+    return f"Bearer {_signed({'alg': 'EdDSA', 'typ': kind}, claims, credential.signing)}"
 
 
 def request_digest(method: str, target: str, body: bytes) -> str:

@@ -289,12 +289,71 @@ class MeshCounts:
     unreachable: int = 0
 
 
+class Curve(enum.StrEnum):
+    """The elliptic curves on which API servers sign, by their names in a JWK (RFC 7518, section 6.2.1.1)."""
+
+    P256 = "P-256"
+    P384 = "P-384"
+    P521 = "P-521"
+
+
+@dataclass(frozen=True, slots=True)
+class RsaKey:
+    """A public key with which an API server signs tokens; `id` is the `kid` in their headers."""
+
+    id: str
+    modulus: int
+    exponent: int
+
+
+@dataclass(frozen=True, slots=True)
+class EcKey:
+    """A public key with which an API server signs tokens: a point of `curve`."""
+
+    id: str
+    curve: Curve
+    x: int
+    y: int
+
+
+TokenKey: TypeAlias = RsaKey | EcKey
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceAccount:
+    """Who a token of a cluster's API server speaks for."""
+
+    namespace: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class AgentTokens:
+    """By what the tokens of a joined cluster's agents are known: no API server is asked."""
+
+    issuer: str
+    keys: tuple[TokenKey, ...]  # each id once
+    service_account: ServiceAccount
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterTrust:
+    """Who speaks for a cluster that joined from elsewhere."""
+
+    signing_key: PublicKey  # its operator's
+    tokens: AgentTokens
+
+
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """A Kubernetes cluster with Nodes in a mesh: whoever comes with its name must have its UID."""
+    """A Kubernetes cluster with Nodes in a mesh: whoever comes with its name must have its UID.
+
+    `trust` is None for the registry's own cluster.
+    """
 
     name: str
     uid: str  # of its kube-system namespace
+    trust: ClusterTrust | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,13 +41,17 @@ from typing import TypeVar, assert_never
 from scope import model
 from scope.model import (
     Addressing,
+    AgentTokens,
     Assignment,
     Candidate,
     CandidateKind,
     Cluster,
+    ClusterTrust,
     Condition,
     ConfigError,
+    Curve,
     DeviceKind,
+    EcKey,
     Endpoint,
     Family,
     IPAddress,
@@ -73,8 +77,11 @@ from scope.model import (
     Requirement,
     Resource,
     Role,
+    RsaKey,
+    ServiceAccount,
     StatusPart,
     Timers,
+    TokenKey,
     TokenSpec,
     Tombstone,
     kind_of,
@@ -94,7 +101,12 @@ MAX_ROUTES = 64  # the pod, Service and site prefixes of one node; each is an al
 MAX_ADDRESSES = 4  # one of each family, and as many while a mesh moves to new prefixes
 MAX_REFLECTORS = 16  # a mapping class needs two; more than a few add nothing
 MAX_CONDITIONS = 16  # one of each type; the design names five
-MAX_CLUSTERS = 64  # in one mesh; each is a line of its status
+MAX_CLUSTERS = 64  # in one mesh; each is a line of its status, one that joined some kilobytes
+MAX_TOKEN_KEYS = 4  # of one cluster: the one in use, the one before it, and room for another change of keys
+MAX_KEY_ID = 128  # API servers name a key by 43 characters
+MAX_ISSUER = 512  # a URL
+RSA_BITS = range(2048, 8193)  # what is broken soon, to what costs more to check than a request is worth
+MAX_EXPONENT = 2**32 - 1  # 65537 everywhere; libraries take no larger one
 MAX_REQUIREMENTS = 16  # of a selector, labels and expressions each; nobody reads a longer one
 MAX_VALUES = 64  # of one requirement: as many Nodes as a person lists by name
 MAX_USED_BY = 10_000  # machines joined with one token: the largest mesh that Scope is measured with
@@ -254,6 +266,47 @@ def tombstone_to_dict(tombstone: Tombstone) -> dict[str, object]:
         "signer": str(tombstone.signer),
         "signature": base64.b64encode(tombstone.signature).decode(),
     }
+
+
+def parse_cluster(document: object) -> Cluster:
+    """Read the entry of a cluster as it stands in a mesh's status. Raises InvalidResource."""
+    fields = _Fields.of(document, path="cluster", ignore_unknown=False)
+    cluster = _read_cluster(fields)
+    fields.done()
+    return cluster
+
+
+def cluster_to_dict(cluster: Cluster) -> dict[str, object]:
+    """The document of a cluster."""
+    trust = cluster.trust
+    joined = {"signingKey": str(trust.signing_key), **tokens_to_dict(trust.tokens)} if trust else {}
+    return {"name": cluster.name, "uid": cluster.uid, **joined}
+
+
+def parse_tokens(document: object) -> AgentTokens:
+    """Read by what a cluster's agents are known. Raises InvalidResource."""
+    fields = _Fields.of(document, path="tokens", ignore_unknown=False)
+    tokens = _read_tokens(fields)
+    fields.done()
+    return tokens
+
+
+def tokens_to_dict(tokens: AgentTokens) -> dict[str, object]:
+    """The document of what a cluster's agents are known by."""
+    account = tokens.service_account
+    return {
+        "issuer": tokens.issuer,
+        "keys": [_token_key_dict(key) for key in tokens.keys],
+        "serviceAccount": {"namespace": account.namespace, "name": account.name},
+    }
+
+
+def parse_jwks(document: object) -> tuple[TokenKey, ...]:
+    """Read what an API server answers at /openid/v1/jwks. Raises InvalidResource."""
+    fields = _Fields.of(document, path="jwks", ignore_unknown=True)
+    keys = _read_token_keys(fields)
+    fields.done()
+    return keys
 
 
 def overlapping(mesh: Mesh, others: Sequence[Mesh]) -> tuple[Problem, ...]:
@@ -509,10 +562,58 @@ def _read_reflector(fields: _Fields) -> Reflector:
 
 
 def _read_cluster(fields: _Fields) -> Cluster:
+    name = fields.required("name", _cluster_name, "")
+    uid = fields.required("uid", _object_uid, "")
+    if not _TRUST_FIELDS & fields.present():
+        fields.expected |= _TRUST_FIELDS
+        return Cluster(name, uid)
     return Cluster(
-        name=fields.required("name", _cluster_name, ""),
-        uid=fields.required("uid", _object_uid, ""),
+        name, uid, ClusterTrust(fields.required("signingKey", _key, _NO_KEY), _read_tokens(fields))
     )
+
+
+_TRUST_FIELDS = frozenset({"signingKey", "issuer", "keys", "serviceAccount"})
+
+
+def _read_tokens(fields: _Fields) -> AgentTokens:
+    account = fields.sub("serviceAccount", required=True)
+    return AgentTokens(
+        issuer=fields.required("issuer", lambda value: _some_text(value, MAX_ISSUER), ""),
+        keys=_read_token_keys(fields),
+        service_account=ServiceAccount(
+            namespace=account.required("namespace", _label, ""), name=account.required("name", _subdomain, "")
+        ),
+    )
+
+
+def _read_token_keys(fields: _Fields) -> tuple[TokenKey, ...]:
+    keys = fields.parts("keys", _read_token_key, limit=MAX_TOKEN_KEYS)
+    if not keys and not fields.refused("keys"):
+        fields.refuse("no key", f"1 to {MAX_TOKEN_KEYS} public keys, as /openid/v1/jwks has them", at="keys")
+    return _each_once(fields, "keys", keys, key=lambda each: each.id)
+
+
+def _read_token_key(fields: _Fields) -> TokenKey:
+    kind = fields.required("kty", lambda value: _one_of(("RSA", "EC"), value), "")
+    name = fields.required("kid", lambda value: _some_text(value, MAX_KEY_ID), "")
+    fields.optional("use", lambda value: _constant("sig", value), "")
+    if kind == "EC":
+        curve = fields.required("crv", lambda value: _choice(Curve, value), Curve.P256)
+        fields.optional("alg", lambda value: _constant(ALGORITHMS[curve], value), "")
+        size = _COORDINATE_BYTES[curve]
+        coordinates = [fields.required(each, lambda value: _coordinate(value, size), 0) for each in "xy"]
+        return EcKey(name, curve, *coordinates)
+    fields.optional("alg", lambda value: _constant(RSA_ALGORITHM, value), "")
+    return RsaKey(
+        name,
+        fields.required("n", _modulus, 0) if kind else 0,
+        fields.required("e", _exponent, 0) if kind else 0,
+    )
+
+
+RSA_ALGORITHM = "RS256"  # what an API server signs with: its key decides, never a token's header
+ALGORITHMS = {Curve.P256: "ES256", Curve.P384: "ES384", Curve.P521: "ES512"}
+_COORDINATE_BYTES = {Curve.P256: 32, Curve.P384: 48, Curve.P521: 66}
 
 
 def _read_conditions(fields: _Fields) -> tuple[Condition, ...]:
@@ -665,11 +766,16 @@ def _text(value: object, limit: int, allowed: str = "") -> str:
     return value
 
 
-def _condition_type(value: object) -> str:
-    text = _text(value, MAX_LABEL)
+def _some_text(value: object, limit: int) -> str:
+    allowed = f"1 to {limit} characters"
+    text = _text(value, limit, allowed)
     if not text:
-        raise _refusal(value, f"1 to {MAX_LABEL} characters")
+        raise _refusal(value, allowed)
     return text
+
+
+def _condition_type(value: object) -> str:
+    return _some_text(value, MAX_LABEL)
 
 
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
@@ -857,6 +963,46 @@ def _base64(value: object, *, size: int) -> bytes:
     if len(raw) != size or base64.b64encode(raw).decode() != text:
         raise _refusal(value, allowed)
     return raw
+
+
+def _base64url(value: object, *, longest: int, allowed: str) -> bytes:
+    """At most `longest` bytes in canonical unpadded base64url (RFC 7515, section 2)."""
+    text = _text(value, 4 * longest // 3 + 2, allowed)
+    try:
+        raw = base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        raise _refusal(value, allowed) from None
+    if not 0 < len(raw) <= longest or _as_base64url(raw) != text:
+        raise _refusal(value, allowed)
+    return raw
+
+
+def _as_base64url(raw: bytes) -> str:
+    return base64.urlsafe_b64encode(raw).rstrip(b"=").decode()
+
+
+def _coordinate(value: object, size: int) -> int:
+    allowed = f"{size} bytes in base64url"
+    raw = _base64url(value, longest=size, allowed=allowed)
+    if len(raw) != size:
+        raise _refusal(value, allowed)
+    return int.from_bytes(raw, "big")
+
+
+def _modulus(value: object) -> int:
+    allowed = f"a modulus of {RSA_BITS[0]} to {RSA_BITS[-1]} bits in base64url"
+    number = int.from_bytes(_base64url(value, longest=RSA_BITS[-1] // 8, allowed=allowed), "big")
+    if number.bit_length() not in RSA_BITS or number % 2 == 0:
+        raise _refusal(value, allowed)
+    return number
+
+
+def _exponent(value: object) -> int:
+    allowed = f"an odd number from 3 to {MAX_EXPONENT} in base64url, as AQAB"
+    number = int.from_bytes(_base64url(value, longest=4, allowed=allowed), "big")
+    if number < 3 or number % 2 == 0:
+        raise _refusal(value, allowed)
+    return number
 
 
 def _key(value: object) -> PublicKey:
@@ -1171,10 +1317,23 @@ def _mesh_status_dict(status: MeshStatus) -> dict[str, object]:
         **({"counts": counts} if counts else {}),
         **_conditions_dict(status.conditions),
         **({"observedGeneration": status.observed_generation} if status.observed_generation else {}),
-        **(
-            {"clusters": [{"name": c.name, "uid": c.uid} for c in status.clusters]} if status.clusters else {}
-        ),
+        **({"clusters": [cluster_to_dict(each) for each in status.clusters]} if status.clusters else {}),
     }
+
+
+def _token_key_dict(key: TokenKey) -> dict[str, object]:
+    match key:
+        case RsaKey(name, modulus, exponent):
+            return {"kty": "RSA", "kid": name, "n": _number(modulus), "e": _number(exponent)}
+        case EcKey(name, curve, x, y):
+            size = _COORDINATE_BYTES[curve]
+            point = {"x": _number(x, size), "y": _number(y, size)}
+            return {"kty": "EC", "kid": name, "crv": str(curve), **point}
+    assert_never(key)
+
+
+def _number(number: int, size: int = 0) -> str:
+    return _as_base64url(number.to_bytes(size or (number.bit_length() + 7) // 8, "big"))
 
 
 def _report_dict(report: PeerReport) -> dict[str, object]:

@@ -15,12 +15,16 @@ from hypothesis import strategies as st
 from scope import model, resources
 from scope.model import (
     Addressing,
+    AgentTokens,
     Assignment,
     Candidate,
     CandidateKind,
     Cluster,
+    ClusterTrust,
     Condition,
+    Curve,
     DeviceKind,
+    EcKey,
     Endpoint,
     Family,
     JoinToken,
@@ -43,12 +47,17 @@ from scope.model import (
     Requirement,
     Resource,
     Role,
+    RsaKey,
+    ServiceAccount,
     Timers,
     TokenSpec,
     Tombstone,
     kind_of,
 )
 from scope.resources import InvalidResource
+
+_MODULUS = "gA" + "A" * 339 + "Q"  # 2**2047 + 1
+_EVEN = "gA" + "A" * 340  # 2**2047
 
 # --- every value there can be ------------------------------------------------------------------------------
 
@@ -74,8 +83,31 @@ CONDITIONS = st.lists(
 ).map(tuple)
 CLUSTER_NAMES = LABELS.filter(lambda name: name != "external")
 OBJECT_UIDS = UIDS.filter(bool)
+RSA_KEYS = st.builds(
+    RsaKey,
+    LABELS,
+    st.sampled_from((2**2047 + 1, 3 * 2**3000 + 1, 2**8191 + 1)),
+    st.integers(1, 2**31 - 1).map(lambda n: 2 * n + 1),
+)
+EC_KEYS = st.sampled_from(((Curve.P256, 256), (Curve.P384, 384), (Curve.P521, 521))).flatmap(
+    lambda of: st.builds(
+        EcKey, LABELS, st.just(of[0]), st.integers(0, 2 ** of[1] - 1), st.integers(0, 2 ** of[1] - 1)
+    )
+)
+TRUSTS = st.builds(
+    ClusterTrust,
+    KEYS,
+    st.builds(
+        AgentTokens,
+        REASONS.filter(bool),
+        st.lists(RSA_KEYS | EC_KEYS, min_size=1, max_size=4, unique_by=lambda key: key.id).map(tuple),
+        st.builds(ServiceAccount, LABELS, NAMES),
+    ),
+)
 CLUSTERS = st.lists(
-    st.builds(Cluster, CLUSTER_NAMES, OBJECT_UIDS), max_size=3, unique_by=lambda cluster: cluster.name
+    st.builds(Cluster, CLUSTER_NAMES, OBJECT_UIDS, st.none() | TRUSTS),
+    max_size=3,
+    unique_by=lambda cluster: cluster.name,
 ).map(tuple)
 LABEL_KEYS = st.from_regex(
     r"([a-z0-9]{1,9}\.[a-z]{1,9}/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?", fullmatch=True
@@ -522,6 +554,72 @@ def test_clusters_and_conditions_stand_once_each() -> None:
     assert _refusal(_peer({"conditions": [ready, ready]})) == [
         'status.conditions[1]: a second "Ready"; allowed: each one once'
     ]
+
+
+def test_the_keys_of_an_api_server_are_read_as_it_shows_them() -> None:
+    point = {"crv": "P-256", "x": "A" * 43, "y": "A" * 42 + "E"}
+    jwks = {
+        "keys": [
+            {"use": "sig", "kty": "RSA", "kid": "first", "alg": "RS256", "n": _MODULUS, "e": "AQAB"},
+            {"use": "sig", "kty": "EC", "kid": "second", "alg": "ES256", **point},
+        ]
+    }
+    assert resources.parse_jwks(jwks) == (
+        RsaKey("first", 2**2047 + 1, 65537),
+        EcKey("second", Curve.P256, 0, 1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "refusal"),
+    [
+        ({"kty": "oct", "k": "c2VjcmV0"}, 'cluster.keys[0].kty: "oct" is not allowed; allowed: RSA, EC'),
+        ({"alg": "HS256"}, 'cluster.keys[0].alg: "HS256" is not allowed; allowed: RS256'),
+        ({"alg": "none"}, 'cluster.keys[0].alg: "none" is not allowed; allowed: RS256'),
+        ({"use": "enc"}, 'cluster.keys[0].use: "enc" is not allowed; allowed: sig'),
+        ({"n": "A" * 170 + "E"}, "a modulus of 2048 to 8192 bits"),
+        ({"n": _EVEN}, "a modulus of 2048 to 8192 bits"),
+        ({"n": "g" + "A" * 1366 + "B"}, "a modulus of 2048 to 8192 bits"),
+        ({"e": "AQ"}, "an odd number from 3"),
+        ({"e": "AQABAQAB"}, "an odd number from 3"),
+        ({"kid": ""}, "1 to 128 characters"),
+        ({"kid": None}, "cluster.keys[0].kid: missing"),
+        ({"kty": "EC", "crv": "P-256", "x": "AAAA", "y": "AAAA"}, "32 bytes in base64url"),
+        ({"kty": "EC", "crv": "secp256k1"}, "P-256, P-384, P-521"),
+    ],
+)
+def test_a_key_that_no_token_should_be_trusted_for_is_refused(wrong: dict[str, object], refusal: str) -> None:
+    entry = _cluster_entry()
+    entry["keys"] = [{"kty": "RSA", "kid": "first", "n": _MODULUS, "e": "AQAB"} | wrong]
+    with pytest.raises(InvalidResource) as refused:
+        resources.parse_cluster(entry)
+    assert refusal in str(refused.value)
+
+
+@pytest.mark.parametrize("count", [0, 5])
+def test_a_cluster_has_one_to_four_keys(count: int) -> None:
+    entry = _cluster_entry()
+    keys = [{"kty": "RSA", "kid": f"k{n}", "n": _MODULUS, "e": "AQAB"} for n in range(count)]
+    with pytest.raises(InvalidResource, match=r"keys: (no key|5 items)"):
+        resources.parse_cluster(entry | {"keys": keys})
+
+
+def test_a_cluster_that_joined_has_all_that_its_agents_are_known_by() -> None:
+    entry = _cluster_entry()
+    for missing in ("signingKey", "issuer", "keys", "serviceAccount"):
+        with pytest.raises(InvalidResource, match=rf"cluster\.{missing}: "):
+            resources.parse_cluster({name: value for name, value in entry.items() if name != missing})
+
+
+def _cluster_entry() -> dict[str, object]:
+    return {
+        "name": "fra",
+        "uid": "0d3f",
+        "signingKey": "A" * 43 + "=",
+        "issuer": "https://kubernetes.default.svc.cluster.local",
+        "keys": [{"kty": "RSA", "kid": "first", "n": _MODULUS, "e": "AQAB"}],
+        "serviceAccount": {"namespace": "scope-system", "name": "scope-agent"},
+    }
 
 
 # --- sizes, durations, times, overlap ----------------------------------------------------------------------
