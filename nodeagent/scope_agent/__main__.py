@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
 import time
@@ -197,7 +198,10 @@ def _run_mesh(options: argparse.Namespace, state: StateDir, enrolment: Enrolment
     config = RunConfig(state=state, run_dir=options.run_dir, only=only, fwmark=options.fwmark)
 
     async def run() -> None:
-        await Runner(config, enrolment).run()
+        runner = Runner(config, enrolment)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, runner.stop)
+        await runner.run()
 
     with sole_agent(state, options.run_dir):
         asyncio.run(run())
@@ -246,8 +250,8 @@ async def _tell(enrolment: Enrolment, stored: DiskState) -> None:
     """Bury ourselves in the registry, so that every peer forgets us at once."""
     from scope import resources
     from scope.credentials import PeerCredential
-    from scope.registry.http import HttpRegistry, PeerRemoved
-    from scope.registry.port import RegistryError
+    from scope.registry.http import HttpRegistry
+    from scope.registry.port import PeerRemoved, RegistryError
 
     credential = PeerCredential(
         enrolment.peer_name, enrolment.peer_uid, enrolment.registry_id, enrolment.identity.signing

@@ -14,19 +14,19 @@ import json
 import logging
 import os
 import secrets
-import signal
 import socket
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, assert_never
+from typing import TYPE_CHECKING, Protocol, TypeAlias, assert_never
 
 from scope import resources
 from scope.channel import BOOT_ID_BYTES, Channel
 from scope.model import ConfigError, DeviceKind, IPInterface, Kind
-from scope.registry.port import Disconnected, Gone, RegistryError
+from scope.registry.follow import delay_after
+from scope.registry.port import Disconnected, Gone, PeerRemoved, Registry, RegistryError
 from scope_agent.agent import Agent, AgentConfig, pick_port
 from scope_agent.inputs import (
     Applied,
@@ -65,7 +65,7 @@ MAX_INBOX = 4096  # datagrams beyond this are dropped and counted: a flood must 
 TRAFFIC_INTERVAL = 0.25  # how soon the device's counters tell that someone uses the mesh
 HTTP_AFTER = 0.4  # the HTTP client's import waits for the first pings, or for so long
 HEARTBEAT = 60.0
-RETRY_FIRST, RETRY_MAX = 0.5, 30.0  # between two attempts at the registry
+LASTING = 30.0  # seconds: a watch that held for so long was no failure
 REMOVED_GRACE = 2.0  # for a device to lose its peers before the agent of a removed peer ends
 COURIERS = 16  # datagrams on their way to the gateway at once; more are dropped
 COMMAND_LINE = 4096  # bytes of one request on the local socket
@@ -92,11 +92,27 @@ class _Counters:
     unsent: dict[str, int] = field(default_factory=dict)
 
 
-class Runner:
-    """One agent in its world. Raises ConfigError from `run` where a person must act."""
+class AgentRegistry(Registry, Protocol):
+    """A registry that an agent follows over a network."""
 
-    def __init__(self, config: RunConfig, enrolment: Enrolment) -> None:
+    async def reconnect(self) -> None:
+        """End every watch as lost: our own network has changed."""
+        ...
+
+
+Connect: TypeAlias = Callable[[], Awaitable[AgentRegistry]]
+
+
+class Runner:
+    """One agent in its world. Raises ConfigError from `run` where a person must act.
+
+    `connect` gives the registry when the first pings are on their way; whoever gives it closes it, too.
+    Without it the registry is the gateway that the enrolment names.
+    """
+
+    def __init__(self, config: RunConfig, enrolment: Enrolment, *, connect: Connect | None = None) -> None:
         self._config = config
+        self._connect = connect
         self._enrolment = enrolment
         state, trouble = config.state.load()
         if trouble:
@@ -125,7 +141,8 @@ class Runner:
         self._tasks: set[asyncio.Task[None]] = set()
         self._replies: dict[int, asyncio.Future[dict[str, object]]] = {}
         self._commands = 0
-        self._registry: HttpRegistry | None = None
+        self._registry: AgentRegistry | None = None
+        self._gateway: HttpRegistry | None = None  # it has a courier; a registry without one is no gateway
         self._list_again = asyncio.Event()
         self._reached = asyncio.Event()  # once some path works
         self._addresses: frozenset[IPInterface] = frozenset()
@@ -136,10 +153,8 @@ class Runner:
         self._stopping = False
 
     async def run(self) -> None:
-        """Run until SIGTERM or SIGINT; the device stays as it is. Raises ConfigError."""
+        """Run until `stop`; the device stays as it is. Raises ConfigError."""
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop)
         for descriptor in self._probe.descriptors:
             loop.add_reader(descriptor, self._read_probes)
         watch = InterfaceWatch(self._enrolment.device, self._interfaces_changed)
@@ -157,8 +172,8 @@ class Runner:
             for descriptor in self._probe.descriptors:
                 loop.remove_reader(descriptor)
             self._probe.close()
-            if self._registry is not None:
-                await self._registry.close()
+            if self._gateway is not None:
+                await self._gateway.close()
             await self._device.close()
         if self._failure is not None:
             raise self._failure
@@ -205,8 +220,9 @@ class Runner:
             self._spawn(self._registry.reconnect())
         self._post(event)
 
-    def _stop(self) -> None:
-        log.info("agent.stopping the device stays up")
+    def stop(self) -> None:
+        """End `run`, soon."""
+        log.info("agent.stopping mesh=%s the device stays up", self._enrolment.mesh)
         self._stopping = True
         self._wake.set()
 
@@ -288,7 +304,7 @@ class Runner:
                 self._counters.unsent[result.name] = self._counters.unsent.get(result.name, 0) + 1
                 log.debug("probe.unsent endpoint=%s result=%s", leg.endpoint, result.name)
             return
-        if self._couriers >= COURIERS or self._registry is None or leg.to is None:
+        if self._couriers >= COURIERS or self._gateway is None or leg.to is None:
             self._counters.couriers_dropped += 1
             return
         self._couriers += 1
@@ -296,8 +312,8 @@ class Runner:
 
     async def _courier(self, leg: Courier, data: bytes) -> None:
         try:
-            if self._registry is not None and leg.to is not None:
-                await self._registry.courier(leg.to, data)
+            if self._gateway is not None and leg.to is not None:
+                await self._gateway.courier(leg.to, data)
         except RegistryError as error:
             log.debug("courier.failed error=%s", error)
         finally:
@@ -352,9 +368,38 @@ class Runner:
     async def _follow_registry(self) -> None:
         """List, then watch; whatever ends the watch, list again after a while."""
         await self._first_pings()
+        if self._connect is not None:
+            registry = await self._connect()
+        else:
+            registry = self._gateway = await self._open_gateway()
+            self._spawn(self._take_couriered(self._gateway))
+        self._registry = registry
+        failures = 0
+        while True:
+            started = time.monotonic()
+            lost = RegistryError("the event stream ended")
+            try:
+                await self._watch_registry(registry)
+            except PeerRemoved as error:
+                # Where a tombstone came, too, the device is cut off first and the agent ends by that.
+                self._post(FactArrived(Disconnected(str(error))))
+                await asyncio.sleep(REMOVED_GRACE)
+                self._end_removed()
+                return
+            except Gone:
+                lost = RegistryError("the registry no longer keeps what changed since: listing again")
+            except RegistryError as error:
+                lost = error
+            failures = 1 if time.monotonic() - started > LASTING else failures + 1
+            log.info("registry.lost reason=%s", lost)
+            self._post(FactArrived(Disconnected(str(lost))))
+            await asyncio.sleep(delay_after(lost, failures, uniform=secrets.SystemRandom().uniform))
+
+    async def _open_gateway(self) -> HttpRegistry:
+        """The gateway of the enrolment; nothing is asked yet."""
         http = await asyncio.to_thread(_import_http)
         enrolment = self._enrolment
-        registry = self._registry = http.HttpRegistry(
+        return http.HttpRegistry(
             enrolment.url,
             pin=enrolment.pin,
             credential=http.PeerCredential(
@@ -365,29 +410,6 @@ class Runner:
             ),
             for_agent=True,
         )
-        self._spawn(self._take_couriered(registry))
-        retry = RETRY_FIRST
-        while True:
-            started = time.monotonic()
-            reason = "the event stream ended"
-            try:
-                await self._watch_registry(registry)
-            except http.PeerRemoved as error:
-                # Where a tombstone came, too, the device is cut off first and the agent ends by that.
-                self._post(FactArrived(Disconnected(str(error))))
-                await asyncio.sleep(REMOVED_GRACE)
-                self._end_removed()
-                return
-            except Gone:
-                reason = "the registry no longer keeps what changed since: listing again"
-            except RegistryError as error:
-                reason = str(error)
-            if time.monotonic() - started > RETRY_MAX:
-                retry = RETRY_FIRST
-            log.info("registry.lost reason=%s", reason)
-            self._post(FactArrived(Disconnected(reason)))
-            await asyncio.sleep(retry * (0.5 + secrets.SystemRandom().random()))
-            retry = min(2 * retry, RETRY_MAX)
 
     async def _first_pings(self) -> None:
         """Let an enrolled agent reach its peers before anything is imported for the registry."""
@@ -396,7 +418,7 @@ class Runner:
                 async with asyncio.timeout(HTTP_AFTER):
                     await self._reached.wait()
 
-    async def _watch_registry(self, registry: HttpRegistry) -> None:
+    async def _watch_registry(self, registry: AgentRegistry) -> None:
         """List all, then follow changes until something ends it. Raises RegistryError."""
         revisions = {}
         for kind in (Kind.PEER, Kind.MESH):  # the mesh is on disk since the join: peers are the news
@@ -533,9 +555,9 @@ def _is_free(port: int) -> bool:
 def _import_http() -> HttpModule:
     """Import the HTTP client: in a thread, so that pings go on."""
     from scope.credentials import PeerCredential
-    from scope.registry.http import HttpRegistry, PeerRemoved
+    from scope.registry.http import HttpRegistry
 
-    return HttpModule(HttpRegistry, PeerCredential, PeerRemoved)
+    return HttpModule(HttpRegistry, PeerCredential)
 
 
 @dataclass(frozen=True, slots=True)
@@ -544,4 +566,3 @@ class HttpModule:
 
     HttpRegistry: Callable[..., HttpRegistry]
     PeerCredential: Callable[..., object]
-    PeerRemoved: type[RegistryError]

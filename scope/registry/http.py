@@ -59,6 +59,7 @@ from scope.registry.port import (
     Gone,
     Listed,
     NotFound,
+    PeerRemoved,
     Put,
     Refused,
     RegistryError,
@@ -83,10 +84,6 @@ MAX_ANSWER = 64 * 1024 * 1024  # a list of 10,000 peers of at most 4 KB, and roo
 MAX_TOKEN = 8 * 1024  # bytes of a ServiceAccount token: one signed with RSA of 4,096 bits has 2,000
 WAITING_FACTS = 1024  # facts that wait for a watch; then the stream waits, and the gateway cuts it in the end
 WAITING_DATAGRAMS = 64  # sealed datagrams that wait for the agent; more are dropped, as on any network
-
-
-class PeerRemoved(Refused):
-    """Our own ScopePeer was removed: nothing but a new join brings it back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -688,4 +685,5 @@ def _read(kind: Kind, document: object) -> Resource:
 
 
 def _later(message: str, retry_after: float | None) -> Unavailable:
-    return Unavailable(message if retry_after is None else f"{message} (in {retry_after:.0f} s)")
+    text = message if retry_after is None else f"{message} (in {retry_after:.0f} s)"
+    return Unavailable(text, retry_after=retry_after)

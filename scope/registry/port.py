@@ -37,8 +37,19 @@ class Refused(RegistryError):
     """The request is malformed or not allowed; asking again does not help."""
 
 
+class PeerRemoved(Refused):
+    """Our own ScopePeer was removed: nothing but a new join brings it back."""
+
+
 class Unavailable(RegistryError):
-    """The registry cannot be reached or cannot write now; ask again later."""
+    """The registry cannot be reached or cannot write now; ask again later.
+
+    `retry_after` is what it asked for, in seconds; None where it did not say.
+    """
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Gone(RegistryError):

@@ -19,8 +19,8 @@ from scope_operator.gateway.limits import Limits, Rate
 from scope import resources
 from scope.credentials import AdminCredential, authorization
 from scope.model import Assignment, Candidate, CandidateKind, Endpoint, Kind, Peer, PublicKey, Role, Secret
-from scope.registry.http import HttpRegistry, PeerRemoved
-from scope.registry.port import Conflict, Gone, NotFound, Refused, Unavailable
+from scope.registry.http import HttpRegistry
+from scope.registry.port import Conflict, Gone, NotFound, PeerRemoved, Refused, Unavailable
 from scope.tombstones import sign_tombstone
 from tests.unit.gateway_fixture import (
     REGISTRY_KEY,

@@ -30,8 +30,8 @@ from scope.credentials import AdminCredential, PeerCredential, base64url, read_b
 from scope.enrolment import Enrolment, enrolment_to_dict, sign_enrolment
 from scope.join import JoinString
 from scope.model import ConfigError, Kind, Mesh, Peer, PeerKeys, PublicKey, Secret
-from scope.registry.http import HttpRegistry, Joined, PeerRemoved
-from scope.registry.port import Conflict, NotFound, Refused, Unavailable
+from scope.registry.http import HttpRegistry, Joined
+from scope.registry.port import Conflict, NotFound, PeerRemoved, Refused, Unavailable
 from scope.resources import tombstone_to_dict
 from scope.tombstones import sign_tombstone, verify_tombstone
 from scope.wire import Ping, Pong
