@@ -79,16 +79,16 @@ def enrolment_to_dict(request: Enrolment) -> dict[str, object]:
 
 def parse_enrolment(document: object) -> Enrolment:
     """Read a request. Raises ConfigError with the field's path and what is allowed, never with its value."""
-    fields = _object(document, "the request", _FIELDS)
-    keys = _object(fields.get("keys"), "keys", _KEYS)
+    fields = read_object(document, "the request", _FIELDS)
+    keys = read_object(fields.get("keys"), "keys", _KEYS)
     return Enrolment(
-        mesh=_text(fields, "mesh", 63),
-        token_id=_text(fields, "tokenID", 63),
-        secret=Secret(_bytes(fields, "secret", SECRET_BYTES)),
-        hostname=_text(fields, "hostname", MAX_HOSTNAME),
+        mesh=read_text(fields, "mesh", 63),
+        token_id=read_text(fields, "tokenID", 63),
+        secret=Secret(read_bytes(fields, "secret", SECRET_BYTES)),
+        hostname=read_text(fields, "hostname", MAX_HOSTNAME),
         keys=PeerKeys(*(_key(keys, name) for name in _KEYS)),
         held_addresses=_addresses(fields.get("heldAddresses", [])),
-        signature=_bytes(fields, "signature", SIGNATURE_BYTES),
+        signature=read_bytes(fields, "signature", SIGNATURE_BYTES),
     )
 
 
@@ -109,7 +109,8 @@ def _keys(keys: PeerKeys) -> tuple[PublicKey, PublicKey, PublicKey]:
     return keys.wireguard, keys.probe, keys.signing
 
 
-def _object(value: object, where: str, allowed: tuple[str, ...]) -> Mapping[str, object]:
+def read_object(value: object, where: str, allowed: tuple[str, ...]) -> Mapping[str, object]:
+    """The object, if it has no other fields. Raises ConfigError."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}: allowed: an object with {', '.join(allowed)}")
     unknown = sorted(str(name) for name in value if name not in allowed)
@@ -118,14 +119,16 @@ def _object(value: object, where: str, allowed: tuple[str, ...]) -> Mapping[str,
     return value
 
 
-def _text(fields: Mapping[str, object], name: str, limit: int) -> str:
+def read_text(fields: Mapping[str, object], name: str, limit: int) -> str:
+    """A text of a request. Raises ConfigError."""
     value = fields.get(name)
     if not isinstance(value, str) or not value or len(value) > limit or not value.isprintable():
         raise ConfigError(f"{name}: allowed: 1 to {limit} printable characters")
     return value
 
 
-def _bytes(fields: Mapping[str, object], name: str, size: int) -> bytes:
+def read_bytes(fields: Mapping[str, object], name: str, size: int) -> bytes:
+    """The bytes of a request that are written in base64. Raises ConfigError, which repeats none of them."""
     value, allowed = fields.get(name), ConfigError(f"{name}: allowed: {size} bytes in base64")
     if not isinstance(value, str) or len(value) > 2 * size:
         raise allowed

@@ -20,9 +20,11 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import TypeAlias
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
+from scope.cluster_enrolment import ClusterEnrolment
 from scope.enrolment import Enrolment, verify_enrolment
 from scope.model import (
     Condition,
@@ -58,6 +60,9 @@ ATTEMPTS = (
 
 FIELD = 2**255 - 19  # of Curve25519, shared by X25519 and Ed25519
 _NEW_KEYS = "run `scope-agent leave`, which makes new keys at the next join, and join again"
+_NEW_STATE = "delete the agent's state directory on this Node, and restart the agent, which makes new keys"
+
+Invited: TypeAlias = Enrolment | ClusterEnrolment  # who shows a token
 
 
 async def enrol(
@@ -73,11 +78,11 @@ async def enrol(
     `registry_key` is the registry's signing key, for which the request was signed. Raises Refused when the
     machine may not join (the message says what to do), Unavailable.
     """
-    token = await _authenticated(registry, request)  # first: a stranger costs one hash
-    _require_sound(request.keys)
+    token = await authenticated(registry, request)  # first: a stranger costs one hash
+    require_sound(request.keys, remedy=_NEW_KEYS)
     if not verify_enrolment(request, registry=registry_key):
         raise Refused("the request is not signed by its signing key for this registry: check the join string")
-    await _require_mesh(registry, token)
+    await require_mesh(registry, token)
     members = await _members(registry, request.mesh)
     known = _known(members, request.keys)
     if known is not None:
@@ -90,9 +95,20 @@ async def enrol(
             "those that are gone"
         )
     if token.spec.single_use:
-        await _consume(registry, request, token, machine=machine, wall=wall)
+        await consume(registry, request, token, machine=machine, wall=wall)
     peer = await _create(registry, request, token)
     return await _alone(registry, peer, request.keys)
+
+
+async def require_bindable(registry: Registry, peer: Peer, keys: PeerKeys) -> None:
+    """Raises Refused when the agent of a Node may not have these keys: unsound, or those of another peer."""
+    require_sound(keys, remedy=_NEW_STATE)
+    for other in await _members(registry, peer.spec.mesh):
+        if other.meta.uid != peer.meta.uid and other.report is not None and _shares(other.report.keys, keys):
+            raise Refused(
+                f"one of these keys belongs to ScopePeer {other.meta.name!r} (a copied state directory?): "
+                f"{_NEW_STATE}"
+            )
 
 
 async def remove_peer(registry: Registry, name: str, *, uid: str, signing: Secret, wall: float) -> Peer:
@@ -171,7 +187,8 @@ async def _bury(
 # --- joining, step by step ----------------------------------------------------------------------------------
 
 
-async def _authenticated(registry: Registry, request: Enrolment) -> JoinToken:
+async def authenticated(registry: Registry, request: Invited) -> JoinToken:
+    """The token that is shown, expired or used as it may be. Raises Refused."""
     try:
         found = await registry.get(Kind.TOKEN, request.token_id)
     except NotFound:
@@ -180,7 +197,7 @@ async def _authenticated(registry: Registry, request: Enrolment) -> JoinToken:
     return authenticate(token, secret=request.secret, mesh=request.mesh)
 
 
-async def _require_mesh(registry: Registry, token: JoinToken) -> None:
+async def require_mesh(registry: Registry, token: JoinToken) -> None:
     """Raises Refused when the mesh is absent, or made anew since the token: a name alone grants nothing."""
     name = token.spec.mesh
     try:
@@ -223,8 +240,8 @@ def _shares(one: PeerKeys, other: PeerKeys) -> bool:
     )
 
 
-async def _consume(
-    registry: Registry, request: Enrolment, token: JoinToken, *, machine: str, wall: float
+async def consume(
+    registry: Registry, request: Invited, token: JoinToken, *, machine: str, wall: float
 ) -> None:
     """Mark a single-use token as used by this machine: of all who try, one succeeds. Raises Refused."""
     for _ in range(ATTEMPTS):
@@ -235,7 +252,7 @@ async def _consume(
         try:
             await registry.update(used, if_revision=token.meta.revision)
         except (Conflict, NotFound):
-            token = await _authenticated(registry, request)
+            token = await authenticated(registry, request)
             continue
         return
     raise Unavailable(f"join token {token.meta.name} changes all the time: ask again")
@@ -303,24 +320,29 @@ def _shortened(prefix: str, host: str, suffix: str) -> str:
 # --- keys ---------------------------------------------------------------------------------------------------
 
 
-def _require_sound(keys: PeerKeys) -> None:
+def require_sound(keys: PeerKeys, *, remedy: str) -> None:
     """Raises Refused for a key that is not canonical, or with which any secret would be known to all."""
     named = {"WireGuard": keys.wireguard, "probe": keys.probe}
     for name, key in named.items():
         coordinate = int.from_bytes(key.raw, "little")
         if coordinate >= FIELD:
-            raise Refused(f"the {name} key is not in canonical form: {_NEW_KEYS}")
+            raise Refused(f"the {name} key is not in canonical form: {remedy}")
         if _is_low_order(coordinate):
-            raise Refused(f"the {name} key has a low order and protects nothing: {_NEW_KEYS}")
-    edwards = int.from_bytes(keys.signing.raw, "little") & (2**255 - 1)  # the top bit is the sign of x
+            raise Refused(f"the {name} key has a low order and protects nothing: {remedy}")
+    require_sound_signing(keys.signing, remedy=remedy)
+    if len({keys.wireguard, keys.probe, keys.signing}) < 3:
+        raise Refused(f"the WireGuard, probe and signing keys must be three: {remedy}")
+
+
+def require_sound_signing(key: PublicKey, *, remedy: str) -> None:
+    """Raises Refused for an Ed25519 key that is not canonical, or that anyone could sign for."""
+    edwards = int.from_bytes(key.raw, "little") & (2**255 - 1)  # the top bit is the sign of x
     if edwards >= FIELD:
-        raise Refused(f"the signing key is not in canonical form: {_NEW_KEYS}")
+        raise Refused(f"the signing key is not in canonical form: {remedy}")
     # RFC 7748, section 4.1: the same point on the Montgomery curve, u = (1 + y) / (1 - y).
     montgomery = (1 + edwards) * pow(1 - edwards, FIELD - 2, FIELD) % FIELD
     if edwards == 1 or _is_low_order(montgomery):
-        raise Refused(f"the signing key has a low order: anyone could sign for it: {_NEW_KEYS}")
-    if len({keys.wireguard, keys.probe, keys.signing}) < 3:
-        raise Refused(f"the WireGuard, probe and signing keys must be three: {_NEW_KEYS}")
+        raise Refused(f"the signing key has a low order: anyone could sign for it: {remedy}")
 
 
 # Once clamped, every X25519 private key is a multiple of 8, the largest low order (RFC 7748): any will do.
