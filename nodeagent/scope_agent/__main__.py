@@ -81,6 +81,33 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", parents=[common, carrying], help="be a peer of a mesh that was joined")
     run.add_argument("--mesh", help="needed where several meshes were joined")
     run.set_defaults(work=_run)
+    on_node = run.add_argument_group(
+        "on a Kubernetes Node",
+        "be its peer in every mesh that selects it; each option has an environment variable",
+    )
+    on_node.add_argument("--kubernetes", action="store_true", help="follow the Node instead of a join")
+    on_node.add_argument("--node", default=os.environ.get("NODE_NAME"), help="its name (NODE_NAME)")
+    on_node.add_argument(
+        "--cluster", default=os.environ.get("SCOPE_CLUSTER"), help="its cluster's name (SCOPE_CLUSTER)"
+    )
+    on_node.add_argument(
+        "--namespace",
+        default=os.environ.get("POD_NAMESPACE"),
+        help="where Scope is installed: its Lease is there (POD_NAMESPACE)",
+    )
+    on_node.add_argument(
+        "--api-server",
+        default=os.environ.get("SCOPE_API_SERVER"),
+        metavar="URL",
+        help="where kube-proxy does not run yet; by default the Service `kubernetes` (SCOPE_API_SERVER)",
+    )
+    on_node.add_argument(
+        "--service-account",
+        type=Path,
+        default=Path("/var/run/secrets/kubernetes.io/serviceaccount"),
+        metavar="DIR",
+        help="where `token` and `ca.crt` are",
+    )
 
     leave = commands.add_parser("leave", parents=[common], help="leave a mesh and take its device down")
     leave.add_argument("--mesh", help="needed where several meshes were joined")
@@ -189,6 +216,9 @@ def _without_address(peer: Peer) -> str:
 
 
 def _run(options: argparse.Namespace) -> None:
+    if options.kubernetes:
+        _run_node(options)
+        return
     state = StateDir(_mesh_of(options), options.state)
     _run_mesh(options, state, state.load_enrolment())
 
@@ -205,6 +235,34 @@ def _run_mesh(options: argparse.Namespace, state: StateDir, enrolment: Enrolment
 
     with sole_agent(state, options.run_dir):
         asyncio.run(run())
+
+
+def _run_node(options: argparse.Namespace) -> None:
+    from scope_agent.node import NodeAgent, NodeConfig
+
+    for name, variable in (
+        ("node", "NODE_NAME"),
+        ("cluster", "SCOPE_CLUSTER"),
+        ("namespace", "POD_NAMESPACE"),
+    ):
+        if not getattr(options, name):
+            raise ConfigError(f"--kubernetes needs --{name}: give it, or set {variable}")
+    config = NodeConfig(
+        node=options.node,
+        cluster=options.cluster,
+        namespace=options.namespace,
+        state_root=options.state,
+        run_dir=options.run_dir,
+        api_server=options.api_server,
+        service_account=options.service_account,
+        only=DeviceKind(options.wireguard) if options.wireguard else None,
+        fwmark=options.fwmark,
+    )
+
+    async def run() -> None:
+        await NodeAgent(config).run()
+
+    asyncio.run(run())
 
 
 def _mesh_of(options: argparse.Namespace) -> str:
@@ -228,6 +286,11 @@ def _leave(options: argparse.Namespace) -> None:
     mesh = _mesh_of(options)
     state = StateDir(mesh, options.state)
     enrolment = state.load_enrolment()
+    if not enrolment.url:
+        raise ConfigError(
+            f"this machine is in {mesh} as a Kubernetes Node: exclude the Node by the nodeSelector of the "
+            "ScopeMesh, and its agent leaves by itself"
+        )
     stored, _ = state.load()
     try:
         asyncio.run(_tell(enrolment, stored))

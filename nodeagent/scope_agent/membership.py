@@ -15,7 +15,7 @@ Tombstones are kept for good measure on disk and passed on to peers, so an old s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scope.model import Kind, Mesh, Peer, PublicKey, Revision, Snapshot, Tombstone, kind_of
 from scope.registry.port import Deleted, Disconnected, Fact, Listed, Put
@@ -37,9 +37,13 @@ class Registration:
 
 
 class Membership:
-    """The membership room. `own` is our WireGuard key, `mesh` the mesh's name."""
+    """The membership room. `own` is our WireGuard key, `mesh` the mesh's name.
 
-    def __init__(self, *, own: PublicKey, mesh: str, registry_key: PublicKey, now: float) -> None:
+    `registry_key` is the registry's signing key; None: whichever the ScopeMesh's status names, where the
+    registry itself has been authenticated otherwise.
+    """
+
+    def __init__(self, *, own: PublicKey, mesh: str, registry_key: PublicKey | None, now: float) -> None:
         self._own = own
         self._mesh_name = mesh
         self._registry_key = registry_key
@@ -209,7 +213,7 @@ class Membership:
         ):
             self._keep(tombstone)
         if resource.report is not None and resource.report.keys.wireguard == self._own:
-            self._own_peer = resource
+            self._own_peer = _keeping_addresses(resource, self._own_peer)
             return
         self._hold(resource)
 
@@ -223,7 +227,10 @@ class Membership:
         if report is not None and report.keys.wireguard != tombstone.key:
             return False
         own_key = report.keys.signing if report is not None else None
-        return verify_tombstone(tombstone, registry=self._registry_key, peer=own_key)
+        registry_key = self._registry_key
+        if registry_key is None and self._mesh is not None:
+            registry_key = self._mesh.status.signing_key
+        return verify_tombstone(tombstone, registry=registry_key, peer=own_key)
 
     def _keep(self, tombstone: Tombstone) -> None:
         self._tombstones.setdefault(tombstone.peer_uid, tombstone)
@@ -274,3 +281,13 @@ class Membership:
             tombstones=tuple(self._tombstones.values()),
             revision=self._revisions.get(Kind.PEER),
         )
+
+
+def _keeping_addresses(own: Peer, before: Peer | None) -> Peer:
+    """Our own peer, which was made anew and has no addresses yet, with those that we hold.
+
+    The registry gives them again where they are free; traffic need not stop until it has.
+    """
+    if before is None or before.meta.uid == own.meta.uid or own.assignment.addresses:
+        return own
+    return replace(own, assignment=replace(own.assignment, addresses=before.assignment.addresses))

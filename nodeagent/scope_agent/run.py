@@ -53,8 +53,8 @@ from scope_agent.inputs import (
 )
 from scope_agent.state import Enrolment, StateDir
 from scope_agent.underlay.shell import InterfaceWatch
-from scope_agent.wireguard.device import ApplyError, PortTaken
-from scope_agent.wireguard.shell import Device, ProbeSocket, choose_device, open_probe_socket
+from scope_agent.wireguard.device import ApplyError, HoldEndpoint, PortTaken
+from scope_agent.wireguard.shell import Device, EndpointHolds, ProbeSocket, choose_device, open_probe_socket
 
 if TYPE_CHECKING:
     from scope.registry.http import HttpRegistry
@@ -136,6 +136,7 @@ class Runner:
             now=time.monotonic(),
         )
         self._probe: ProbeSocket = open_probe_socket(self._agent.listen_port, fwmark=config.fwmark)
+        self._holds = EndpointHolds()
         self._inbox: deque[Input] = deque()
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -172,6 +173,7 @@ class Runner:
             for descriptor in self._probe.descriptors:
                 loop.remove_reader(descriptor)
             self._probe.close()
+            self._holds.close()
             if self._gateway is not None:
                 await self._gateway.close()
             await self._device.close()
@@ -334,7 +336,10 @@ class Runner:
             await self._device.keep(batch.desired)
             for action in batch.actions:
                 log.debug("device.apply action=%s", action)
-                await self._device.apply(action)
+                if isinstance(action, HoldEndpoint):
+                    await self._holds.set(action, port=self._agent.listen_port)
+                else:
+                    await self._device.apply(action)
         except PortTaken as error:
             self._post(Failed(Target.DEVICE, str(error), port_taken=True))
             return

@@ -42,7 +42,10 @@ class Held(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class Enrolment:
-    """What joining gave: enough to speak to the registry and to be the same peer after a restart."""
+    """What joining gave: enough to speak to the registry and to be the same peer after a restart.
+
+    A Kubernetes Node's peer has no gateway: `url` and `registry_id` are "", `pin` and `registry_key` None.
+    """
 
     mesh: str
     device: str
@@ -50,7 +53,7 @@ class Enrolment:
     url: str
     pin: bytes | None
     registry_id: str
-    registry_key: PublicKey
+    registry_key: PublicKey | None
     peer_name: str
     peer_uid: str
 
@@ -118,7 +121,7 @@ class StateDir:
                 "url": enrolment.url,
                 "pin": b64encode(enrolment.pin).decode() if enrolment.pin is not None else None,
                 "registryID": enrolment.registry_id,
-                "registryKey": str(enrolment.registry_key),
+                "registryKey": str(enrolment.registry_key) if enrolment.registry_key is not None else None,
                 "peer": {"name": enrolment.peer_name, "uid": enrolment.peer_uid},
             },
         )
@@ -310,7 +313,7 @@ def _parse_identity(document: Mapping[str, object]) -> Identity:
 
 
 def _parse_enrolment(document: Mapping[str, object]) -> Enrolment:
-    keys, peer, pin = document["keys"], document["peer"], document["pin"]
+    keys, peer, pin, registry_key = (document[name] for name in ("keys", "peer", "pin", "registryKey"))
     if not isinstance(keys, dict) or not isinstance(peer, dict):
         raise ValueError("keys and peer are objects")  # noqa: TRY004 - damage, as any other
     return Enrolment(
@@ -320,7 +323,7 @@ def _parse_enrolment(document: Mapping[str, object]) -> Enrolment:
         url=str(document["url"]),
         pin=b64decode(str(pin), validate=True) if pin is not None else None,
         registry_id=str(document["registryID"]),
-        registry_key=PublicKey.parse(str(document["registryKey"])),
+        registry_key=PublicKey.parse(str(registry_key)) if registry_key is not None else None,
         peer_name=str(peer["name"]),
         peer_uid=str(peer["uid"]),
     )

@@ -1,0 +1,388 @@
+"""The agent of a Kubernetes Node: a peer of every mesh that selects the Node, in one process.
+
+One process, because what the meshes share is the Node's: its Lease, the connection to the API server, and
+most of an agent's memory. Each mesh has a Runner of its own, as everywhere else; one that stops is started
+again and disturbs no other.
+
+The operator makes the ScopePeers. This finds those of its own cluster and Node, makes keys for each on disk,
+publishes them, and starts the Runner, which takes the address when there is one. A ScopePeer that was made
+anew, because its Node was, gets the keys and addresses that are held. Meshes that are known from disk are
+served before the API server is asked anything.
+
+A mesh is left, with its device and keys, when its ScopePeer is gone: absent from two complete lists half a
+minute apart. That is not believed for ten minutes after a start, for a mesh that was not listed since, nor
+after the registry went back in time, as one does that was restored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import signal
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from scope.model import ConfigError, DeviceKind, IPAddress, Kind, Peer, PeerReport, Resource, Revision
+from scope.registry.follow import follow
+from scope.registry.port import Deleted, Disconnected, Fact, Listed, Put, RegistryError
+from scope_agent.run import HTTP_AFTER, AgentRegistry, RunConfig, Runner
+from scope_agent.state import Enrolment, StateDir, enrolled_meshes, sole_agent
+from scope_agent.wireguard.device import ApplyError
+from scope_agent.wireguard.shell import choose_device
+
+if TYPE_CHECKING:
+    from scope.registry.kube.access import ServiceAccount
+    from scope.registry.kube.client import KubeClient
+    from scope.registry.kube.leases import Leases
+    from scope.registry.kube.registry import KubeRegistry
+
+log = logging.getLogger(__name__)
+
+DEVICE_PREFIX = "scope"
+SECOND_LIST_AFTER = 30.0  # seconds between the two lists that a ScopePeer must be missing from
+RESTORE_PATIENCE = 600.0  # as for other peers: an operator has made the missing ones again by then
+RETRY = 5.0  # seconds between two attempts at what a mesh needs; few, since a Node has few meshes
+RESTART = 30.0  # a Runner that stopped for what a person must mend is looked at again then
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """Which Node this is, and where it finds and keeps things. `api_server` None: as the pod is told."""
+
+    node: str
+    cluster: str
+    namespace: str  # of the Lease
+    state_root: Path
+    run_dir: Path
+    api_server: str | None
+    service_account: Path
+    only: DeviceKind | None = None
+    fwmark: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class _Served:
+    """One mesh: what is to be known of it has changed, and what works for it."""
+
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    work: asyncio.Task[None] | None = None
+    run: asyncio.Task[None] | None = None
+    name: str = ""  # of the ScopePeer that it runs as
+
+
+class NodeAgent:
+    """One for each Node. Raises ConfigError from `run` where a person must act."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self._config = config
+        self._served: dict[str, _Served] = {}  # by mesh
+        self._peers: dict[str, Peer] = {}  # our own ScopePeers, by mesh
+        self._absent: dict[str, float] = {}  # meshes that we serve without a ScopePeer, since when
+        self._listed: set[str] = set()  # meshes whose ScopePeer was there since the start
+        self._patient_until = time.monotonic() + RESTORE_PATIENCE
+        self._leaving: dict[str, asyncio.Task[None]] = {}  # by mesh
+        self._revision: Revision | None = None
+        self._opening: asyncio.Task[tuple[KubeModule, KubeClient, Leases]] | None = None
+        self._asked = asyncio.Event()  # a Runner's first pings are on their way
+        self._stopped = asyncio.Event()
+        self._failure: ConfigError | None = None
+
+    def stop(self) -> None:
+        """End `run`, soon; devices stay as they are."""
+        self._stopped.set()
+
+    async def run(self) -> None:
+        """Run until SIGTERM or SIGINT. Raises ConfigError."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.stop)
+        for mesh in enrolled_meshes(self._config.state_root):
+            if not self._state(mesh).load_enrolment().url:
+                self._serve(mesh)
+        following = asyncio.ensure_future(self._follow())
+        following.add_done_callback(self._note_end)
+        try:
+            await self._stopped.wait()
+        finally:
+            following.cancel()
+            for served in self._served.values():
+                await self._end(served)
+            await asyncio.gather(following, *self._leaving.values(), return_exceptions=True)
+            if self._opening is not None:
+                with suppress(ConfigError):
+                    _, client, _ = await self._opening
+                    await client.close()
+        if self._failure is not None:
+            raise self._failure
+
+    def _note_end(self, task: asyncio.Future[None]) -> None:
+        """What ends following, but stopping, is for a person to mend."""
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        if not isinstance(error, ConfigError):
+            log.error("task.failed", exc_info=error)
+            error = ConfigError(f"scope-agent has a bug: {error!r}; the log has its trace, devices stay up")
+        self._failure = error
+        self._stopped.set()
+
+    # --- our own ScopePeers -------------------------------------------------------------------------------
+
+    async def _follow(self) -> None:
+        """Keep our own ScopePeers, and what is to be done for them."""
+        if self._served:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(HTTP_AFTER):
+                    await self._asked.wait()
+        registry = await self._registry(node=self._config.node)
+        again = asyncio.ensure_future(self._list_absent(registry))
+        try:
+            async for fact in follow(
+                registry, Kind.PEER, sleep=asyncio.sleep, uniform=secrets.SystemRandom().uniform
+            ):
+                self._take(fact)
+        finally:
+            again.cancel()
+
+    async def _list_absent(self, registry: KubeRegistry) -> None:
+        """List once more while the ScopePeer of a mesh that we serve is missing."""
+        while True:
+            await asyncio.sleep(SECOND_LIST_AFTER / 2)
+            if self._absent:
+                try:
+                    self._take(await registry.list(Kind.PEER))
+                except RegistryError as error:
+                    log.info("node.unlisted error=%s", error)
+
+    def _take(self, fact: Fact) -> None:
+        now = time.monotonic()
+        match fact:
+            case Disconnected(reason):
+                log.info("node.registry_lost reason=%s", reason)
+                return
+            case Listed(_, revision, resources, complete):
+                self._note_revision(revision, now)
+                present = self._ours(resources)
+                if complete:
+                    for mesh in self._served.keys() - present.keys():
+                        self._missed(mesh, now)
+                    self._peers = {}
+                self._peers |= present
+            case Put(resource):
+                self._peers |= self._ours([resource])
+            case Deleted(last):
+                for mesh, peer in self._ours([last]).items():
+                    if mesh in self._peers and self._peers[mesh].meta.uid == peer.meta.uid:
+                        del self._peers[mesh]
+                        self._absent.setdefault(mesh, now)
+        for mesh in self._peers:
+            self._absent.pop(mesh, None)
+            self._listed.add(mesh)
+            self._serve(mesh).changed.set()
+
+    def _ours(self, resources: Iterable[Resource]) -> dict[str, Peer]:
+        """The ScopePeers of our own cluster and Node, by mesh; the newest of two, which follows the Node."""
+        ours = [
+            peer
+            for peer in resources
+            if isinstance(peer, Peer)
+            and (peer.spec.cluster, peer.spec.node_name) == (self._config.cluster, self._config.node)
+        ]
+        return {peer.spec.mesh: peer for peer in sorted(ours, key=lambda peer: peer.meta.created)}
+
+    def _note_revision(self, revision: Revision, now: float) -> None:
+        before, self._revision = self._revision, revision
+        if before is None or (before.registry == revision.registry and before.number <= revision.number):
+            return
+        log.warning("node.registry_went_back from=%s to=%s", before, revision)
+        self._listed.clear()
+        self._patient_until = now + RESTORE_PATIENCE
+
+    def _missed(self, mesh: str, now: float) -> None:
+        """A complete list has no ScopePeer of ours for a mesh that we serve."""
+        since = self._absent.setdefault(mesh, now)
+        if now - since < SECOND_LIST_AFTER or (mesh not in self._listed and now < self._patient_until):
+            return
+        log.info("mesh.left mesh=%s reason=its ScopePeer is gone", mesh)
+        self._absent.pop(mesh)
+        self._peers.pop(mesh, None)
+        served = self._served.pop(mesh)
+        leaving = self._leaving[mesh] = asyncio.ensure_future(self._leave(mesh, served))
+        leaving.add_done_callback(self._note_end)
+        leaving.add_done_callback(lambda _: self._leaving.pop(mesh))
+
+    # --- one mesh -----------------------------------------------------------------------------------------
+
+    def _serve(self, mesh: str) -> _Served:
+        served = self._served.get(mesh)
+        if served is None:
+            served = self._served[mesh] = _Served()
+            served.work = asyncio.ensure_future(self._work(mesh, served))
+            served.work.add_done_callback(self._note_end)
+        return served
+
+    async def _work(self, mesh: str, served: _Served) -> None:
+        """Do what a mesh needs, now and whenever our ScopePeer in it changed."""
+        if mesh in self._leaving:
+            await asyncio.wait([self._leaving[mesh]])
+        while True:
+            served.changed.clear()
+            try:
+                await self._settle(mesh, served)
+            except (RegistryError, ConfigError) as error:
+                log.warning("mesh.unsettled mesh=%s error=%s", mesh, error)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(RETRY):
+                        await served.changed.wait()
+                continue
+            await served.changed.wait()
+
+    async def _settle(self, mesh: str, served: _Served) -> None:
+        """Have our keys published and a Runner running. Raises RegistryError, ConfigError."""
+        state, peer = self._state(mesh), self._peers.get(mesh)
+        enrolment = state.load_enrolment() if state.is_enrolled() else None
+        if enrolment is not None and enrolment.url:
+            raise ConfigError(
+                f"this machine joined {mesh} through {enrolment.url}: `scope-agent leave --mesh {mesh}` "
+                "makes room for the Node's own peer"
+            )
+        if peer is not None:
+            enrolment = await self._adopt(state, enrolment, peer)
+        if enrolment is None:
+            return
+        if served.name not in ("", enrolment.peer_name):
+            await self._end_run(served)
+        if served.run is None:
+            served.name = enrolment.peer_name
+            served.run = asyncio.ensure_future(self._run_mesh(mesh))
+            served.run.add_done_callback(self._note_end)
+
+    async def _adopt(self, state: StateDir, enrolment: Enrolment | None, peer: Peer) -> Enrolment:
+        """Be the peer of a ScopePeer: publish our keys where it holds none, or others."""
+        if enrolment is None:
+            state.prepare()
+            identity = state.pending_identity(secrets.token_bytes)
+        else:
+            identity = enrolment.identity
+        if peer.report is None or peer.report.keys != identity.public:
+            keys = PeerReport(keys=identity.public, held_addresses=await asyncio.to_thread(_held, state))
+            registry = await self._registry()
+            await registry.update_status(Kind.PEER, peer.meta.name, keys, uid=peer.meta.uid)
+            log.info("mesh.keys_published mesh=%s peer=%s", peer.spec.mesh, peer.meta.name)
+        adopted = Enrolment(
+            mesh=peer.spec.mesh,
+            device=enrolment.device if enrolment is not None else self._free_device(),
+            identity=identity,
+            url="",
+            pin=None,
+            registry_id="",
+            registry_key=None,
+            peer_name=peer.meta.name,
+            peer_uid=peer.meta.uid,
+        )
+        if adopted != enrolment:
+            state.save_enrolment(adopted)
+        return adopted
+
+    async def _run_mesh(self, mesh: str) -> None:
+        """Run the mesh's Runner, again and again when something ends it that a person must mend."""
+        state, config = self._state(mesh), self._config
+        ours = RunConfig(state=state, run_dir=config.run_dir, only=config.only, fwmark=config.fwmark)
+
+        async def connect() -> AgentRegistry:
+            self._asked.set()
+            return await self._registry(mesh=mesh)
+
+        while True:
+            try:
+                with sole_agent(state, config.run_dir):
+                    await Runner(ours, state.load_enrolment(), connect=connect).run()
+            except ConfigError as error:
+                log.error("mesh.stopped mesh=%s error=%s", mesh, error)  # noqa: TRY400 - it is a sentence
+            await asyncio.sleep(RESTART)
+
+    async def _leave(self, mesh: str, served: _Served) -> None:
+        """Take down what a mesh had here: its Runner, its device, its keys."""
+        await self._end(served)
+        state, config = self._state(mesh), self._config
+        if not state.is_enrolled():
+            return
+        device = choose_device(state.load_enrolment().device, run_dir=config.run_dir, only=config.only)
+        try:
+            await device.delete()
+        except ApplyError as error:
+            log.error("mesh.device_stays mesh=%s error=%s", mesh, error)  # noqa: TRY400 - it is a sentence
+        finally:
+            await device.close()
+        state.remove()
+
+    async def _end(self, served: _Served) -> None:
+        if served.work is not None:
+            served.work.cancel()
+            await asyncio.wait([served.work])
+        await self._end_run(served)
+
+    async def _end_run(self, served: _Served) -> None:
+        """End the Runner; its device stays."""
+        if served.run is not None:
+            served.run.cancel()
+            await asyncio.wait([served.run])
+            served.run = None
+
+    def _state(self, mesh: str) -> StateDir:
+        return StateDir(mesh, self._config.state_root)
+
+    def _free_device(self) -> str:
+        """The first name that no mesh on this machine uses."""
+        root = self._config.state_root
+        used = {StateDir(mesh, root).load_enrolment().device for mesh in enrolled_meshes(root)}
+        return next(
+            name for number in range(len(used) + 1) if (name := f"{DEVICE_PREFIX}{number}") not in used
+        )
+
+    # --- the API server -----------------------------------------------------------------------------------
+
+    async def _registry(self, *, mesh: str | None = None, node: str | None = None) -> KubeRegistry:
+        """The registry as one mesh, or the Node, needs it; all share one client. Raises ConfigError."""
+        if self._opening is None:
+            self._opening = asyncio.ensure_future(self._open())
+        kube, client, leases = await asyncio.shield(self._opening)
+        return kube.KubeRegistry(
+            client, namespace=self._config.namespace, mesh=mesh, node=node, leases=leases
+        )
+
+    async def _open(self) -> tuple[KubeModule, KubeClient, Leases]:
+        kube = await asyncio.to_thread(_import_kube)
+        config = self._config
+        access = kube.in_cluster(url=config.api_server, directory=config.service_account)
+        client = kube.KubeClient(access)
+        return kube, client, kube.Leases(client, config.namespace)
+
+
+def _held(state: StateDir) -> tuple[IPAddress, ...]:
+    """The addresses that this machine has on disk; a new ScopePeer is given them if they are free."""
+    own = state.load()[0].snapshot.own
+    return tuple(interface.ip for interface in own.assignment.addresses) if own is not None else ()
+
+
+def _import_kube() -> KubeModule:
+    """Import what speaks to an API server: in a thread, so that pings go on."""
+    from scope.registry.kube.access import in_cluster
+    from scope.registry.kube.client import KubeClient
+    from scope.registry.kube.leases import Leases
+    from scope.registry.kube.registry import KubeRegistry
+
+    return KubeModule(in_cluster, KubeClient, Leases, KubeRegistry)
+
+
+@dataclass(frozen=True, slots=True)
+class KubeModule:
+    """What is imported late."""
+
+    in_cluster: Callable[..., ServiceAccount]
+    KubeClient: Callable[..., KubeClient]
+    Leases: Callable[..., Leases]
+    KubeRegistry: Callable[..., KubeRegistry]
