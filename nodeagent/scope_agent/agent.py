@@ -118,7 +118,7 @@ class AgentConfig:
     mesh: str
     device: str
     identity: Identity
-    registry_key: PublicKey
+    registry_key: PublicKey | None  # None: the one that the ScopeMesh's status names
     fwmark: int = 0
 
 
