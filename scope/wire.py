@@ -294,7 +294,7 @@ def decode_message(body: bytes) -> Message:
             candidates = tuple(reader.candidate() for _ in range(count))
             count = reader.u8() if reader.has_more else 0
             if count > MAX_CANDIDATES:
-                raise WireError(f"a call-me-maybe with {count} opened endpoints; {MAX_CANDIDATES} are allowed")
+                raise WireError(f"{count} opened endpoints in a call-me-maybe; {MAX_CANDIDATES} are allowed")
             return CallMeMaybe(candidates, opened=tuple(reader.endpoint() for _ in range(count)))
         case _Type.FORWARD:
             return Forward(to=reader.key(), datagram=reader.datagram())

@@ -28,6 +28,7 @@ class _Loop:
         self.now = 0.0
         self.rtt: dict[Endpoint, float] = {}
         self.follows = True
+        self.can_call = False
         self.received = 0
         self.log: list[tuple[float, Due]] = []
         self.settled: list[float] = []  # when an endpoint was handed to the device
@@ -57,7 +58,7 @@ class _Loop:
             self._arriving = [entry for entry in self._arriving if entry[0] > self.now]
             for _, message, source in arrived:
                 self._note(self.pair.receive(message, source, self.now))
-            self._note(self.pair.take(self.now, lambda: next(self._numbers)))
+            self._note(self.pair.take(self.now, lambda: next(self._numbers), can_call=self.can_call))
             if self.view().settling:
                 self.settled.append(self.now)
                 self.pair.settled()
@@ -151,6 +152,23 @@ def test_the_less_preferred_family_waits_a_quarter_of_a_second_where_the_other_e
     assert alone.times(V4)[0] == 0.0
 
 
+def test_a_peer_that_can_be_called_gets_openers_until_it_says_that_it_opened() -> None:
+    loop = _Loop(V4, mapping=Mapping.ENDPOINT_INDEPENDENT)
+    loop.can_call = True
+    loop.run(1.0)
+    assert {ttl for _, ttl in loop.pings(V4)} == {2}
+    loop.pair.called(frozenset({V4}), opened=frozenset({Family.IPV4}), reply=False, now=loop.now)
+    loop.run(0.01)
+    assert loop.pings(V4)[-1] == (1.0, None)
+
+
+def test_a_peer_whose_word_does_not_come_through_gets_three_full_pings() -> None:
+    loop = _Loop(V4, mapping=Mapping.ENDPOINT_INDEPENDENT)
+    loop.can_call = True
+    loop.run(19.0)
+    assert [at for at, ttl in loop.pings(V4) if ttl is None] == [5.6, 7.6, 9.6]
+
+
 def test_two_openers_go_before_the_first_full_ping_towards_a_nat_and_none_without_one() -> None:
     behind, without = _Loop(V4, mapping=Mapping.ENDPOINT_INDEPENDENT), _Loop(V4)
     behind.run(0.5)
@@ -177,10 +195,25 @@ def test_a_ping_from_an_unknown_source_is_echoed_and_asked_back_at_once() -> Non
     assert loop.view().observed == OTHER
 
 
-def test_a_search_calls_the_peer_three_times_and_again_when_it_connects_back() -> None:
+def test_a_search_calls_the_peer_four_times_and_again_when_it_connects_back() -> None:
     loop = _Loop(V6)
     loop.run(30.0)
-    assert [at for at, due in loop.log if isinstance(due, CallPeer)] == [0.0, 1.0, 3.0, 20.0, 21.0, 23.0]
+    calls = [at for at, due in loop.log if isinstance(due, CallPeer)]
+    assert calls == [0.0, 0.3, 1.0, 3.0, 20.0, 20.3, 21.0, 23.0]
+
+
+def test_who_calls_without_knowing_us_is_told_at_most_three_times() -> None:
+    loop = _Loop(V4, mapping=Mapping.ENDPOINT_INDEPENDENT)
+    loop.can_call = True
+    loop.run(5.0)
+    loop.log.clear()
+    for _ in range(6):
+        loop.pair.called(frozenset({V4}), opened=frozenset(), reply=True, now=loop.now)
+        loop.run(0.1)
+    calls = [index for index, (_, due) in enumerate(loop.log) if isinstance(due, CallPeer)]
+    assert len(calls) == 3
+    assert isinstance(loop.log[0][1], SendTo)  # an opener leaves before the call that speaks of it
+    assert loop.pair.opened(loop.now) == (V4,)
 
 
 def test_a_peer_is_declared_at_the_last_bound_and_retried_ever_more_rarely() -> None:
@@ -194,7 +227,7 @@ def test_a_peer_is_declared_at_the_last_bound_and_retried_ever_more_rarely() -> 
     loop.log.clear()
     loop.run(2500.0)
     calls = [at for at, due in loop.log if isinstance(due, CallPeer)]
-    assert calls[::3] == [120.0, 240.0, 480.0, 960.0, 1560.0, 2160.0]
+    assert calls[::4] == [120.0, 240.0, 480.0, 960.0, 1560.0, 2160.0]
     assert len(loop.times(V6)) == 6 * len(PUNCH)
 
 
@@ -394,7 +427,7 @@ def test_a_peer_declared_unreachable_that_calls_in_vain_is_still_tried_again() -
     loop = _Loop(V4)
     loop.run(70.0)
     assert loop.view().declared
-    loop.pair.called(frozenset({V4}), opened=True, now=loop.now)
+    loop.pair.called(frozenset({V4}), opened=frozenset({Family.IPV4}), reply=False, now=loop.now)
     loop.run(3.0)
     quiet_from = loop.now
     loop.run(3600.0)

@@ -33,14 +33,13 @@ from scope.wire import MAX_CANDIDATES, CallMeMaybe, Message, Nominate, Nominated
 from scope_agent.paths.candidates import is_private, own_candidates, refusal
 from scope_agent.paths.pair import CallPeer, CheckMapping, Pair, PairView, SendTo
 from scope_agent.paths.reflexive import MAX_TARGETS, ReflectorTarget, Reflexive
-from scope_agent.paths.route import NEVER
 
 # A ping is about 150 bytes on the wire. A thousand peers that are searched at once are spread over seconds, a
 # hundred are not held up; home routers take this rate of new sessions.
 PACE_PER_SECOND = 400.0
 PACE_BURST = 120
-CANDIDATES_KNOWN = 1.0  # by then our endpoints have reached every peer, from the registry or in a call
 COUNTER_STALE = 0.5  # a receive counter read longer before the latest traffic is reported as 0: unknown
+CARRIER_PATIENCE = 2.0  # on a busy machine a reflector's answer may be read so late
 ROUNDING = 1e-6  # of a token: a timer computed from a share of one may come that much too early
 MAX_CARRIERS = 3  # a call-me-maybe goes over so many at once: each may be lost, or not reach the other side
 
@@ -134,7 +133,6 @@ class Paths:
         self._targets: tuple[ReflectorTarget, ...] = ()
         self._observers: dict[str, dict[str, Endpoint]] = {}  # subject's name -> observer's name -> where
         self._candidates: tuple[Candidate, ...] = ()
-        self._candidates_since = NEVER
         self._mapping = Mapping.UNKNOWN
         self._families: frozenset[Family] = frozenset()
         self._own_endpoints: frozenset[Endpoint] = frozenset()
@@ -279,9 +277,12 @@ class Paths:
             self._origins[sender] = origin
         match message:
             case CallMeMaybe():
+                own = frozenset(c.endpoint for c in self._candidates if not is_private(c.endpoint.address))
+                opened = own & frozenset(message.opened)
                 pair.called(
                     frozenset(c.endpoint for c in message.candidates if self._refusal(c.endpoint) is None),
-                    opened=now - self._candidates_since > CANDIDATES_KNOWN,
+                    opened=frozenset(endpoint.family for endpoint in opened),
+                    reply=bool(own) and not opened,
                     now=now,
                 )
             case Ping() | Pong() | Nominate() | Nominated() if source is not None:
@@ -345,7 +346,8 @@ class Paths:
         pair = self._pairs[key]
         self._young.pop(key, None)
         self._waiting.pop(key, None)
-        for due in pair.take(now, self._next_transaction):
+        can_call = not pair.alive and self._can_call(key, now)
+        for due in pair.take(now, self._next_transaction, can_call=can_call):
             match due:
                 case SendTo(message, endpoint, ttl):
                     self._tokens -= isinstance(message, Ping)
@@ -354,7 +356,9 @@ class Paths:
                 case CheckMapping():
                     self._reflexive.check(now)
                 case CallPeer():
-                    self._out.append(Call(self._keys[key], CallMeMaybe(self._candidates[:MAX_CANDIDATES])))
+                    opened = pair.opened(now)[:MAX_CANDIDATES]
+                    call = CallMeMaybe(self._candidates[:MAX_CANDIDATES], opened)
+                    self._out.append(Call(self._keys[key], call))
         if not pair.alive:
             pair.explain(self._why_not(key, now))
         self._touch(key, now)
@@ -364,6 +368,12 @@ class Paths:
         if self._unread_since is None or now - self._unread_since < COUNTER_STALE:
             return message
         return replace(message, received=0) if isinstance(message, Ping | Pong) else message
+
+    def _can_call(self, key: PublicKey, now: float) -> bool:
+        """Whether something carries a call to the peer, or a reflector may still answer and then does."""
+        silent = self._reflexive.silent_since()
+        hopes = bool(self._targets) and (silent is None or now - silent < CARRIER_PATIENCE)
+        return hopes or bool(self.carriers(self._keys[key], now))
 
     def outputs(self) -> list[PathsOutput]:
         """What is to be sent now."""
@@ -416,7 +426,6 @@ class Paths:
         mapping = self._reflexive.mapping(addresses, now)
         if (candidates, mapping) != (self._candidates, self._mapping):
             self._candidates, self._mapping = candidates, mapping
-            self._candidates_since = now
             self._changes.own = True
 
     @property
@@ -440,7 +449,7 @@ class Paths:
         return view.endpoint if view is not None else None
 
     def settled(self, key: PublicKey, now: float) -> None:
-        """The endpoint of `key` was handed to the device."""
+        """Endpoint and hold of `key` were handed to the device."""
         pair = self._pairs.get(key)
         if pair is not None:
             pair.settled()

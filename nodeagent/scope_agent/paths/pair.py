@@ -4,10 +4,10 @@ The algorithm, for the pair of ourselves and one peer, and in brackets the part 
 
 1. Every endpoint the peer publishes, every endpoint others saw it at, and every endpoint it spoke from is a
    *route* (`route`, `routes`). A search pings all routes at 0, 100, 200, 400, 800 and 1600 ms (the less
-   preferred family 250 ms later, RFC 8305) and then every probe interval (`schedule`). Before the first full
-   ping towards an endpoint behind a NAT go *openers* that die after our own NAT: they open our side without
-   leaving, in the other side's NAT, the entry of an unsolicited packet, which some NATs answer by moving the
-   other side's port.
+   preferred family 250 ms later, RFC 8305) and then every probe interval (`schedule`). Towards an endpoint
+   behind a NAT these are *openers*, which die after our own NAT, until the peer was heard or says in a call
+   that it has opened towards us. They open our side without leaving, in the other side's NAT, the entry of an
+   unsolicited packet, which some NATs answer by moving the other side's port.
 2. An inbound ping makes its source a route and is answered with an echo and a ping of our own.
 3. The peer with the lower key decides. After its first verified echo it waits min(200 ms, one RTT) for
    better ones, then *nominates* the best route: both sides set it, five times, an RTT apart (`nomination`).
@@ -174,21 +174,24 @@ class Pair:
         else:
             self.search(now)
 
-    def called(self, endpoints: frozenset[Endpoint], *, opened: bool, now: float) -> None:
+    def called(
+        self, endpoints: frozenset[Endpoint], *, opened: frozenset[Family], reply: bool, now: float
+    ) -> None:
         """A call-me-maybe: the peer punches towards us now.
 
-        `opened`: it knows our endpoints, so its NAT is open and we ping in full. Where it may have called
-        before it heard of them, openers go first.
+        `opened`: the families in which it has opened towards us, so that we ping in full. `reply`: it knows
+        none of our endpoints.
         """
         for endpoint in sorted(endpoints, key=self._routes.order):
-            is_new = endpoint not in self._routes
-            route = self._open(endpoint)
-            if route is not None and (opened or is_new):
-                route.opener = not opened and self._wants_opener(route)
+            self._open(endpoint)
+        for route in self._routes:
+            route.opener = route.endpoint.family not in opened and self._wants_opener(route)
         if self._alive:
             self._suspect(now)
         else:
             self._search.called(now)
+            if reply:
+                self._search.reply(now)
         self._punch(now, call=False)
 
     def mapping_known(self, now: float) -> None:
@@ -370,8 +373,8 @@ class Pair:
         ]  # fmt: skip
         return min((t for t in times if t is not None), default=None)
 
-    def take(self, now: float, transactions: Callable[[], int]) -> list[Due]:
-        """Everything due at `now`."""
+    def take(self, now: float, transactions: Callable[[], int], *, can_call: bool) -> list[Due]:
+        """Everything due at `now`. `can_call`: something carries our calls to the peer."""
         due: list[Due] = []
         if self._check_mapping:
             self._check_mapping = False
@@ -389,7 +392,7 @@ class Pair:
             due += self._settle(now)
         for route in self._routes:
             if route.next is not None and now >= route.next:
-                due.append(self._ping(route, now, transactions))
+                due.append(self._ping(route, now, transactions, can_call=can_call))
         if self._search.take_call(now, searching=not self._alive):
             due.append(CallPeer())
         return due
@@ -421,6 +424,10 @@ class Pair:
     def alive(self) -> bool:
         """Whether the path in use is believed to work."""
         return self._alive
+
+    def opened(self, now: float) -> tuple[Endpoint, ...]:
+        """The peer's public endpoints that we have lately sent towards."""
+        return tuple(route.endpoint for route in self._routes if route.rank[0] > 0 and route.is_opened(now))
 
     def is_punching(self, now: float) -> bool:
         """Whether the search began so lately that the two sides' pings are still to meet."""
@@ -489,8 +496,8 @@ class Pair:
             self._in_use = self._last_good
             self._gate.force()
 
-    def _ping(self, route: Route, now: float, transactions: Callable[[], int]) -> SendTo:
-        ttl = schedule.ttl(route) if not self._alive else None
+    def _ping(self, route: Route, now: float, transactions: Callable[[], int], *, can_call: bool) -> SendTo:
+        ttl = schedule.ttl(route, can_call=can_call) if not self._alive else None
         transaction = transactions()
         route.ask(transaction, now)
         route.next = self._next_ping(route, now)

@@ -19,6 +19,7 @@ VERIFIED = 30.0  # WireGuard may roam among routes that echoed so lately
 PROBATION = 1.0  # an endpoint that WireGuard found by itself may stay for so long until its echo
 DATA_DEAD_FOR = 60.0  # a route that swallows WireGuard's packets is not tried again for so long
 IN_FLIGHT = 0.05  # a ping asked so lately need not be asked again
+OPENED_FOR = 20.0  # a NAT forgets a flow without an answer after 30 s at the earliest; less the call's way
 MAX_PENDING = 16  # unanswered pings remembered per route
 RTT_GAIN = 0.8  # a route of equal rank must be this much quicker, and RTT_MARGIN, to be switched to
 RTT_MARGIN = 0.01
@@ -31,7 +32,7 @@ class Route:
     endpoint: Endpoint
     rank: tuple[int, int]  # lower is better
     listed: bool = False  # somebody published it; else the peer only spoke from it
-    opener: bool = False  # the first pings of a punch stay short of the other side's NAT
+    opener: bool = False  # nobody said that the other side's NAT knows us: pings stay short of it
     punched: float = 0.0  # when its punch began
     attempt: int = 0  # pings since then
     next: float | None = None  # when its next ping is due
@@ -68,6 +69,10 @@ class Route:
         self.echoed, self.here = now, pong.observed
         self.pending = {transaction: at for transaction, at in self.pending.items() if at > sent}
         return True
+
+    def is_opened(self, now: float) -> bool:
+        """Whether our own NAT lets in what comes from there."""
+        return any(now - at < OPENED_FOR for at in self.pending.values()) or self.silence(now) < OPENED_FOR
 
     def is_asked(self, now: float) -> bool:
         """Whether a ping is on its way."""

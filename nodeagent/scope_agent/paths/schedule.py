@@ -7,12 +7,17 @@ interval; an active path is one that data leaves by.
 
 from __future__ import annotations
 
+from scope.model import Family
 from scope_agent.paths.route import NEVER, Route
 
 PUNCH = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6)  # both sides' pings meet within the life of any NAT entry
 FAMILY_DELAY = 0.25  # how long the less preferred family waits (RFC 8305, section 5)
-OPENERS = 2  # pings of a punch that stay short of the other side's NAT; then 400 ms have passed for its own
 OPENER_TTL = 2  # leaves our router, dies at the next hop
+OPENERS = 2  # first pings of a punch, where nothing but time can tell that the other side has opened too
+# Where the peer can be called it says that it has opened, and until then all pings are openers. Should its
+# word not come through, these pings of a punch (at 5.6, 7.6 and 9.6 s) go in full: few, because each may be
+# the one that takes the port.
+BLIND = range(7, 10)
 STEP_MIN = 0.01  # pings of a punch that were held up do not leave all at once
 LAST_GOOD_INTERVAL = 1.5  # what worked is the likeliest to work again
 LAST_GOOD_FOR = 600.0  # by then a rebooting router is back
@@ -20,9 +25,17 @@ YOUNG = 10.0  # a new path is pinged every probe interval for so long
 BETTER_INTERVAL = 20.0  # a better route than the one in use is asked so often: both firewalls are open then
 
 
-def ttl(route: Route) -> int | None:
-    """The hop limit of the next ping of a search: an opener's, or None for the usual one."""
-    return OPENER_TTL if route.opener and route.attempt < OPENERS else None
+def ttl(route: Route, *, can_call: bool) -> int | None:
+    """The hop limit of the next ping of a search: an opener's, or None for the usual one.
+
+    `can_call`: something carries our calls, so the peer can tell us that it has opened. Nothing moves ports
+    in IPv6.
+    """
+    if not route.opener:
+        return None
+    if can_call and route.endpoint.family is Family.IPV4:
+        return None if route.attempt in BLIND else OPENER_TTL
+    return OPENER_TTL if route.attempt < OPENERS else None
 
 
 def while_searching(

@@ -13,7 +13,10 @@ from collections.abc import Callable
 from scope.model import Timers
 from scope_agent.paths.schedule import FAMILY_DELAY, PUNCH
 
-CALLS = (0.0, 1.0, 3.0)  # call-me-maybe of one punch: the first may be lost, the second find no session
+# Call-me-maybe of one punch: the first may come before the other family's openers have left, be lost, or find
+# no session.
+CALLS = (0.0, 0.3, 1.0, 3.0)
+REPLIES = 3  # calls in answer to calls, for each search of our own: two that know nothing of each other end
 MEETING = PUNCH[-1] + FAMILY_DELAY  # of a punch: by then the two sides' pings have met, if they ever do
 JUST_NOW = 0.02  # a call that left so lately is not worth another one
 RETRY_FIRST, RETRY_MAX = 60.0, 600.0  # a call and a few pings each: cheap enough never to stop
@@ -41,6 +44,7 @@ class Search:
         self._punched = now
         self._calls = 0
         self._next_call: float | None = None
+        self._replies = 0
 
     def start(self, now: float) -> None:
         """Climb the ladder from its foot."""
@@ -65,6 +69,7 @@ class Search:
         self._punched = now
         if call:
             self._calls, self._next_call = 0, now
+            self._replies = 0
 
     def is_punching(self, now: float) -> bool:
         """Whether the last punch is so young that the two sides' pings are still to meet."""
@@ -78,6 +83,12 @@ class Search:
     def call_again(self, now: float) -> None:
         """There is news for the peer: worth a call, unless one left just now."""
         if not self.declared and now - self._punched > JUST_NOW:
+            self._next_call = now
+
+    def reply(self, now: float) -> None:
+        """The peer's call shows that it does not know where to open towards: tell it once we have opened."""
+        if self._replies < REPLIES:
+            self._replies += 1
             self._next_call = now
 
     def take_call(self, now: float, *, searching: bool) -> bool:
