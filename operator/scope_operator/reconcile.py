@@ -45,6 +45,7 @@ log = logging.getLogger(__name__)
 KINDS = (Kind.MESH, Kind.PEER)
 HEAR_INTERVAL = 5.0  # seconds: `online` is right to this, and reading 10,000 ages takes milliseconds
 SWEEP_INTERVAL = 60.0  # seconds: what time alone brings about (expiry, freed addresses) is a matter of days
+DRAIN_SECONDS = 1.0  # a write takes milliseconds; whoever follows us waits no longer than two seconds in all
 CONFIRM_INTERVAL = 5.0  # seconds between looks whether Nodes are to be listed anew
 FIRST_BACKOFF = 0.5  # seconds
 MAX_BACKOFF = 30.0  # seconds: an outage that ends is noticed within half a minute
@@ -113,6 +114,7 @@ class Reconciler:
         self._list_nodes = list_nodes
         self._told = told
         self._wake = asyncio.Event()
+        self._writes: set[asyncio.Task[None]] = set()
         self._failures: dict[tuple[Kind, str], int] = {}
         self._event_at: float | None = None
         self._error_at: float | None = None
@@ -142,7 +144,20 @@ class Reconciler:
         await self._list_the_nodes()
 
     async def run(self) -> None:
-        """Plan and write until cancelled, from the facts that are taken."""
+        """Plan and write until cancelled, from the facts that are taken.
+
+        Writes that are under way then have `DRAIN_SECONDS` to end, so that who writes after us finds them
+        done.
+        """
+        try:
+            await self._run()
+        finally:
+            if self._writes:
+                _, late = await asyncio.wait(self._writes, timeout=DRAIN_SECONDS)
+                for write in late:
+                    write.cancel()
+
+    async def _run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._every(SWEEP_INTERVAL, self._planner.sweep))
             if self._liveness is not None:
@@ -155,7 +170,7 @@ class Reconciler:
                 )
             if self._list_nodes is not None:
                 tasks.create_task(self._confirm())
-            await self._work(tasks)
+            await self._work()
 
     async def follow(self) -> None:
         """Follow the registry and write, until cancelled; a registry that closes is left at rest."""
@@ -215,11 +230,14 @@ class Reconciler:
             self._wake.set()
             await asyncio.sleep(interval)
 
-    async def _work(self, tasks: asyncio.TaskGroup) -> None:
+    async def _work(self) -> None:
         while True:
             self._wake.clear()
+            for write in [write for write in self._writes if write.done()]:
+                self._writes.discard(write)
+                write.result()
             for action in self._planner.plan(now=self._now(), wall=self._wall()):
-                tasks.create_task(self._do(action))
+                self._writes.add(asyncio.create_task(self._do(action)))
             due = self._planner.next_time()
             try:
                 async with asyncio.timeout(None if due is None else max(0.0, due - self._now())):
@@ -228,6 +246,12 @@ class Reconciler:
                 continue
 
     async def _do(self, action: Action) -> None:
+        try:
+            await self._done(action)
+        finally:
+            self._wake.set()
+
+    async def _done(self, action: Action) -> None:
         began = self._now()
         stored: Resource | None = None
         error: RegistryError | None = None
@@ -243,11 +267,10 @@ class Reconciler:
             self._failures.pop(key_of(action), None)
             self._planner.succeeded(action, stored)
         self._told(Done(action, stored, error, self._now() - began))
-        self._wake.set()
 
     async def _perform(self, action: Action) -> Resource | None:
         match action:
-            case WriteAssignment(peer, part):
+            case WriteAssignment(peer=peer, part=part):
                 meta = peer.meta
                 return await self._registry.update_status(
                     Kind.PEER, meta.name, part, uid=meta.uid, if_revision=meta.revision
@@ -260,7 +283,7 @@ class Reconciler:
             case CreatePeer(peer, mesh):
                 log.info("reconcile.created peer=%s node=%s", peer.meta.name, peer.spec.node_name)
                 return await self._registry.create(peer)
-            case DeletePeer(peer, why):
+            case DeletePeer(peer=peer, why=why):
                 log.info("reconcile.deleted peer=%s uid=%s why=%s", peer.meta.name, peer.meta.uid, why)
                 await self._registry.delete(Kind.PEER, peer.meta.name, uid=peer.meta.uid)
                 return None

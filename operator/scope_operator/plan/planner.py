@@ -55,6 +55,7 @@ class WriteAssignment:
 
     peer: Peer
     part: Assignment
+    mesh: Mesh | None  # the peer's, where there is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ class DeletePeer:
 
     peer: Peer
     why: Why
+    mesh: Mesh | None  # the peer's, where there is one
 
 
 Action: TypeAlias = WriteAssignment | WriteMeshStatus | CreatePeer | DeletePeer
@@ -313,10 +315,10 @@ class Planner:
         members = self._members[peer.spec.mesh]
         nodes = self._nodes
         if nodes is not None and nodes.may_go(peer, members=len(members.peers), now=now):
-            return DeletePeer(peer, Why.NODE_LEFT)
+            return DeletePeer(peer, Why.NODE_LEFT, mesh)
         stays = nodes is not None and nodes.is_wanted(peer)
         if mesh is not None and not stays and self._is_expired(peer, mesh, wall=wall):
-            return DeletePeer(peer, Why.EXPIRED)
+            return DeletePeer(peer, Why.EXPIRED, mesh)
         part = plan_assignment(
             peer,
             mesh=mesh,
@@ -330,7 +332,7 @@ class Planner:
             return None
         for interface in part.addresses:
             members.taken[interface.ip] = name  # from now on, so that no other peer is planned onto it
-        return WriteAssignment(peer, part)
+        return WriteAssignment(peer, part, mesh)
 
     def _note_lack(self, members: _Members, peer: Peer, part: Assignment) -> None:
         name, mesh = peer.meta.name, self._meshes.get(peer.spec.mesh)

@@ -1,0 +1,110 @@
+"""The program `scope-operator`: serves the registry of a Kubernetes cluster."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import sys
+from pathlib import Path
+
+from scope import resources
+from scope.model import ConfigError, Kind
+from scope.registry.kube.access import SERVICE_ACCOUNT, Access, from_kubeconfig, in_cluster
+from scope.registry.port import RegistryError
+from scope.resources import InvalidResource
+from scope_operator.kube.lease import LeaseLost
+from scope_operator.kube.process import OperatorConfig, operate
+
+METRICS_PORT = 9187
+METRICS_ADDRESS = "0.0.0.0"  # noqa: S104 - Prometheus and the kubelet ask from elsewhere
+NAMESPACE = "scope-system"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the program; exits 1 with a sentence where it cannot go on."""
+    options = build_parser().parse_args(arguments)
+    time = "" if "JOURNAL_STREAM" in os.environ else "%(asctime)s "
+    logging.basicConfig(
+        level=options.log_level.upper(), format=f"{time}%(levelname)s %(message)s", stream=sys.stderr
+    )
+    # kopf tells each step of each object at INFO.
+    logging.getLogger("kopf").setLevel(max(logging.WARNING, logging.getLogger().level))
+    try:
+        asyncio.run(_operate(options))
+    except (ConfigError, LeaseLost, RegistryError) as error:
+        print(f"scope-operator: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(
+        prog="scope-operator", description="Makes the Nodes of a cluster the peers of a Scope mesh."
+    )
+    parser.add_argument(
+        "--cluster-name",
+        required=True,
+        type=_cluster,
+        metavar="NAME",
+        help="what this cluster is called in its meshes; a DNS label, another in each cluster",
+    )
+    parser.add_argument(
+        "--namespace",
+        default=_own_namespace(),
+        help="where Leases and Secrets are (default: the pod's own, here %(default)s)",
+    )
+    parser.add_argument(
+        "--kubeconfig", type=Path, metavar="FILE", help="sign in with this (default: as the pod that this is)"
+    )
+    parser.add_argument("--context", metavar="NAME", help="of the kubeconfig")
+    parser.add_argument("--api-server", metavar="URL", help="in place of the one that the pod is told")
+    parser.add_argument(
+        "--metrics-address",
+        default=METRICS_ADDRESS,
+        metavar="ADDRESS",
+        help="/metrics, /healthz and /readyz here (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--metrics-port", type=int, default=METRICS_PORT, metavar="PORT", help="(default: %(default)s)"
+    )
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    return parser
+
+
+async def _operate(options: argparse.Namespace) -> None:
+    await operate(
+        await _access(options),
+        OperatorConfig(
+            cluster=options.cluster_name,
+            namespace=options.namespace,
+            metrics_address=options.metrics_address,
+            metrics_port=options.metrics_port,
+        ),
+    )
+
+
+async def _access(options: argparse.Namespace) -> Access:
+    if options.kubeconfig is None and options.context is None and "KUBECONFIG" not in os.environ:
+        return in_cluster(url=options.api_server)
+    return await from_kubeconfig(options.kubeconfig, context=options.context)
+
+
+def _cluster(text: str) -> str:
+    try:
+        resources.parse_status(Kind.MESH, {"clusters": [{"name": text, "uid": "any"}]})
+    except InvalidResource as error:
+        raise argparse.ArgumentTypeError(str(error.problems[0])) from None
+    return text
+
+
+def _own_namespace() -> str:
+    try:
+        return (SERVICE_ACCOUNT / "namespace").read_text().strip() or NAMESPACE
+    except OSError:
+        return NAMESPACE
+
+
+if __name__ == "__main__":
+    main()

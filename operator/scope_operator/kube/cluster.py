@@ -1,0 +1,65 @@
+"""What is read of the cluster itself: who it is, its Nodes, and whether it knows Scope's resources."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from scope.model import ConfigError, Kind
+from scope.registry.kube.client import KubeClient
+from scope.registry.kube.objects import collection
+from scope.registry.port import NotFound, Refused, Unavailable
+from scope_operator.plan.nodes import Node, NodesListed
+
+NODES = "/api/v1/nodes"
+IDENTITY = "/api/v1/namespaces/kube-system"
+PAGE = 500  # Nodes of a list's page: one has 5 to 20 KB
+
+
+def read_node(document: Mapping[str, Any]) -> Node:
+    """What matters of a Node. Raises Unavailable for what no API server sends."""
+    metadata = document.get("metadata") or {}
+    name, uid, revision = (metadata.get(field) for field in ("name", "uid", "resourceVersion"))
+    if not isinstance(name, str) or not isinstance(uid, str) or not str(revision).isdigit():
+        raise Unavailable("the API server sent a Node without name, uid or resourceVersion")
+    labels = metadata.get("labels") or {}
+    return Node(name, uid, {str(key): str(value) for key, value in labels.items()}, int(str(revision)))
+
+
+async def list_nodes(client: KubeClient, *, asked_at: float, after: int) -> NodesListed:
+    """All Nodes at one revision; `after` is the newest that is known. Raises RegistryError."""
+    query = {"limit": str(PAGE)}
+    found: list[Node] = []
+    while True:
+        page = await client.ask("GET", NODES, query=query)
+        metadata = page.get("metadata") or {}
+        found.extend(read_node(item) for item in page.get("items") or ())
+        token = metadata.get("continue")
+        if not token:
+            return NodesListed(tuple(found), int(metadata["resourceVersion"]), asked_at, after)
+        query = {**query, "continue": str(token)}
+
+
+async def identity(client: KubeClient) -> str:
+    """The UID of the kube-system namespace. Raises ConfigError, Unavailable."""
+    try:
+        namespace = await client.ask("GET", IDENTITY)
+    except Refused as error:
+        raise ConfigError(
+            f"may not read the namespace kube-system, whose UID tells clusters apart: {error}; give the "
+            "operator's ServiceAccount the right to get it"
+        ) from None
+    return str(namespace["metadata"]["uid"])
+
+
+async def require_resources(client: KubeClient, *, namespace: str) -> None:
+    """Raises ConfigError where ScopeMesh or ScopePeer is unknown or closed to us, Unavailable."""
+    for kind in (Kind.MESH, Kind.PEER):
+        try:
+            await client.ask("GET", collection(kind, namespace), query={"limit": "1"})
+        except NotFound:
+            raise ConfigError(
+                f"the cluster does not know {kind}: `kubectl apply -f crds/` first, then start the operator"
+            ) from None
+        except Refused as error:
+            raise ConfigError(f"may not list {kind}: {error}; apply the operator's ClusterRole") from None

@@ -1,0 +1,197 @@
+"""What is worth a Kubernetes Event: peers that came and went, and conditions that began or ended.
+
+`news_of` reads it off a write that succeeded. A condition that is stored already is not written again, so
+each transition is told once, whichever replica writes and however often it restarts. Peers that come or go
+together are told together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from scope import resources
+from scope.model import Assignment, Condition, Kind, Mesh, Peer, Resource, kind_of
+from scope.registry.kube.client import KubeClient, Object
+from scope.registry.port import RegistryError, Unavailable
+from scope_operator.plan.conditions import (
+    ADDRESS_CONFLICT,
+    ADDRESSES_EXHAUSTED,
+    PORT_CONFLICT,
+    READY,
+    ROUTE_CONFLICT,
+)
+from scope_operator.plan.planner import CreatePeer, DeletePeer, Why, WriteAssignment, WriteMeshStatus
+from scope_operator.reconcile import Done
+
+log = logging.getLogger(__name__)
+
+# Events of cluster-scoped objects stand here, where `kubectl describe` looks for them.
+NAMESPACE = "default"
+PATH = f"/apis/events.k8s.io/v1/namespaces/{NAMESPACE}/events"
+CONTROLLER = "scope.ltgc.cc/operator"
+TOGETHER = 2.0  # seconds: a cluster that joins is one Event, not a thousand
+SHOWN = 5  # names in one Event
+MAX_NOTE = 1024  # characters, the API server's bound
+MAX_WAITING = 256  # Events that wait for an API server; beyond it the eldest are not told
+ATTEMPTS = 3
+RETRY_SECONDS = 5.0
+
+PROBLEMS = (ADDRESSES_EXHAUSTED, PORT_CONFLICT, ROUTE_CONFLICT)
+WORTH = frozenset(
+    {"ClusterNameTaken", "AddressesOverlap"}
+)  # reasons of not being ready that no other condition tells
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """Which object an Event is about."""
+
+    kind: Kind
+    name: str
+    uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """One Event, or, with `peer`, a part of one about several peers of a mesh."""
+
+    about: About
+    reason: str
+    note: str
+    is_warning: bool = False
+    peer: str = ""
+
+
+def news_of(done: Done) -> tuple[News, ...]:
+    """What a write brought; nothing where it failed."""
+    if done.error is not None:
+        return ()
+    match done.action:
+        case WriteMeshStatus(mesh, part):
+            return tuple(_turns(_about(mesh), mesh.status.conditions, part.conditions))
+        case WriteAssignment(peer, part, mesh):
+            came = _came(peer, mesh) if peer.assignment == Assignment() else ()
+            return (*came, *_turns(_about(peer), peer.assignment.conditions, part.conditions))
+        case DeletePeer(peer, why, mesh):
+            note = "their Nodes are gone or not selected" if why is Why.NODE_LEFT else "past peerExpiry"
+            return _of_mesh(mesh, "PeerRemoved", note, peer)
+        case CreatePeer():
+            return ()
+
+
+def together(news: Iterable[News]) -> list[News]:
+    """The same news with those about peers of one mesh, for one reason, as one."""
+    told: list[News] = []
+    groups: dict[tuple[About, str, str], list[str]] = {}
+    for each in news:
+        if each.peer:
+            groups.setdefault((each.about, each.reason, each.note), []).append(each.peer)
+        else:
+            told.append(each)
+    for (about, reason, note), peers in groups.items():
+        more = len(peers) - SHOWN
+        names = ", ".join(sorted(peers)[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+        told.append(News(about, reason, f"{names}: {note}" if note else names))
+    return told
+
+
+def _came(peer: Peer, mesh: Mesh | None) -> tuple[News, ...]:
+    note = "peers of Nodes" if peer.spec.node_name else "joined from outside of the cluster"
+    return _of_mesh(mesh, "PeerAdded", note, peer)
+
+
+def _of_mesh(mesh: Mesh | None, reason: str, note: str, peer: Peer) -> tuple[News, ...]:
+    return (News(_about(mesh), reason, note, peer=peer.meta.name),) if mesh is not None else ()
+
+
+def _turns(about: About, before: Iterable[Condition], after: Iterable[Condition]) -> Iterable[News]:
+    earlier = {each.type: each for each in before}
+    for condition in after:
+        was = earlier.pop(condition.type, None)
+        if condition.type == ADDRESS_CONFLICT:
+            if was is None or was.changed != condition.changed:
+                yield News(about, ADDRESS_CONFLICT, condition.message, is_warning=True)
+        elif condition.type in PROBLEMS:
+            if condition.status == "True" and (was is None or was.status != "True"):
+                yield News(about, condition.type, condition.message, is_warning=True)
+            elif condition.status != "True" and was is not None and was.status == "True":
+                yield News(about, f"{condition.type}Resolved", f"it was: {was.message}")
+        elif condition.type == READY and condition.reason in WORTH - {was.reason if was else ""}:
+            yield News(about, condition.reason, condition.message, is_warning=True)
+    for kind in PROBLEMS:  # a peer's conditions are left out when they end
+        if kind in earlier and earlier[kind].status == "True":
+            yield News(about, f"{kind}Resolved", f"it was: {earlier[kind].message}")
+
+
+def _about(resource: Resource) -> About:
+    return About(kind_of(resource), resource.meta.name, resource.meta.uid)
+
+
+class Newsroom:
+    """Posts Events; `identity` is the replica's. `wall` is the wall clock."""
+
+    def __init__(self, client: KubeClient, *, identity: str, wall: Callable[[], float]) -> None:
+        self._client = client
+        self._identity = identity
+        self._wall = wall
+        self._waiting: list[News] = []
+        self._wake = asyncio.Event()
+
+    def tell(self, done: Done) -> None:
+        """Take what a write brought."""
+        news = news_of(done)
+        if news:
+            self._waiting = [*self._waiting, *news]
+            self._wake.set()
+
+    async def run(self) -> None:
+        """Post until cancelled."""
+        while True:
+            await self._wake.wait()
+            await asyncio.sleep(TOGETHER)
+            self._wake.clear()
+            waiting, self._waiting = self._waiting, []
+            for news in together(waiting)[-MAX_WAITING:]:
+                await self._post(news)
+
+    async def _post(self, news: News) -> None:
+        body = self._event(news)
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                await asyncio.sleep(RETRY_SECONDS)
+            try:
+                await self._client.ask("POST", PATH, body=body)
+            except Unavailable as error:
+                log.warning("event.failed reason=%s error=%s", news.reason, error)
+            except RegistryError as error:
+                log.warning("event.refused reason=%s error=%s", news.reason, error)
+                return
+            else:
+                return
+
+    def _event(self, news: News) -> Object:
+        about = news.about
+        moment = datetime.fromtimestamp(self._wall(), UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        return {
+            "apiVersion": "events.k8s.io/v1",
+            "kind": "Event",
+            "metadata": {"name": f"{about.name[:200]}.{secrets.token_hex(8)}", "namespace": NAMESPACE},
+            "eventTime": moment,
+            "type": "Warning" if news.is_warning else "Normal",
+            "reason": news.reason,
+            "note": news.note[:MAX_NOTE],
+            "action": "Reconciled",
+            "reportingController": CONTROLLER,
+            "reportingInstance": self._identity[:128],
+            "regarding": {
+                "apiVersion": resources.API_VERSION,
+                "kind": str(about.kind),
+                "name": about.name,
+                "uid": about.uid,
+            },
+        }

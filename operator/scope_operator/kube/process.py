@@ -1,0 +1,180 @@
+"""The operator as one process: it watches always, and writes while it is elected.
+
+Every replica keeps its view of the cluster, so the next leader starts at once; it lists everything anew
+before its first write, because what its predecessor wrote last may not have reached its watch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import secrets
+import signal
+import socket
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from scope.registry.kube.access import Access
+from scope.registry.kube.client import KubeClient
+from scope.registry.kube.registry import KubeRegistry
+from scope.registry.port import RegistryError
+from scope_operator.kube.cluster import identity, list_nodes, require_resources
+from scope_operator.kube.lease import Election
+from scope_operator.kube.news import Newsroom
+from scope_operator.kube.report import Report, site
+from scope_operator.kube.watching import watch
+from scope_operator.plan.nodes import NodePeers, NodesListed
+from scope_operator.reconcile import Done, Reconciler, backoff
+
+log = logging.getLogger(__name__)
+
+LEASE = "scope-operator"
+SWEEP_SECONDS = (300.0, 600.0)  # between lists of everything, drawn anew each time, so replicas do not meet
+REWATCH_SECONDS = 1.0  # between a watch that failed and the next
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorConfig:
+    """What the command line said."""
+
+    cluster: str
+    namespace: str
+    metrics_address: str
+    metrics_port: int
+
+
+async def operate(access: Access, config: OperatorConfig) -> None:
+    """Run until SIGTERM or SIGINT. Raises ConfigError, LeaseLost, Unavailable (at the start)."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with KubeClient(access) as client:
+        await require_resources(client, namespace=config.namespace)
+        operator = Operator(client, access, config, uid=await identity(client))
+        pages = operator.report.application()
+        async with site(pages, host=config.metrics_address, port=config.metrics_port) as port:
+            log.info("operator.serving cluster=%s metrics_port=%d", config.cluster, port)
+            await operator.run(stop)
+
+
+class Operator:
+    """One replica, in the cluster whose kube-system namespace has the UID `uid`."""
+
+    def __init__(self, client: KubeClient, access: Access, config: OperatorConfig, *, uid: str) -> None:
+        self._client = client
+        self._access = access
+        self._uid = uid
+        self._identity = f"{socket.gethostname()}-{secrets.token_hex(4)}"
+        self._registry = KubeRegistry(client, namespace=config.namespace, registry_id=uid)
+        self._nodes = NodePeers(cluster=config.cluster, uid=uid)
+        self._newsroom = Newsroom(client, identity=self._identity, wall=time.time)
+        self._reconciler = Reconciler(
+            self._registry,
+            liveness=self._registry,
+            now=time.monotonic,
+            wall=time.time,
+            uniform=random.uniform,
+            nodes=self._nodes,
+            list_nodes=self._list_nodes,
+            told=self._tell,
+        )
+        self._election = Election(
+            client,
+            namespace=config.namespace,
+            name=LEASE,
+            identity=self._identity,
+            now=time.monotonic,
+            wall=time.time,
+            heard=self._hear,
+        )
+        self._revision = 0
+        self._restored = asyncio.Event()
+        self.report = Report(
+            health=lambda: self._reconciler.health, is_leader=lambda: self._election.is_leader
+        )
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Run until `stop` is set. Raises LeaseLost."""
+        leading = asyncio.create_task(self._election.lead(self._write), name="election")
+        stopping = asyncio.create_task(stop.wait(), name="stop")
+        works = [
+            asyncio.create_task(work, name=name)
+            for name, work in (
+                ("watch", self._watch()),
+                ("sweep", self._sweep()),
+                ("leases", self._registry.leases.listen()),
+                ("events", self._newsroom.run()),
+            )
+        ]
+        try:
+            done, _ = await asyncio.wait((stopping, leading, *works), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            log.info("operator.stopping identity=%s", self._identity)
+            await _end(leading)  # first: the other replica waits for it
+            await _end(stopping, *works)
+        for task in done - {stopping}:
+            task.result()
+
+    async def _write(self) -> None:
+        """What the leader does."""
+        await self._list_all()
+        await self._reconciler.run()
+
+    async def _watch(self) -> None:
+        while True:
+            watching = asyncio.create_task(
+                watch(self._access, registry_id=self._uid, take=self._reconciler.take)
+            )
+            restored = asyncio.create_task(self._restored.wait())
+            try:
+                await asyncio.wait((watching, restored), return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                restored.cancel()
+                await _end(watching)
+            if not self._restored.is_set():
+                error = None if watching.cancelled() else watching.exception()
+                log.warning("watch.ended reason=%r", error)
+                await asyncio.sleep(REWATCH_SECONDS)
+            self._restored.clear()
+            await self._list_all()
+
+    async def _sweep(self) -> None:
+        """List everything now and then: a watch that lost something, or fell silent, is found out."""
+        while True:
+            await self._list_all()
+            await asyncio.sleep(random.uniform(*SWEEP_SECONDS))  # noqa: S311 - jitter
+
+    async def _list_all(self) -> None:
+        failures = 0
+        while True:
+            try:
+                await self._reconciler.list_all()
+            except RegistryError as error:
+                failures += 1
+                log.warning("list.failed error=%s", error)
+                await asyncio.sleep(backoff(failures, uniform=random.uniform))
+            else:
+                return
+
+    async def _list_nodes(self) -> NodesListed:
+        return await list_nodes(self._client, asked_at=time.monotonic(), after=self._nodes.revision)
+
+    def _hear(self, revision: int) -> None:
+        """An API server whose revisions go backwards was restored: watches would wait for what is gone."""
+        if revision < self._revision:
+            log.warning("cluster.restored revision=%d before=%d", revision, self._revision)
+            self._restored.set()
+        self._revision = revision
+
+    def _tell(self, done: Done) -> None:
+        self.report.tell(done)
+        self._newsroom.tell(done)
+
+
+async def _end(*tasks: asyncio.Task[Any]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
