@@ -159,4 +159,6 @@ def _addresses(value: object) -> tuple[IPAddress, ...]:
         raise ConfigError(allowed) from None
     if any(address.version == 6 and "%" in str(address) for address in addresses):
         raise ConfigError(f"{allowed}, without a zone")
+    if any(getattr(address, "ipv4_mapped", None) for address in addresses):
+        raise ConfigError(f"{allowed}, IPv4 as such")
     return addresses

@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from functools import lru_cache
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_interface, ip_network
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_interface, ip_network
 from itertools import pairwise
 from typing import TypeVar, assert_never
 
@@ -325,6 +325,23 @@ def overlapping(mesh: Mesh, others: Sequence[Mesh]) -> tuple[Problem, ...]:
     )
 
 
+def forbidden_changes(stored: Resource, asked: Resource) -> tuple[Problem, ...]:
+    """What `asked` changes in the spec of `stored` that never changes: whom a peer is, and of which mesh."""
+    if not isinstance(stored, Peer) or not isinstance(asked, Peer):
+        return ()
+    had, wanted = _peer_spec_dict(stored.spec), _peer_spec_dict(asked.spec)
+    return tuple(
+        Problem(
+            f"spec.{name}",
+            f"{_shown(wanted.get(name, ''))} is another than {_shown(had.get(name, ''))}",
+            "no change: another mesh or Node is another peer",
+            "delete this ScopePeer and create another",
+        )
+        for name in ("mesh", "cluster", "nodeName", "nodeUID")
+        if had.get(name) != wanted.get(name)
+    )
+
+
 def prefixes_of(addressing: Addressing) -> tuple[IPNetwork, ...]:
     """The one or two prefixes of a mesh."""
     return tuple(prefix for prefix in (addressing.ipv4, addressing.ipv6) if prefix is not None)
@@ -388,7 +405,7 @@ def status_to_dict(part: StatusPart) -> dict[str, object]:
 # --- text forms that others need too -----------------------------------------------------------------------
 
 _UNITS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}  # milliseconds
-_DURATION = re.compile(r"(?:[0-9]{1,12}(?:ms|s|m|h|d))+")
+_DURATION = re.compile(r"(?:[0-9]{1,12}ms|[0-9]{1,9}[smhd])+")
 _DURATION_PART = re.compile(r"([0-9]+)(ms|s|m|h|d)")
 _TIME = re.compile(
     r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt]([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
@@ -779,7 +796,8 @@ def _condition_type(value: object) -> str:
 
 
 _LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
-_SUBDOMAIN = re.compile(rf"{_LABEL.pattern}(?:\.{_LABEL.pattern})*")
+# As Kubernetes reads one, the names of Nodes included: the length of each label is left to DNS.
+_SUBDOMAIN = re.compile(r"[a-z0-9](?:[a-z0-9-]*[a-z0-9])?(?:\.[a-z0-9](?:[a-z0-9-]*[a-z0-9])?)*")
 
 
 def _label(value: object) -> str:
@@ -1014,10 +1032,15 @@ _ENDPOINT_FORM = "ADDRESS:PORT, IPv6 as [ADDRESS]:PORT, port 1 to 65535"
 
 def _endpoint(value: object) -> Endpoint:
     text = _unzoned(value, MAX_ENDPOINT, _ENDPOINT_FORM)
+    if ":0" in text[text.rfind(":") :]:
+        raise _refusal(value, _ENDPOINT_FORM, "a port has no leading zero")
     try:
-        return _parsed_endpoint(text)
+        endpoint = _parsed_endpoint(text)
     except ValueError as error:
         raise _refusal(value, _ENDPOINT_FORM, str(error)) from None
+    if endpoint.family is Family.IPV4 and text.startswith("["):
+        raise _refusal(value, _ENDPOINT_FORM, f'did you mean "{endpoint}"?')
+    return endpoint
 
 
 # Every peer's links name the endpoints of the same others: a mesh has far fewer endpoints than links.
@@ -1026,9 +1049,13 @@ def _parsed_endpoint(text: str) -> Endpoint:
     return Endpoint.parse(text)
 
 
+_BROADCAST = ip_address("255.255.255.255")
+
+
 def _static_endpoint(value: object) -> Endpoint:
     endpoint = _endpoint(value)
-    if endpoint.address.is_unspecified or endpoint.address.is_multicast or endpoint.address.is_loopback:
+    address = endpoint.address
+    if address.is_unspecified or address.is_multicast or address.is_loopback or address == _BROADCAST:
         raise _refusal(value, "an address that other peers can send to")
     return endpoint
 
@@ -1036,26 +1063,32 @@ def _static_endpoint(value: object) -> Endpoint:
 def _address(value: object) -> IPAddress:
     allowed = "an IPv4 or IPv6 address"
     try:
-        return ip_address(_unzoned(value, MAX_CIDR, allowed))
+        return _unmapped(ip_address(_unzoned(value, MAX_CIDR, allowed)))
     except ValueError:
         raise _refusal(value, allowed) from None
 
 
 def _interface(value: object) -> IPInterface:
     allowed = "an address with the length of its mesh's prefix, as 100.64.0.7/16"
+    text = _unzoned(value, MAX_CIDR, allowed)
+    if not _LENGTH.search(text):
+        raise _refusal(value, allowed, "its length is missing")
     try:
-        return ip_interface(_unzoned(value, MAX_CIDR, allowed))
+        interface = ip_interface(text)
+        _unmapped(interface.ip)
     except ValueError:
         raise _refusal(value, allowed) from None
+    return interface
 
 
 def _prefix(value: object) -> IPNetwork:
     allowed = "a prefix, as 100.64.0.0/16 or fd5c:be1:7a30::/64"
     text = _unzoned(value, MAX_CIDR, allowed)
-    if "/" not in text:
+    if not _LENGTH.search(text):
         raise _refusal(value, allowed, "its length is missing")
     try:
         network = ip_network(text, strict=False)
+        _unmapped(network.network_address)
     except ValueError as error:
         raise _refusal(value, allowed, str(error)) from None
     if ip_interface(text).ip != network.network_address:
@@ -1090,6 +1123,18 @@ def _route(value: object) -> IPNetwork:
     if network.is_multicast or network.is_loopback or network.is_link_local:
         raise _refusal(value, "a prefix of unicast addresses that can be routed")
     return network
+
+
+# A length is written as a number, not as a netmask.
+_LENGTH = re.compile(r"/(?:0|[1-9][0-9]{0,2})\Z")
+
+
+def _unmapped(address: IPAddress) -> IPAddress:
+    """The address, unless it is IPv4 written as IPv6, a second spelling of it. Raises ValueError."""
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    if mapped is not None:
+        raise ValueError(f"write {mapped}")
+    return address
 
 
 def _unzoned(value: object, limit: int, allowed: str) -> str:
@@ -1306,7 +1351,8 @@ def _token_spec_dict(spec: TokenSpec) -> dict[str, object]:
 
 
 def _mesh_status_dict(status: MeshStatus) -> dict[str, object]:
-    counts = {name: count for name in _COUNTS if (count := getattr(status.counts, name))}
+    # A zero is written out: kubectl shows what is not there as a blank, which could mean anything.
+    counts = {name: getattr(status.counts, name) for name in _COUNTS} if status != MeshStatus() else {}
     reflectors = [
         {"probeKey": str(reflector.probe_key), **_unless_empty("endpoints", reflector.endpoints)}
         for reflector in status.reflectors
@@ -1338,7 +1384,6 @@ def _number(number: int, size: int = 0) -> str:
 
 def _report_dict(report: PeerReport) -> dict[str, object]:
     keys = report.keys
-    counts = (("direct", report.direct), ("relayed", report.relayed), ("unreachable", report.unreachable))
     return {
         "keys": {"wireGuard": str(keys.wireguard), "probe": str(keys.probe), "signing": str(keys.signing)},
         **(
@@ -1349,7 +1394,9 @@ def _report_dict(report: PeerReport) -> dict[str, object]:
         "mapping": str(report.mapping),
         **({"device": str(report.device)} if report.device else {}),
         **({"links": [_link_dict(link) for link in report.links]} if report.links else {}),
-        **{name: count for name, count in counts if count},
+        "direct": report.direct,
+        "relayed": report.relayed,
+        "unreachable": report.unreachable,
         **_unless_empty("heldAddresses", report.held_addresses),
         "protocol": report.protocol,
     }

@@ -61,7 +61,7 @@ _EVEN = "gA" + "A" * 340  # 2**2047
 
 # --- every value there can be ------------------------------------------------------------------------------
 
-ADDRESSES = st.ip_addresses()
+ADDRESSES = st.ip_addresses().filter(lambda address: getattr(address, "ipv4_mapped", None) is None)
 LABELS = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", fullmatch=True)
 NAMES = st.lists(LABELS, min_size=1, max_size=3).map(".".join)
 UIDS = st.text("abcdef0123456789-", max_size=resources.MAX_UID)
@@ -71,7 +71,10 @@ COUNTS = st.integers(0, resources.MAX_COUNT)
 REASONS = st.text(st.characters().filter(str.isprintable), max_size=resources.MAX_REASON)
 ENDPOINTS = st.builds(Endpoint, ADDRESSES, st.integers(1, 65535))
 STATIC = ENDPOINTS.filter(
-    lambda e: not (e.address.is_unspecified or e.address.is_multicast or e.address.is_loopback)
+    lambda e: (
+        not (e.address.is_unspecified or e.address.is_multicast or e.address.is_loopback)
+        and str(e.address) != "255.255.255.255"
+    )
 )
 MILLISECONDS = st.integers(100, 60_000).map(lambda n: n / 1000)
 METAS = st.builds(Meta, NAMES, UIDS, st.integers(0, 10**18), st.integers(0, 2**62), WALL)
@@ -430,6 +433,9 @@ def test_an_object_as_kubernetes_prints_it_is_read() -> None:
         ("224.0.0.0/24", "unicast"),
         ("fe80::/64", "unicast"),
         ("10.1.2.3/16", "allowed: 10.1.0.0/16"),
+        ("10.1.0.0/255.255.0.0", "its length is missing"),
+        ("10.1.0.0/016", "its length is missing"),
+        ("::ffff:10.1.0.0/112", "write 10.1.0.0"),
         ("lan", "allowed: a prefix, as"),
     ],
 )
@@ -440,7 +446,11 @@ def test_a_route_that_would_break_the_mesh_is_refused(route: str, refusal: str) 
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["192.0.2.1", "192.0.2.1:0", "2001:db8::1:51820", "0.0.0.0:1", "[fe80::1%e]:1"]
+    "endpoint",
+    [
+        *("192.0.2.1", "192.0.2.1:0", "2001:db8::1:51820", "0.0.0.0:1", "[fe80::1%e]:1", "255.255.255.255:1"),
+        *("192.0.2.1:051820", "[192.0.2.1]:1", "[::ffff:192.0.2.1]:1", "192.0.2.1:70000", "192.0.2.1:"),
+    ],
 )
 def test_a_static_endpoint_that_nobody_can_send_to_is_refused(endpoint: str) -> None:
     [line] = _refusal(_peer(endpoints=[endpoint]))
@@ -620,6 +630,29 @@ def _cluster_entry() -> dict[str, object]:
         "keys": [{"kty": "RSA", "kid": "first", "n": _MODULUS, "e": "AQAB"}],
         "serviceAccount": {"namespace": "scope-system", "name": "scope-agent"},
     }
+
+
+@pytest.mark.parametrize("address", ["10.0.0.7", "10.0.0.7/255.0.0.0", "::ffff:10.0.0.7/104", "10.0.0.7/08"])
+def test_an_assigned_address_has_a_length_and_one_spelling(address: str) -> None:
+    [line] = _refusal(_peer({"addresses": [address]}))
+    assert line.startswith("status.addresses[0]: ")
+
+
+def test_whom_a_peer_is_never_changes() -> None:
+    node: dict[str, object] = {"cluster": "fra", "nodeName": "n1", "nodeUID": "0d3f"}
+    stored = resources.parse_peer(_peer(None, **node))
+    later = resources.parse_peer(_peer(None, **node, role="Hub", routes=["10.9.0.0/16"]))
+    assert resources.forbidden_changes(stored, later) == ()
+    [problem] = resources.forbidden_changes(
+        stored, resources.parse_peer(_peer(None, **node | {"nodeUID": "7a"}))
+    )
+    assert str(problem) == (
+        'spec.nodeUID: "7a" is another than "0d3f"; allowed: no change: '
+        "another mesh or Node is another peer; delete this ScopePeer and create another"
+    )
+    external = resources.parse_peer(_peer(None, mesh="other"))
+    changed = [problem.path for problem in resources.forbidden_changes(stored, external)]
+    assert changed == ["spec.mesh", "spec.cluster", "spec.nodeName", "spec.nodeUID"]
 
 
 # --- sizes, durations, times, overlap ----------------------------------------------------------------------
