@@ -65,6 +65,9 @@ class PublicKey:
             raise ValueError("not canonical base64: its last character carries stray bits")
         return key
 
+    def __hash__(self) -> int:
+        return hash(self.raw)  # which bytes remember; every table of peers asks for it again and again
+
     def __str__(self) -> str:
         return base64.b64encode(self.raw).decode()
 
@@ -106,6 +109,9 @@ class Endpoint:
         if host.startswith("[") and host.endswith("]"):
             return cls(IPv6Address(host[1:-1]), int(port))
         return cls(IPv4Address(host), int(port))
+
+    def __hash__(self) -> int:
+        return hash((int(self.address), self.port))  # an address by itself hashes its digits as text
 
     @property
     def family(self) -> Family:

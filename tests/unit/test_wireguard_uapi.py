@@ -76,6 +76,23 @@ def test_everything_that_a_device_says_is_read() -> None:
     assert (second.endpoint, second.psk, second.last_handshake) == (None, None, None)
 
 
+def test_a_peer_of_which_nothing_new_is_said_is_the_same_object_again() -> None:
+    before = parse_device(ANSWER)
+    after = parse_device(ANSWER.replace("rx_bytes=10", "rx_bytes=11"), told=before.told)
+    other = PublicKey(bytes([0xEF]) * 32)
+    assert after.peers[other] is before.peers[other]
+    assert (before.peers[KEY].rx, after.peers[KEY].rx) == (10, 11)
+    assert after.peers == parse_device(ANSWER.replace("rx_bytes=10", "rx_bytes=11")).peers
+    assert len(after.told) == 2  # what was said before is forgotten
+
+
+def test_a_reading_that_was_cut_short_is_refused() -> None:
+    for cut in (ANSWER.rpartition("errno=0")[0] + "\n", "listen_port=1\n\n", ""):
+        with pytest.raises(UapiError, match="errno"):
+            parse_device(cut)
+    assert parse_device("errno=0\n\n").peers == {}
+
+
 @pytest.mark.parametrize(
     ("action", "lines"),
     [

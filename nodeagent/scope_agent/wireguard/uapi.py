@@ -9,6 +9,7 @@ One operation a connection: `get=1` or `set=1`, lines of `key=value`, an empty l
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from ipaddress import ip_network
@@ -64,6 +65,8 @@ class UapiDevice:
     listen_port: int
     fwmark: int
     peers: dict[PublicKey, ObservedPeer]
+    # By the (keyed, 64 bits long) hash of what the answer says of each: no text is kept, it may hold a key.
+    told: dict[int, ObservedPeer]
 
 
 def render_action(action: UapiAction) -> str:
@@ -100,29 +103,48 @@ def parse_errno(answer: str) -> int:
     return abs(_integer("errno", value))
 
 
-def parse_device(answer: str) -> UapiDevice:
-    """Read the answer to `get=1`, skipping keys that a newer WireGuard may add. Raises UapiError."""
-    sections: list[_Section] = [_Section({}, [])]
-    for line in answer.splitlines():
-        if not line:
-            break
-        key, equals, value = line.partition("=")
-        if not equals:
-            raise UapiError("a line without '='")
-        if key == "public_key":
-            sections.append(_Section({}, []))
-        if key == "allowed_ip":
-            sections[-1].allowed_ips.append(value)
-        else:
-            sections[-1].facts[key] = value
-    device, *peers = sections
+def parse_device(answer: str, *, told: Mapping[int, ObservedPeer] | None = None) -> UapiDevice:
+    """Read the answer to `get=1`, skipping keys that a newer WireGuard may add. Raises UapiError.
+
+    `told` is what the last answer said: a peer of which this one says the same is the same object again. Most
+    of a large mesh is idle, and is so neither read again nor compared further on.
+    """
+    body, errno, _ = f"\n{answer}".partition("\n\n")[0].rpartition("\nerrno=")
+    if not errno:
+        raise UapiError("the answer does not end with an errno")
+    first, *others = body.split(_PEER)
+    device = _section(first)
     private_key = device.facts.get("private_key")
+    now_told: dict[int, ObservedPeer] = {}
+    for text in others:
+        number = hash(text)
+        known = told.get(number) if told is not None else None
+        now_told[number] = known or _parse_peer(_section(_PEER + text))
     return UapiDevice(
         private_key=None if private_key is None else Secret(_key_bytes("private_key", private_key)),
         listen_port=device.integer("listen_port"),
         fwmark=device.integer("fwmark"),
-        peers={peer.key: peer for peer in map(_parse_peer, peers)},
+        peers={peer.key: peer for peer in now_told.values()},
+        told=now_told,
     )
+
+
+_PEER = "\npublic_key="  # begins what an answer says of one peer
+
+
+def _section(text: str) -> _Section:
+    section = _Section({}, [])
+    for line in text.splitlines():
+        key, equals, value = line.partition("=")
+        if not line:
+            continue
+        if not equals:
+            raise UapiError("a line without '='")
+        if key == "allowed_ip":
+            section.allowed_ips.append(value)
+        else:
+            section.facts[key] = value
+    return section
 
 
 @dataclass(frozen=True, slots=True, repr=False)

@@ -29,7 +29,9 @@ from scope_agent.wireguard.device import (
     ApplyError,
     CreateDevice,
     DesiredDevice,
+    DesiredPeer,
     ObservedDevice,
+    ObservedPeer,
     PortTaken,
     RemoveAddress,
     RemoveGuard,
@@ -47,6 +49,11 @@ CONTROL_SOCKETS = Path("/var/run/wireguard")  # fixed by the program
 START_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 10.0
 _POLL_INTERVAL = 0.005
+# What is kept grows with the mesh, and while a large one forms it changes many times a second. The agent puts
+# right what a crash brings back; the file is for when it is away. So after a write that took t seconds the
+# next one waits KEEP_SHARE times t, unless it is short, or takes something away.
+KEEP_SHARE = 25.0
+KEEP_AT_ONCE = 64  # peers: rendering them takes a millisecond
 _ANSWER_BYTES = 64 << 20  # 10,000 peers with routes are 6 MB; a process gone wrong must not fill our memory
 
 
@@ -61,10 +68,15 @@ class UserSpaceDevice:
         self._control = CONTROL_SOCKETS / f"{name}.sock"
         self._state, self._lock = state_path(run_dir, name), lock_path(run_dir, name)
         self._public_keys: tuple[Secret, PublicKey] | None = None
+        self._told: dict[int, ObservedPeer] = {}
+        self._kept: DesiredDevice | None = None  # what the state file holds
+        self._to_keep: DesiredDevice | None = None  # what it is to hold once `_keep_after` has come
+        self._keep_after = 0.0
         self._supervisor: int | None = None  # the pid of the one that we started
 
     def observe(self) -> ObservedDevice:
         """Read everything; without its process the device does not exist. Raises ApplyError, ConfigError."""
+        self._keep_due()
         facts = self._links.observe()
         observed = ObservedDevice(
             self._name, addresses=facts.addresses, routes=facts.routes, guarded=facts.guarded
@@ -73,9 +85,10 @@ class UserSpaceDevice:
         if facts.link is None or answer is None:
             return observed
         try:
-            said = uapi.parse_device(answer)
+            said = uapi.parse_device(answer, told=self._told)
         except uapi.UapiError as error:
             raise ApplyError(f"Reading peers of {self._name}: {error}") from None
+        self._told = said.told
         return replace(
             observed,
             exists=True,
@@ -111,13 +124,31 @@ class UserSpaceDevice:
                 self._set(uapi.render_action(action), f"{type(action).__name__} on {self._name}")
 
     def keep(self, desired: DesiredDevice) -> None:
-        """Write the state file, and see that a supervisor stands by to read it. Raises ApplyError."""
-        self._write_state(uapi.render_state(desired))
+        """Write the state file, and see that a supervisor stands by to read it. Raises ApplyError.
+
+        A long file that changes often is written less often: by a later `keep` or `observe`, or by `close`.
+        """
+        self._to_keep = desired
+        self._keep_due(at_once=self._kept is None or _is_urgent(self._kept, desired))
         if self._links.find() is not None:
             self._supervise()
 
+    def _keep_due(self, *, at_once: bool = False) -> None:
+        desired, kept, began = self._to_keep, self._kept, time.monotonic()
+        if desired is None:
+            return
+        is_there = self._state.exists()
+        if kept is not None and is_there and _is_kept(kept, desired):
+            self._to_keep = None
+        elif at_once or not is_there or began >= self._keep_after:
+            self._write_state(uapi.render_state(desired))
+            self._kept, self._to_keep = desired, None
+            ended = time.monotonic()
+            self._keep_after = ended + KEEP_SHARE * (ended - began)
+
     def delete(self) -> None:
         """Remove the state file, wait for supervisor and process to end, remove the TUN."""
+        self._kept = self._to_keep = None
         self._state.unlink(missing_ok=True)
         deadline = time.monotonic() + START_TIMEOUT
         while _is_locked(self._lock) and self._lock.stat().st_size:  # empty: it waits for the next file
@@ -132,7 +163,10 @@ class UserSpaceDevice:
 
     def close(self) -> None:
         """Give the descriptors back; device, process and supervisor stay."""
-        self._links.close()
+        try:
+            self._keep_due(at_once=True)
+        finally:
+            self._links.close()
 
     def _start(self) -> None:
         """Start what is not running and wait until it answers and is configured."""
@@ -251,6 +285,29 @@ class UserSpaceDevice:
             public = X25519PrivateKey.from_private_bytes(private.raw).public_key().public_bytes_raw()
             self._public_keys = (private, PublicKey(public))
         return self._public_keys[1]
+
+
+def _is_urgent(kept: DesiredDevice, desired: DesiredDevice) -> bool:
+    """Whether the file of `kept` should be replaced at once: it is short, or brings back what is gone."""
+    is_short = len(desired.peers) <= KEEP_AT_ONCE
+    return is_short or bool(kept.peers.keys() - desired.peers.keys()) or _rest(kept) != _rest(desired)
+
+
+def _is_kept(kept: DesiredDevice, desired: DesiredDevice) -> bool:
+    """Whether both make the same file."""
+    if kept.peers.keys() != desired.peers.keys() or _rest(kept) != _rest(desired):
+        return False
+    others = ((kept.peers[key], peer) for key, peer in desired.peers.items())
+    return all(before is peer or _put_back(before) == _put_back(peer) for before, peer in others)
+
+
+def _rest(device: DesiredDevice) -> DesiredDevice:
+    return replace(device, peers={})
+
+
+def _put_back(peer: DesiredPeer) -> tuple[object, ...]:
+    """What of a peer a crash would bring back."""
+    return peer.endpoint, peer.allowed_ips, peer.keepalive, peer.psk
 
 
 def state_path(run_dir: Path, name: str) -> Path:
