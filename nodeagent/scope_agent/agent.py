@@ -74,6 +74,7 @@ from scope_agent.wireguard.device import (
     CreateDevice,
     DesiredDevice,
     DesiredPeer,
+    HoldEndpoint,
     ObservedDevice,
     ObservedPeer,
     RemoveAddress,
@@ -490,7 +491,7 @@ class Agent:
         self._device_busy = True
         self._out.append(DeviceBatch(batch, desired))
         for action in batch:
-            if isinstance(action, SetEndpoint | AddPeer):
+            if isinstance(action, SetEndpoint | AddPeer | HoldEndpoint):
                 self._paths.settled(action.key, now)
             elif isinstance(action, RemovePeer):
                 self._sessions.pop(action.key, None)

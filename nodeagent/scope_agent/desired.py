@@ -92,6 +92,7 @@ def desired_peer(key: PublicKey, allowed: frozenset[IPNetwork], pair: PairView |
         keepalive=KEEPALIVE,
         verified=pair.verified,
         settling=pair.settling,
+        hold=pair.hold,
     )
 
 

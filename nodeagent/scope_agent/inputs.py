@@ -13,7 +13,7 @@ from typing import TypeAlias
 
 from scope.model import DeviceKind, Endpoint, IPInterface, PeerReport, PublicKey, Snapshot, Tombstone
 from scope.registry.port import Fact
-from scope_agent.wireguard.device import Action, DesiredDevice, ObservedDevice
+from scope_agent.wireguard.device import DesiredDevice, ObservedDevice, PlannedAction
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ class DeviceBatch:
     `desired` is what they lead to in the end: what a user-space device's process is to come back with.
     """
 
-    actions: tuple[Action, ...]
+    actions: tuple[PlannedAction, ...]
     desired: DesiredDevice
 
 

@@ -33,6 +33,7 @@ class Counters:
     def __init__(self) -> None:
         self._tx = self._rx = -1
         self._tx_moved = NEVER
+        self._moved = NEVER
         self._unanswered_since: float | None = None
         self._compared: tuple[int, int, float] | None = None  # our bytes out, theirs in, when
         self._stalls = 0
@@ -45,6 +46,10 @@ class Counters:
     def is_active(self, now: float, *, within: float) -> bool:
         """Whether data left within so many seconds."""
         return now - self._tx_moved < within
+
+    def is_flowing(self, now: float, *, within: float) -> bool:
+        """Whether data left or came within so many seconds."""
+        return now - self._moved < within
 
     @property
     def suspect_at(self) -> float | None:
@@ -65,6 +70,9 @@ class Counters:
             self._unanswered_since = now
         if is_data:
             self._tx_moved = now
+        came = rx - self._rx if self._rx >= 0 else 0
+        if is_data or (came > 0 and came not in _OVERHEAD):
+            self._moved = now
         self._tx, self._rx = tx, rx
         return is_data
 

@@ -11,7 +11,9 @@ The algorithm, for the pair of ourselves and one peer, and in brackets the part 
 2. An inbound ping makes its source a route and is answered with an echo and a ping of our own.
 3. The peer with the lower key decides. After its first verified echo it waits min(200 ms, one RTT) for
    better ones, then *nominates* the best route: both sides set it, five times, an RTT apart (`nomination`).
-   WireGuard is given a first path on one side before the other, so that handshakes do not cross (`gate`).
+   A nomination away from a path that carries data is an *offer*: the peer changes first, and each side holds
+   its endpoint against what is still under way. WireGuard is given a first path on one side before the
+   other, so that handshakes do not cross (`gate`).
 4. A path in use is judged by WireGuard's own counters: bytes out and none back for 300 ms make it *suspect*;
    three pings in 200 ms, none answered, make it dead (`doubt`). A peer's receive counter that stands still
    while ours goes on sending is a dead data path although probes pass (`counters`). An idle path is left to
@@ -36,10 +38,11 @@ from scope_agent.paths import schedule
 from scope_agent.paths.counters import SUSPECT_AFTER, Counters, Flow
 from scope_agent.paths.doubt import Doubt, Ruling
 from scope_agent.paths.gate import Gate
-from scope_agent.paths.nomination import Nomination, Settling
+from scope_agent.paths.nomination import OFFER_AFTER, Nomination, Offer, Settling, hold_for
 from scope_agent.paths.route import FRESH, NEVER, RECENT, VERIFIED, Route
 from scope_agent.paths.routes import Routes
 from scope_agent.paths.search import Search, Step
+from scope_agent.wireguard.device import HoldEndpoint
 
 DECIDE_MAX = 0.2  # what waiting for a better first route may cost
 SWITCH_HOLD = 5.0  # between two switches among living routes
@@ -76,6 +79,7 @@ class PairView:
     endpoint: Endpoint | None  # to program; None: leave what the device has
     ready: bool  # the peer may have endpoint, keepalive and allowed IPs
     settling: bool  # set the endpoint again whatever the device says
+    hold: HoldEndpoint | None  # to be set, once
     verified: frozenset[Endpoint]
     path: PathKind
     rtt: float | None
@@ -105,6 +109,9 @@ class Pair:
         self._search = Search(timers=timers, random=random, now=now)
         self._nomination = Nomination()
         self._settling = Settling()
+        self._offer: Offer | None = None
+        self._hold: HoldEndpoint | None = None  # until it was handed to the device
+        self._held: tuple[HoldEndpoint, float] | None = None  # the last one, and when it ends
         self._gate = Gate(lower=lower)
         self._counters = Counters()
         self._doubt = Doubt()
@@ -239,6 +246,7 @@ class Pair:
                 return self._receive_nominate(message, now)
             case Nominated(sequence):
                 self._nomination.acknowledge(sequence)
+                self._take_offered(now)
                 return []
 
     def _receive_ping(self, ping: Ping, source: Endpoint, now: float) -> list[Due]:
@@ -272,7 +280,7 @@ class Pair:
             return
         self._compare_counters(pong.received, now)
         self._echoed(route, now)
-        if not (self._lower and self._alive and route.endpoint == self._in_use):
+        if not (self._lower and self._alive and route.endpoint == self._in_use) or self._offer is not None:
             return
         if route.here != self._nomination.here:
             self._nominate(route, now)  # our mapping moved: the peer is to follow
@@ -309,6 +317,8 @@ class Pair:
         if self._lower or nominate.sequence < self._nomination.sequence:
             return []  # a peer that takes itself for the lower one, or an old nomination that came late
         if nominate.sequence == self._nomination.sequence and self._in_use == nominate.here:
+            if self._held is not None and now < self._held[1]:
+                self._set_hold(self._held[0], now)  # our answer was lost: the peer is still to change
             return [SendTo(Nominated(nominate.sequence), nominate.here)]
         route = self._open(nominate.here)
         if route is None:
@@ -354,7 +364,7 @@ class Pair:
             route.probation = now
             route.opener = False
             route.punch(now)
-        if not self._alive or now - self._taken_at < SWITCH_HOLD:
+        if not self._alive or now - self._taken_at < SWITCH_HOLD or self._offer is not None:
             return
         in_use = self._route_in_use
         if route.silence(now) > VERIFIED:
@@ -370,6 +380,7 @@ class Pair:
         times += [
             self._search.get_timer(searching=not self._alive), self._decide_at, self._settling.next,
             self._gate.until, self._restore_at, self._doubt_due(),
+            self._offer.next if self._offer is not None else None,
         ]  # fmt: skip
         return min((t for t in times if t is not None), default=None)
 
@@ -390,6 +401,8 @@ class Pair:
             self._decide(now)
         if self._settling.next is not None and now >= self._settling.next:
             due += self._settle(now)
+        if self._offer is not None and now >= self._offer.next:
+            due += self._make_offer(self._offer, now)
         for route in self._routes:
             if route.next is not None and now >= route.next:
                 due.append(self._ping(route, now, transactions, can_call=can_call))
@@ -398,8 +411,9 @@ class Pair:
         return due
 
     def settled(self) -> None:
-        """The endpoint was handed to the device."""
+        """Endpoint and hold were handed to the device."""
         self._settling.is_due = False
+        self._hold = None
 
     # --- the view ------------------------------------------------------------------------------------------
 
@@ -411,6 +425,7 @@ class Pair:
             endpoint=self._in_use,
             ready=self._gate.is_open,
             settling=self._settling.is_due,
+            hold=self._hold,
             verified=verified | {in_use.endpoint} if in_use is not None else verified,
             path=PathKind.DIRECT if self._alive else PathKind.NONE,
             rtt=in_use.rtt if in_use is not None else None,
@@ -577,6 +592,7 @@ class Pair:
             route.lost = now
         self._check_mapping = True
         self._alive = False
+        self._offer = None
         self._since = self._lost_at = now
         self._reason = reason
         self._last_good = self._in_use
@@ -590,18 +606,24 @@ class Pair:
 
     def _decide(self, now: float) -> None:
         best, in_use = self._routes.best(now), self._route_in_use
-        if best is None:
+        if best is None or self._offer is not None:
             return
         if self._alive and in_use is not None:
             if not best.beats(in_use):
                 return
             if best.rank == in_use.rank and now - self._taken_at < SWITCH_HOLD:
                 return
+            if self._is_flowing(now):
+                self._nomination.name(best.here)
+                self._offer = Offer(best.endpoint, next=now + OFFER_AFTER)
+                self._hold_at(in_use, {best.endpoint}, now)
+                return
         elif in_use is not None and in_use.is_usable(now) and not best.beats(in_use):
             best = in_use
         self._nominate(best, now)
 
     def _nominate(self, route: Route, now: float) -> None:
+        self._offer = None
         self._nomination.name(route.here)
         self._take_path(route, now)
 
@@ -609,8 +631,50 @@ class Pair:
         self._nomination.follow(sequence)
         self._take_path(route, now)
 
+    def _make_offer(self, offer: Offer, now: float) -> list[Due]:
+        """Say it; the peer's data on the new route must not lead us there before we have its answer."""
+        route, in_use = self._routes.get(offer.route), self._route_in_use
+        if in_use is None:
+            self._offer = None
+            return []
+        if route is None or route.here is None or not offer.left:
+            self._nominate(in_use, now)  # the peer may have changed although its answers were lost
+            return []
+        offer.step(now, rtt=route.rtt, random=self._random)
+        self._hold_at(in_use, {route.endpoint}, now)
+        nominate = Nominate(self._nomination.sequence, there=route.endpoint, here=route.here)
+        return [SendTo(nominate, route.endpoint)]
+
+    def _take_offered(self, now: float) -> None:
+        """The peer took the route that we offered: so do we."""
+        if self._offer is None or not self._nomination.is_acknowledged:
+            return
+        route = self._routes.get(self._offer.route)
+        self._offer = None
+        if route is not None:
+            self._take_path(route, now)
+
+    def _leads(self, route: Route, now: float) -> bool:
+        """Whether data may come by the route: it lives, or only what we sent got lost there."""
+        return (self._alive and route.is_verified(now)) or route.is_data_dead(now)
+
+    def _is_flowing(self, now: float) -> bool:
+        """Whether data may be under way."""
+        return self._counters.is_flowing(now, within=2 * self._search.timers.probe_interval)
+
+    def _hold_at(self, route: Route, against: set[Endpoint], now: float) -> None:
+        rtts = [each.rtt for each in self._routes if each is route or each.endpoint in against]
+        self._set_hold(HoldEndpoint(self.key, route.endpoint, frozenset(against), hold_for(rtts)), now)
+
+    def _set_hold(self, hold: HoldEndpoint, now: float) -> None:
+        self._hold, self._held = hold, (hold, now + hold.seconds)
+
     def _take_path(self, route: Route, now: float) -> None:
-        """Use a route: its endpoint is to be set, five times."""
+        """Use a route: its endpoint is to be set, five times, and held against the routes that are left."""
+        left = {self._in_use, self._device_endpoint} - {route.endpoint}
+        against = {each.endpoint for each in self._routes if each.endpoint in left and self._leads(each, now)}
+        if against and self._is_flowing(now):
+            self._hold_at(route, against, now)
         self._in_use = self._last_good = route.endpoint
         self._taken_at = now
         self._restore_at = None

@@ -32,7 +32,7 @@ class DesiredPeer:
 
     `endpoint` None leaves the device's own knowledge alone: an endpoint is never cleared. `psk` None does so
     too; `NO_PSK` asks for none. `verified` are the endpoints that WireGuard may move to by itself without it
-    being drift. While `settling`, the endpoint is set again whatever the device reports.
+    being drift. While `settling`, the endpoint is set again whatever the device reports. `hold` is to be set.
     `keepalive` is in seconds, 0 for off; its rise from 0 sends a packet at once, and so starts a handshake.
     """
 
@@ -43,6 +43,7 @@ class DesiredPeer:
     psk: Secret | None = None
     verified: frozenset[Endpoint] = frozenset()
     settling: bool = False
+    hold: HoldEndpoint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +226,20 @@ class SetEndpoint:
 
 
 @dataclass(frozen=True, slots=True)
+class HoldEndpoint:
+    """For so many seconds, data that arrives from `against` does not move a peer's endpoint off `endpoint`.
+
+    No device can do it by itself: the packet filter does, in front of it (`shell.hold`). It replaces the
+    peer's last hold. Where the packet filter is not to be had nothing happens.
+    """
+
+    key: PublicKey
+    endpoint: Endpoint
+    against: frozenset[Endpoint]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class SetPsk:
     """Set the pre-shared key that the next handshake uses; the session stays."""
 
@@ -277,3 +292,5 @@ Action: TypeAlias = (
     | SetAllowedIps
     | SetKeepalive
 )
+
+PlannedAction: TypeAlias = Action | HoldEndpoint

@@ -1,6 +1,7 @@
-"""The WireGuard room's shells: kernel and user-space devices, the probe socket on WireGuard's port."""
+"""The WireGuard room's shells: kernel and user-space devices, the probe socket on WireGuard's port, holds."""
 
 from scope_agent.wireguard.shell.device import Device, choose_device
+from scope_agent.wireguard.shell.hold import EndpointHolds
 from scope_agent.wireguard.shell.probe_socket import ProbeSocket, SendResult, open_probe_socket
 
-__all__ = ["Device", "ProbeSocket", "SendResult", "choose_device", "open_probe_socket"]
+__all__ = ["Device", "EndpointHolds", "ProbeSocket", "SendResult", "choose_device", "open_probe_socket"]

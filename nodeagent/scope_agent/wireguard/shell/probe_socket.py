@@ -16,7 +16,6 @@ from __future__ import annotations
 import array
 import enum
 import errno
-import os
 import socket
 import struct
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from typing import Protocol
 
 from scope.model import ConfigError, Endpoint, IPAddress
 from scope_agent.wireguard import raw
+from scope_agent.wireguard.shell.nft import NftError, run_nft
 
 # One wake-up reads no more than this, so that a flood of datagrams does not hold up the loop.
 READ_AT_ONCE = 64
@@ -394,15 +394,7 @@ def _table(port: int) -> str:
 
 def _run_nft(rules: str) -> None:
     """Raises ConfigError, naming what is missing."""
-    import subprocess  # half as dear as all the rest of this module, and rarely wanted
-
     try:
-        done = subprocess.run(
-            ["nft", "-f", "-"], input=rules, text=True, capture_output=True, check=False, timeout=10
-        )
-    except FileNotFoundError:
-        raise ConfigError(f"{_ADVICE}. `nft` is not on the PATH {os.environ.get('PATH', '')}") from None
-    except subprocess.TimeoutExpired:
-        raise ConfigError(f"{_ADVICE}. `nft` did not answer in 10 s") from None
-    if done.returncode:
-        raise ConfigError(f"{_ADVICE}. nft says: {done.stderr.strip()[:200]}")
+        run_nft(rules)
+    except NftError as error:
+        raise ConfigError(f"{_ADVICE}. {error}") from None
