@@ -9,14 +9,12 @@ with the whole of what is.
 from __future__ import annotations
 
 from collections.abc import Callable, Set
-from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass, replace
 from typing import TypeVar, assert_never
 
 from scope.channel import Channel, Confirmed, Hello, NotACorrespondent, Received
 from scope.model import (
     DeviceKind,
-    Endpoint,
     IPInterface,
     Mapping,
     PathKind,
@@ -105,7 +103,9 @@ REPORT_URGENT = 0.05  # endpoints and mapping: others wait for them; bursts stil
 # other's report, so the larger the mesh, the longer changes are gathered.
 REPORT_LINKS, REPORT_PER_PEER, REPORT_LONGEST = 0.15, 0.005, 0.6
 REPORT_LATENCY = 30.0  # latencies alone
-SAVE_AFTER = 1.0  # the disk gets one write for a burst of changes
+# The disk gets one write, of the whole snapshot, for a burst of changes: the larger the mesh, the longer they
+# are gathered. What is missing from it after a crash the registry tells again; a removal must not wait.
+SAVE_AFTER, SAVE_PER_PEER, SAVE_LONGEST = 1.0, 0.05, 30.0
 RETRY_MIN, RETRY_MAX = 1.0, 30.0  # after a failed batch
 GOSSIP_AGAIN = 1.0  # a tombstone is passed on twice: the first datagram may be lost
 FORWARD_PER_SECOND = 50.0  # datagrams passed on for one asker: call-me-maybe for a large mesh
@@ -175,7 +175,6 @@ class Agent:
         self._saving: DiskState | None = None
         self._save_at: float | None = None
         self._disk_error = ""
-        self._last_good: MappingOf[PublicKey, Endpoint] = {}
         # gossip and forwarding
         self._passed: dict[str, tuple[Tombstone, float]] = {}
         self._known_tombstones: set[str] = {t.peer_uid for t in state.snapshot.tombstones}
@@ -188,7 +187,6 @@ class Agent:
         if state.snapshot.own is not None and state.snapshot.own.report is not None:
             self._written = state.snapshot.own.report
         self._paths.restore(state.last_good, now)
-        self._last_good = self._paths.last_good()
 
     # --- the five verbs ------------------------------------------------------------------------------------
 
@@ -393,7 +391,7 @@ class Agent:
         self._paths.set_snapshot(snapshot, now)
         self._adopt(now, new=snapshot.peers.keys() - before.peers.keys())
         self._report_due = True
-        self._save_soon(now)
+        self._save_soon(now, urgent=snapshot.tombstones != before.tombstones)
 
     def _pass_on(self, tombstone: Tombstone, now: float) -> None:
         for key, pair in self._paths.view(now).pairs.items():
@@ -619,7 +617,7 @@ class Agent:
         elif self._paths.busy(now):
             self._observe_soon(now, OBSERVE_BUSY)
         self._plan_report(changes, now)
-        self._plan_save(now)
+        self._plan_save(changes, now)
 
     def _note_own_report(self, fact: Fact) -> None:
         """The next report is held to what the registry holds of us, whoever wrote that."""
@@ -676,20 +674,20 @@ class Agent:
         if self._report_at is None or at < self._report_at:
             self._report_at = at
 
-    def _save_soon(self, now: float) -> None:
-        if self._save_at is None:
-            self._save_at = now + SAVE_AFTER
+    def _save_soon(self, now: float, *, urgent: bool = False) -> None:
+        gathering = 0.0 if urgent else min(SAVE_PER_PEER * len(self._snapshot.peers), SAVE_LONGEST)
+        at = now + max(SAVE_AFTER, gathering)
+        if self._save_at is None or (at < self._save_at and not self._disk_error):
+            self._save_at = at
 
-    def _plan_save(self, now: float) -> None:
-        if self._saving is not None:
-            return
-        if self._paths.last_good() is not self._last_good:
-            self._last_good = self._paths.last_good()
+    def _plan_save(self, changes: Changes, now: float) -> None:
+        if changes.last_good:
             self._save_soon(now)
-        if self._save_at is None or now < self._save_at:
+        if self._saving is not None or self._save_at is None or now < self._save_at:
             return
         self._save_at = None
-        state = DiskState(self._snapshot, last_good=dict(self._last_good), listen_port=self._listen_port)
+        last_good = dict(self._paths.last_good())
+        state = DiskState(self._snapshot, last_good=last_good, listen_port=self._listen_port)
         if state != self._saved:
             self._saving = state
             self._out.append(SaveState(state))
@@ -802,7 +800,8 @@ def _differing(before: ObservedDevice | None, after: ObservedDevice) -> set[Publ
     return differing | {
         key
         for key in before.peers.keys() & after.peers.keys()
-        if _set_up(before.peers[key]) != _set_up(after.peers[key])
+        if before.peers[key] is not after.peers[key]
+        and _set_up(before.peers[key]) != _set_up(after.peers[key])
     }
 
 

@@ -94,6 +94,7 @@ class Changes:
     pairs: set[PublicKey] = field(default_factory=set)  # whose view differs in anything
     moved: bool = False  # a path, an endpoint or a reason differs, not only a latency
     own: bool = False  # our candidates or our mapping differ
+    last_good: bool = False  # what to try first after a restart differs
 
 
 class Paths:
@@ -243,9 +244,13 @@ class Paths:
         self._unread_since = None
         for key, reading in readings.items():
             pair = self._pairs.get(key)
+            endpoint = reading.endpoint
             if pair is None:
                 continue
-            endpoint = reading.endpoint
+            if not reading.handshake and pair.has_read(
+                tx=reading.tx, rx=reading.rx, endpoint=endpoint, session=reading.session
+            ):
+                continue
             if endpoint is not None and self._is_refused(endpoint, pair):
                 endpoint = None
             news = pair.observe(
@@ -456,8 +461,8 @@ class Paths:
             self._touch(key, now)
 
     def last_good(self) -> MappingOf[PublicKey, Endpoint]:
-        """What to try first after a restart; another object once anything in it changed."""
-        return self._last_good
+        """What to try first after a restart, by WireGuard key; good until the next input."""
+        return MappingProxyType(self._last_good)
 
     def busy(self, now: float) -> bool:
         """Whether some pair waits for the device's news."""
@@ -580,9 +585,11 @@ class Paths:
     def _note_last_good(self, key: PublicKey, endpoint: Endpoint | None) -> None:
         if self._last_good.get(key) == endpoint:
             return
-        self._last_good = {k: e for k, e in self._last_good.items() if k != key}
+        self._changes.last_good = True
         if endpoint is not None:
             self._last_good[key] = endpoint
+        else:
+            del self._last_good[key]
 
     def _next_transaction(self) -> int:
         self._transaction = (self._transaction + 1) & 0xFFFFFFFF

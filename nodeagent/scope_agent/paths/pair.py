@@ -333,6 +333,10 @@ class Pair:
 
     # --- the device ----------------------------------------------------------------------------------------
 
+    def has_read(self, *, tx: int, rx: int, endpoint: Endpoint | None, session: bool) -> bool:
+        """Whether the device said just this last time, of the path in use: nothing comes of it."""
+        return (tx, rx, endpoint, session) == self._reading and endpoint in (None, self._in_use)
+
     def observe(
         self, *, tx: int, rx: int, endpoint: Endpoint | None, handshake: bool, session: bool, now: float
     ) -> bool:
@@ -340,10 +344,9 @@ class Pair:
 
         False when nothing came of it.
         """
-        reading = (tx, rx, endpoint, session)
-        if reading == self._reading and not handshake and endpoint in (None, self._in_use):
+        if not handshake and self.has_read(tx=tx, rx=rx, endpoint=endpoint, session=session):
             return False
-        self._reading, self._device_endpoint = reading, endpoint
+        self._reading, self._device_endpoint = (tx, rx, endpoint, session), endpoint
         self._gate.session = session
         if handshake:
             self._gate.handshake_seen(now)
