@@ -10,6 +10,9 @@ keeps at most `backlog` changes.
             yield MemoryRegistry("memory", backlog=backlog, ...)
 
 `kinds` names the kinds that the adapter serves: join tokens are never served over HTTP.
+
+Where a test counts changes it creates peers without a status: Kubernetes takes a status by a request of its
+own, so that a peer which is created with one is two changes.
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ from scope.registry.port import (
     Conflict,
     Deleted,
     Gone,
+    Listed,
     NotFound,
     Put,
     Refused,
@@ -84,6 +88,11 @@ def peer(seed: int, *, mesh: str = "home") -> Peer:
     )
 
 
+def bare(seed: int) -> Peer:
+    """`peer(seed)` before its agent has said anything: one change in every registry."""
+    return replace(peer(seed), report=None)
+
+
 def report(seed: int, *, port: int) -> PeerReport:
     """What the agent of `peer(seed)` might say."""
     return PeerReport(
@@ -101,6 +110,10 @@ class RegistryConformance:
     def opened(self, *, backlog: int) -> AbstractAsyncContextManager[Registry]:
         """A fresh, empty registry."""
         raise NotImplementedError
+
+    def forgotten(self, listed: Listed) -> Revision:
+        """A revision that is older than what a backlog of 8 changes keeps, 20 changes after `listed`."""
+        return listed.revision
 
     def on(self, body: Callable[[Registry], Awaitable[None]], *, backlog: int = BACKLOG) -> None:
         """Run `body` on a fresh registry, within a time that only a lost wake-up exceeds."""
@@ -305,15 +318,15 @@ class RegistryConformance:
             first = await created(registry, peer(1))
             listed = await registry.list(Kind.PEER)
             name, uid = first.meta.name, first.meta.uid
-            second = await created(registry, peer(2))
+            second = await created(registry, bare(2))
             changed = await registry.update_status(Kind.PEER, name, report(1, port=9), uid=uid)
             await registry.delete(Kind.PEER, name, uid=uid)
             facts = await watched(registry, listed.revision, count=3)
-            assert [(type(fact), resource_of(fact)) for fact in facts] == [
-                (Put, second),
-                (Put, changed),
-                (Deleted, changed),
-            ]
+            last = facts[2]
+            assert isinstance(last, Deleted)
+            assert [resource_of(fact) for fact in facts[:2]] == [second, changed]
+            # A registry may give the last state the revision of its end.
+            assert replace(last.last, meta=replace(last.last.meta, revision=changed.meta.revision)) == changed
             numbers = [fact.revision.number for fact in facts]
             assert numbers == sorted(set(numbers))
             assert numbers[0] > listed.revision.number
@@ -328,9 +341,9 @@ class RegistryConformance:
             async with aclosing_watch(registry, listed.revision) as facts:
                 waiting = asyncio.ensure_future(anext(facts))
                 await asyncio.sleep(0)
-                first = await created(registry, peer(1))
+                first = await created(registry, bare(1))
                 assert resource_of(await waiting) == first
-                second = await created(registry, peer(2))
+                second = await created(registry, bare(2))
                 assert resource_of(await anext(facts)) == second
 
         self.on(body)
@@ -339,7 +352,7 @@ class RegistryConformance:
         async def body(registry: Registry) -> None:
             await created(registry, MESH)
             listed = await registry.list(Kind.PEER)
-            made = [await created(registry, peer(seed)) for seed in range(1, 6)]
+            made = [await created(registry, bare(seed)) for seed in range(1, 6)]
             facts = await watched(registry, listed.revision, count=5)
             for at, fact in enumerate(facts[:-1]):
                 rest = await watched(registry, fact.revision, count=4 - at)
@@ -351,7 +364,7 @@ class RegistryConformance:
         async def body(registry: Registry) -> None:
             listed = await registry.list(Kind.PEER)
             await created(registry, MESH)
-            member = await created(registry, peer(1))
+            member = await created(registry, bare(1))
             (fact,) = await watched(registry, listed.revision, count=1)
             assert resource_of(fact) == member
 
@@ -362,7 +375,7 @@ class RegistryConformance:
             await created(registry, MESH)
             listed = await registry.list(Kind.PEER)
             watchers = [asyncio.ensure_future(watched(registry, listed.revision, count=5)) for _ in range(5)]
-            made = [await created(registry, peer(seed)) for seed in range(1, 6)]
+            made = [await created(registry, bare(seed)) for seed in range(1, 6)]
             for facts in await asyncio.gather(*watchers):
                 assert [resource_of(fact) for fact in facts] == made
 
@@ -371,15 +384,15 @@ class RegistryConformance:
     def test_a_watch_from_before_the_backlog_is_told_to_list_again(self) -> None:
         async def body(registry: Registry) -> None:
             await created(registry, MESH)
-            listed = await registry.list(Kind.PEER)
+            old = self.forgotten(await registry.list(Kind.PEER))
             member = await created(registry, peer(1))
             name, uid = member.meta.name, member.meta.uid
             for port in range(1, 20):
                 await registry.update_status(Kind.PEER, name, report(1, port=port), uid=uid)
             with pytest.raises(Gone):
-                await watched(registry, listed.revision, count=1)
+                await watched(registry, old, count=1)
             again = await registry.list(Kind.PEER)
-            later = await created(registry, peer(2))
+            later = await created(registry, bare(2))
             (fact,) = await watched(registry, again.revision, count=1)
             assert resource_of(fact) == later
 

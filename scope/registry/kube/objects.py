@@ -98,15 +98,12 @@ def with_spec(stored: Mapping[str, Any], asked: Resource) -> Object:
     return {**stored, "spec": resources.to_dict(asked)["spec"]}
 
 
-def status_patch(kind: Kind, name: str, part: StatusPart, *, uid: str, if_revision: int | None) -> Object:
+def status_patch(kind: Kind, name: str, part: StatusPart, *, if_revision: int) -> Object:
     """A server-side apply of one writer's part: what it does not hold and that writer had set, goes."""
-    metadata: Object = {"name": name, "uid": uid}
-    if if_revision is not None:
-        metadata["resourceVersion"] = str(if_revision)
     return {
         "apiVersion": resources.API_VERSION,
         "kind": str(kind),
-        "metadata": metadata,
+        "metadata": {"name": name, "resourceVersion": str(if_revision)},
         "status": resources.status_to_dict(part),
     }
 

@@ -51,7 +51,7 @@ from scope.resources import InvalidResource
 log = logging.getLogger(__name__)
 
 PAGE = 500  # objects of a list's page: 1.5 MB of ScopePeers, as kubectl asks for
-UPDATE_ATTEMPTS = 5  # for an update that names no revision and meets other writers
+ATTEMPTS = 5  # at a write that names no revision and meets other writers
 # A watch that ends earlier than the server was asked to end it was cut short; one that ends at once would be
 # opened again and again.
 CUT_SECONDS, AT_ONCE_SECONDS = WATCH_SECONDS[0] - 10.0, 1.0
@@ -187,7 +187,7 @@ class KubeRegistry:
         Refused, Unavailable.
         """
         kind, meta = kind_of(resource), resource.meta
-        for last in (False,) * (UPDATE_ATTEMPTS - 1) + (True,):
+        for last in _attempts():
             document = await self._get(kind, meta.name)
             stored = self._read(kind, document)
             _require(stored, uid=meta.uid, if_revision=if_revision)
@@ -212,11 +212,27 @@ class KubeRegistry:
         """Apply one writer's part of the status. Raises NotFound, Conflict, Refused, Unavailable."""
         if not isinstance(part, STATUS_PARTS[kind]):
             raise Refused(f"a {kind} has no status part {type(part).__name__}")
+        if if_revision is not None:  # no two resources ever have one revision, so it stands for the uid, too
+            return await self._apply(kind, name, part, if_revision=if_revision)
+        # Through /status the API server takes another uid for granted, but not another revision.
+        for last in _attempts():
+            stored = await self.get(kind, name)
+            _require(stored, uid=uid, if_revision=None)
+            if part in _status_of(stored):
+                return stored
+            try:
+                return await self._apply(kind, name, part, if_revision=stored.meta.revision)
+            except Conflict:
+                if last:
+                    raise
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _apply(self, kind: Kind, name: str, part: StatusPart, *, if_revision: int) -> Resource:
         answer = await self._client.ask(
             "PATCH",
             f"{object_path(kind, name, self._namespace)}/status",
             query={"fieldManager": manager_of(part), "force": "true"},
-            body=status_patch(kind, name, part, uid=uid, if_revision=if_revision),
+            body=status_patch(kind, name, part, if_revision=if_revision),
             content_type=APPLY,
         )
         return self._read(kind, answer)
@@ -366,6 +382,11 @@ def _status_of(resource: Resource) -> tuple[StatusPart, ...]:
             return (*parts, assignment) if assignment != Assignment() else parts
         case _:
             return ()
+
+
+def _attempts() -> tuple[bool, ...]:
+    """Whether it is the last one, for each attempt at a write."""
+    return (False,) * (ATTEMPTS - 1) + (True,)
 
 
 def _require(stored: Resource, *, uid: str, if_revision: int | None) -> None:
