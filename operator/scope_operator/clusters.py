@@ -99,7 +99,7 @@ async def replace_tokens(registry: Registry, mesh: str, cluster: Cluster, tokens
 
     async def replaced(found: Mesh) -> tuple[Cluster, ...]:
         known = find_cluster(found, cluster.name)
-        if known is None or known.trust is None or not _is_same_holder(known, cluster):
+        if known is None or known.trust is None or not is_same_holder(known, cluster):
             raise Conflict(f"cluster {cluster.name!r} joined mesh {mesh!r} anew: sign with its new key")
         return _with(found, replace(known, trust=replace(known.trust, tokens=tokens)))
 
@@ -180,7 +180,8 @@ def _holder_of(cluster: Cluster, trust: ClusterTrust) -> str:
     return hashlib.sha256(cluster.uid.encode() + b"\0" + trust.signing_key.raw).hexdigest()
 
 
-def _is_same_holder(one: Cluster, other: Cluster) -> bool:
+def is_same_holder(one: Cluster, other: Cluster) -> bool:
+    """Whether both are one joined cluster under one key."""
     return (
         one.uid == other.uid
         and one.trust is not None

@@ -89,6 +89,7 @@ async def gateway(
         administrator=hashlib.sha256(administrator.token.raw).digest(),
         wall=clock,
         replays_per_peer=limits.replays_per_peer,
+        replays_per_cluster=limits.replays_per_cluster,
     )
     joining = Joining(
         registry,

@@ -20,13 +20,14 @@ import yaml
 from aiohttp import web
 
 from scope import resources
-from scope.credentials import base64url, read_base64url
+from scope.credentials import CLUSTER_HEADER, MESH_HEADER, base64url, read_base64url
 from scope.model import (
     Assignment,
     ConfigError,
     Kind,
     Mesh,
     Peer,
+    PeerReport,
     PublicKey,
     Revision,
     StatusPart,
@@ -34,12 +35,22 @@ from scope.model import (
 from scope.registry.http import AGENT, AGENT_VIEW, API, OPERATOR, REGISTRY_HEADER
 from scope.registry.port import Conflict, Listed, NotFound, Registry, RegistryError
 from scope.wire import MAX_DATAGRAM
-from scope_operator.gateway.authorisation import Administrator, Authority, Caller, Member, Stranger
+from scope_operator.enrolment import require_bindable
+from scope_operator.gateway.authorisation import (
+    Administrator,
+    Authority,
+    Caller,
+    Claimed,
+    ClusterOperator,
+    Member,
+    Stranger,
+)
 from scope_operator.gateway.errors import Refusal, refusal_of
-from scope_operator.gateway.feed import Feed, Stream
+from scope_operator.gateway.feed import Feed, Stream, owner_of_cluster
 from scope_operator.gateway.joining import Joining
 from scope_operator.gateway.limits import Buckets, Limits, source_of
 from scope_operator.gateway.projection import projected
+from scope_operator.plan.nodes import peer_name
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +86,8 @@ class Asked:
                 )
             case Member():
                 raise Refusal(403, "Forbidden", "this is for the registry's administrator, not for peers")
+            case ClusterOperator():
+                raise Refusal(403, "Forbidden", "this is for the registry's administrator, not for clusters")
 
     def mesh(self) -> str | None:
         """The mesh that the caller may see; None for all. Raises Refusal for strangers."""
@@ -83,10 +96,34 @@ class Asked:
                 return None
             case Member(peer):
                 return peer.spec.mesh
+            case ClusterOperator(mesh):
+                return mesh
             case Stranger():
                 raise Refusal(
                     401, "Unauthorized", "sign the request as a peer, or send the administrator's token"
                 )
+
+    def cluster(self) -> str | None:
+        """The cluster whose peers alone the caller may see; None where it is not bound to one."""
+        return self.caller.cluster.name if isinstance(self.caller, ClusterOperator) else None
+
+    def operator(self) -> ClusterOperator:
+        """The cluster whose operator asks. Raises Refusal when it is none."""
+        if isinstance(self.caller, ClusterOperator):
+            return self.caller
+        code, reason = (401, "Unauthorized") if isinstance(self.caller, Stranger) else (403, "Forbidden")
+        raise Refusal(
+            code,
+            reason,
+            "this is for the operator of a joined cluster: sign the request with the cluster's key",
+        )
+
+    def author(self, kind: Kind) -> ClusterOperator | None:
+        """Who asks to create, change or delete a resource; None for an administrator. Raises Refusal."""
+        if kind is Kind.PEER and isinstance(self.caller, ClusterOperator):
+            return self.caller
+        self.administrator()
+        return None
 
     def member(self) -> Peer:
         """The peer that asks. Raises Refusal when it is not one."""
@@ -131,6 +168,7 @@ class Gateway:
         self._sources = Buckets[str](limits.source)
         self._strangers = Buckets[str](limits.stranger)
         self._peers = Buckets[str](limits.peer)
+        self._clusters = Buckets[str](limits.cluster)
         self._couriers = Buckets[str](limits.courier)
         self._joins = 0
         # By uid and revision: what of each resource the last list held.
@@ -152,6 +190,9 @@ class Gateway:
             route("PUT", f"{one}/status", self._route(self._update_status(kind)))
         route("POST", "/v1/join", self._route(self._join))
         route("POST", "/v1/leave", self._route(self._leave))
+        route("POST", "/v1/clusters", self._route(self._join_cluster))
+        route("PUT", "/v1/clusters/{name}/keys", self._route(self._replace_cluster_keys))
+        route("DELETE", "/v1/clusters/{name}", self._route(self._remove_cluster))
         route("GET", "/v1/events", self._route(self._events))
         route("POST", "/v1/courier/{key}", self._route(self._courier))
         route("POST", "/v1/heartbeat", self._route(self._heartbeat))
@@ -218,7 +259,10 @@ class Gateway:
                 raise Refusal(408, "Timeout", "the body arrived too slowly: send it again") from None
             try:
                 caller = await self._authority.caller(
-                    header, method=request.method, target=request.raw_path, body=body
+                    Claimed(header, request.headers.get(MESH_HEADER), request.headers.get(CLUSTER_HEADER)),
+                    method=request.method,
+                    target=request.raw_path,
+                    body=body,
                 )
             except Refusal as refusal:
                 # A guess at a credential costs as much as having none.
@@ -227,6 +271,9 @@ class Gateway:
                 raise
             if isinstance(caller, Member):
                 _hold(self._peers, caller.peer.meta.uid, now, "this peer asks too often")
+            elif isinstance(caller, ClusterOperator):
+                owner = owner_of_cluster(caller.mesh, caller.cluster.name)
+                _hold(self._clusters, owner, now, "this cluster's operator asks too often")
             return await handler(Asked(request, caller, body))
 
         return run
@@ -239,12 +286,20 @@ class Gateway:
             for_agent = _for_agent(asked.query)
             listed = await self._registry.list(kind)
             whole = asked.caller.peer.meta.uid if isinstance(asked.caller, Member) else None
-            body = self._list_body(listed, mesh, for_agent=for_agent, whole=whole)
+            body = self._list_body(listed, mesh, cluster=asked.cluster(), for_agent=for_agent, whole=whole)
             return web.Response(body=body, content_type="application/json")
 
         return handle
 
-    def _list_body(self, listed: Listed, mesh: str | None, *, for_agent: bool, whole: str | None) -> bytes:
+    def _list_body(
+        self,
+        listed: Listed,
+        mesh: str | None,
+        *,
+        cluster: str | None,
+        for_agent: bool,
+        whole: str | None,
+    ) -> bytes:
         """The list as JSON; `whole`: the uid of what is whole in an agent's list, too.
 
         Only what changed since the last list is rendered: agents list all at once.
@@ -263,7 +318,7 @@ class Gateway:
         items = b",".join(
             item.for_agent if for_agent and uid != whole else item.whole
             for (uid, _), item in rendered.items()
-            if mesh in (None, item.mesh)
+            if mesh in (None, item.mesh) and (cluster is None or item.cluster in (None, cluster))
         )
         return _bytes(head)[:-1] + b',"items":[' + items + b"]}"
 
@@ -275,9 +330,10 @@ class Gateway:
 
     def _create(self, kind: Kind) -> Handler:
         async def handle(asked: Asked) -> web.Response:
-            asked.administrator()
+            author = asked.author(kind)
             resource = _parsed(asked, kind)
             if isinstance(resource, Peer):
+                _require_own(author, resource)
                 await self._require_mesh(resource)
             else:
                 await self._require_free_prefixes(resource)
@@ -287,10 +343,13 @@ class Gateway:
 
     def _update(self, kind: Kind) -> Handler:
         async def handle(asked: Asked) -> web.Response:
-            asked.administrator()
+            author = asked.author(kind)
             resource = _parsed(asked, kind)
             if isinstance(resource, Mesh):
                 await self._require_free_prefixes(resource)
+            else:
+                await self._visible(asked, kind)
+                _require_own(author, resource)
             if_revision = resource.meta.revision or None
             return _resource(await self._registry.update(resource, if_revision=if_revision))
 
@@ -303,17 +362,20 @@ class Gateway:
             resource = _parsed(asked, kind, spec_of=stored)
             part = _part(asked, stored, resource)
             meta = resource.meta
+            if isinstance(stored, Peer) and isinstance(part, PeerReport) and _is_renewed(stored, part):
+                await require_bindable(self._registry, stored, part.keys)
             written = await self._registry.update_status(
                 kind, meta.name, part, uid=meta.uid, if_revision=meta.revision or None
             )
+            _log_new_keys(stored, part)
             return _resource(written)
 
         return handle
 
     def _delete(self, kind: Kind) -> Handler:
         async def handle(asked: Asked) -> web.Response:
-            asked.administrator()
-            stored = await self._registry.get(kind, asked.request.match_info["name"])
+            asked.author(kind)
+            stored = await self._visible(asked, kind)
             uid = asked.query.get("uid", stored.meta.uid)
             if isinstance(stored, Peer) and not _flag(asked.query, "purge"):
                 return _resource(await self._joining.remove(stored.meta.name, uid=uid))
@@ -327,9 +389,13 @@ class Gateway:
 
     async def _visible(self, asked: Asked, kind: Kind) -> Mesh | Peer:
         """The resource that the path names, if the caller may see it; what it may not see is not there."""
-        mesh, name = asked.mesh(), asked.request.match_info["name"]
+        mesh, cluster, name = asked.mesh(), asked.cluster(), asked.request.match_info["name"]
         resource = await self._registry.get(kind, name)
-        if not isinstance(resource, Mesh | Peer) or mesh not in (None, _mesh_of(resource)):
+        if (
+            not isinstance(resource, Mesh | Peer)
+            or mesh not in (None, _mesh_of(resource))
+            or (cluster is not None and _cluster_of(resource) not in (None, cluster))
+        ):
             raise NotFound(f"there is no {kind} {name!r}")
         return resource
 
@@ -382,6 +448,33 @@ class Gateway:
         peer = asked.member()
         return _resource(await self._joining.leave(peer, asked.json()))
 
+    # --- clusters from elsewhere --------------------------------------------------------------------------
+
+    async def _join_cluster(self, asked: Asked) -> web.Response:
+        cluster, mesh = await self._joining.join_cluster(asked.json())
+        answer = {
+            "registry": self._registry_id,
+            "cluster": resources.cluster_to_dict(cluster),
+            "mesh": resources.to_dict(mesh),
+        }
+        return _json(answer, code=201)
+
+    async def _replace_cluster_keys(self, asked: Asked) -> web.Response:
+        operator = asked.operator()
+        if asked.request.match_info["name"] != operator.cluster.name:
+            raise Refusal(
+                403, "Forbidden", f"this is the operator of cluster {operator.cluster.name!r} alone"
+            )
+        tokens = resources.parse_tokens(asked.json())
+        cluster = await self._joining.replace_cluster_tokens(operator.mesh, operator.cluster, tokens)
+        return _json(resources.cluster_to_dict(cluster))
+
+    async def _remove_cluster(self, asked: Asked) -> web.Response:
+        asked.administrator()
+        mesh = asked.query.get("mesh", "")
+        cluster = await self._joining.remove_cluster(mesh, asked.request.match_info["name"])
+        return _json(resources.cluster_to_dict(cluster))
+
     # --- the stream, the courier, heartbeats --------------------------------------------------------------
 
     async def _events(self, asked: Asked) -> web.StreamResponse:
@@ -391,13 +484,19 @@ class Gateway:
         since = Revision(asked.query.get("registry", self._registry_id), _number(asked.query, "since"))
         seconds, for_agent = _seconds(asked.query), _for_agent(asked.query)
         of_peers, of_administrators = self._feed.counts()
-        peer, full = None, of_administrators >= self._limits.admin_streams
+        peer, cluster, owner = None, None, None
         if isinstance(asked.caller, Member):
-            peer = asked.caller.peer
-            full = of_peers >= self._limits.streams and not self._feed.has_stream(peer.meta.uid)
+            peer, owner = asked.caller.peer, asked.caller.peer.meta.uid
+        elif isinstance(asked.caller, ClusterOperator):
+            cluster = asked.caller.cluster
+            owner = owner_of_cluster(asked.caller.mesh, cluster.name)
+        if owner is None:
+            full = of_administrators >= self._limits.admin_streams
+        else:
+            full = of_peers >= self._limits.streams and not self._feed.has_stream(owner)
         if full:
             raise Refusal(503, "ServiceUnavailable", "too many event streams are open", retry_after=10.0)
-        stream = await self._feed.open(peer, visible or wanted, since, for_agent=for_agent)
+        stream = await self._feed.open(peer, visible or wanted, since, cluster=cluster, for_agent=for_agent)
         response = web.StreamResponse(
             headers={"Content-Type": "application/x-ndjson", REGISTRY_HEADER: self._registry_id}
         )
@@ -535,9 +634,53 @@ def _parsed(asked: Asked, kind: Kind, *, spec_of: Mesh | Peer | None = None) -> 
     return resource
 
 
+def _require_own(author: ClusterOperator | None, peer: Peer) -> None:
+    """Raises Refusal when a cluster's operator asks for what is not the spec of a peer of its own Nodes."""
+    if author is None:
+        return
+    spec, cluster = peer.spec, author.cluster.name
+    if (spec.mesh, spec.cluster) != (author.mesh, cluster):
+        raise Refusal(
+            403,
+            "Forbidden",
+            f"spec: the operator of cluster {cluster!r} writes peers of its Nodes in mesh {author.mesh!r}",
+        )
+    name = peer_name(spec.mesh, spec.cluster, spec.node_name)
+    if peer.meta.name != name:
+        raise Refusal(
+            422, "Invalid", f"metadata.name: the peer of Node {spec.node_name!r} is called {name!r}"
+        )
+    if peer.report is not None or peer.assignment != Assignment():
+        raise Refusal(403, "Forbidden", "status: it is the agent's and the registry's to write; leave it out")
+
+
+def _is_renewed(stored: Peer, part: PeerReport) -> bool:
+    """Whether a report brings keys that the peer did not have."""
+    return stored.report is None or stored.report.keys != part.keys
+
+
+def _log_new_keys(stored: Mesh | Peer, part: StatusPart) -> None:
+    """Tell that a machine came back with other keys than it had."""
+    if not isinstance(stored, Peer) or not isinstance(part, PeerReport) or stored.report is None:
+        return
+    before, now = stored.report.keys.wireguard, part.keys.wireguard
+    if _is_renewed(stored, part):
+        log.info(
+            "peer.keys_replaced name=%s node=%s before=%s now=%s",
+            stored.meta.name,
+            stored.spec.node_name,
+            before,
+            now,
+        )
+
+
 def _part(asked: Asked, stored: Mesh | Peer, resource: Mesh | Peer) -> StatusPart:
     """The part of the status that the caller writes. Raises Refusal for what is not the caller's to write."""
     manager = asked.query.get("fieldManager")
+    if isinstance(asked.caller, ClusterOperator):
+        raise Refusal(
+            403, "Forbidden", "status: it is the agents' and the registry's to write, not a cluster's"
+        )
     if isinstance(resource, Mesh):
         asked.administrator()
         return resource.status
@@ -557,7 +700,9 @@ def _part(asked: Asked, stored: Mesh | Peer, resource: Mesh | Peer) -> StatusPar
         raise Refusal(
             403, "Forbidden", "status: addresses, role, conditions and the like are the registry's to write"
         )
-    if stored.report is not None and resource.report.keys != stored.report.keys:
+    # A Node may be imaged anew: its cluster's API server says who it is. Nobody says so of an external peer.
+    by_node = isinstance(asked.caller, Member) and asked.caller.by_node
+    if not by_node and stored.report is not None and _is_renewed(stored, resource.report):
         raise Refusal(
             403,
             "Forbidden",
@@ -608,6 +753,7 @@ class _Rendered:
     """A listed resource as JSON."""
 
     mesh: str
+    cluster: str | None
     whole: bytes
     for_agent: bytes
 
@@ -615,7 +761,10 @@ class _Rendered:
 def _rendered(resource: Mesh | Peer) -> _Rendered:
     whole, less = _bytes(resources.to_dict(resource)), projected(resource)
     return _Rendered(
-        _mesh_of(resource), whole, whole if less == resource else _bytes(resources.to_dict(less))
+        mesh=_mesh_of(resource),
+        cluster=_cluster_of(resource),
+        whole=whole,
+        for_agent=whole if less == resource else _bytes(resources.to_dict(less)),
     )
 
 
@@ -629,6 +778,11 @@ def _resource(resource: Mesh | Peer | Any, *, code: int = 200) -> web.Response:
 
 def _mesh_of(resource: Mesh | Peer) -> str:
     return resource.meta.name if isinstance(resource, Mesh) else resource.spec.mesh
+
+
+def _cluster_of(resource: Mesh | Peer) -> str | None:
+    """Whose Node a peer is, "" for an external one; None for a mesh."""
+    return None if isinstance(resource, Mesh) else resource.spec.cluster
 
 
 def _refusal_of_http(error: web.HTTPException, *, limit: int) -> Refusal:

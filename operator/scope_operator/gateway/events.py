@@ -39,6 +39,7 @@ class Event:
     name: str
     uid: str
     mesh: str
+    cluster: str  # whose Node the peer is; "" for an external one, and for a mesh
     line: bytes  # the CloudEvent, ending with a line feed
     agent_line: bytes | None  # what agents of others are told; None: nothing that they act on
     removes: bool = False  # the peer has no business here any more
@@ -91,6 +92,7 @@ def event_of(change: Put | Deleted, before: Mesh | Peer | None, *, time: str) ->
         name=resource.meta.name,
         uid=resource.meta.uid,
         mesh=resource.meta.name if isinstance(resource, Mesh) else resource.spec.mesh,
+        cluster="" if isinstance(resource, Mesh) else resource.spec.cluster,
         line=line,
         agent_line=agent_line,
         removes=isinstance(resource, Peer) and (deleted or resource.assignment.tombstone is not None),

@@ -3,8 +3,8 @@
 One feed follows the registry for all streams: it lists, watches both kinds, turns each change into one
 event (the type needs the state before, which the feed keeps) and holds the newest in memory. A stream is a
 cursor into them, so a slow reader costs no memory: once what it has not read is no longer kept it is told
-to list again. An agent's stream leaves out what agents do not act on (`projection`), and says at times how far
-it is. Each stream besides has a short queue of sealed datagrams that the courier brings.
+to list again. An agent's stream leaves out what agents do not act on (`projection`), and says at times how
+far it is. Each stream besides has a short queue of sealed datagrams that the courier brings.
 
 In-process registries wake both watches in one pass of the event loop, and the feed takes all that has arrived
 before it appends, in the order of revisions: a reader may resume from the last revision that it saw.
@@ -20,8 +20,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
 
-from scope.model import Kind, Mesh, Peer, PublicKey, Revision
+from scope.model import Cluster, Kind, Mesh, Peer, PublicKey, Revision
 from scope.registry.port import Deleted, Gone, Put, Registry, RegistryError, Unavailable
+from scope_operator.clusters import is_same_holder
 from scope_operator.gateway.errors import Refusal
 from scope_operator.gateway.events import Event, bookmark_line, courier_line, event_of
 
@@ -34,12 +35,13 @@ TAKE = 256  # events written at once, so that a long replay does not starve the 
 
 @dataclass(slots=True, eq=False)
 class Stream:
-    """One reader: a peer, or an administrator (None); of one mesh, or of all (None)."""
+    """One reader: a peer, a joined cluster's operator, or an administrator; of one mesh, or of all (None)."""
 
     peer: Peer | None
     mesh: str | None
     since: int
     cursor: int
+    cluster: Cluster | None = None
     for_agent: bool = False  # leave out what an agent does not act on
     told: int = 0  # the revision that its reader knows to have reached
     wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -49,7 +51,16 @@ class Stream:
     @property
     def name(self) -> str:
         """Who reads, for the log."""
+        if self.cluster is not None:
+            return f"cluster {self.cluster.name}"
         return self.peer.meta.name if self.peer is not None else "administrator"
+
+    @property
+    def owner(self) -> str | None:
+        """Who has no other stream; None for an administrator, who may have several."""
+        if self.cluster is not None and self.mesh is not None:
+            return owner_of_cluster(self.mesh, self.cluster.name)
+        return self.peer.meta.uid if self.peer is not None else None
 
     def end(self, reason: Refusal) -> None:
         """Nothing more is sent but `reason`."""
@@ -73,7 +84,7 @@ class Feed:
         self._history: deque[Event] = deque()
         self._first = 0  # the position of the oldest kept event among all there were
         self._streams: set[Stream] = set()
-        self._of_peer: dict[str, Stream] = {}
+        self._owned: dict[str, Stream] = {}
         self._of_probe: dict[tuple[str | None, PublicKey], Stream] = {}
         self._couriered = 0
         self.changed = asyncio.Event()  # set, and replaced, at the next change
@@ -137,10 +148,12 @@ class Feed:
             before = self.peers.pop(resource.meta.name, None)
             if isinstance(change, Put):
                 self.peers[resource.meta.name] = resource
+                self._rename(resource)
         elif isinstance(resource, Mesh):
             before = self.meshes.pop(resource.meta.name, None)
             if isinstance(change, Put):
                 self.meshes[resource.meta.name] = resource
+            self._end_untrusted(resource)
         else:
             return
         self._newest = change.revision.number
@@ -156,12 +169,19 @@ class Feed:
     # --- streams ------------------------------------------------------------------------------------------
 
     async def open(
-        self, peer: Peer | None, mesh: str | None, since: Revision, *, for_agent: bool = False
+        self,
+        peer: Peer | None,
+        mesh: str | None,
+        since: Revision,
+        *,
+        cluster: Cluster | None = None,
+        for_agent: bool = False,
     ) -> Stream:
-        """A stream of what changed in `mesh` (None: in all) after `since`, for `peer` or an administrator.
+        """A stream of what changed in `mesh` (None: in all) after `since`, for `peer`, for the operator of
+        `cluster`, which sees of the peers its own, or for an administrator.
 
-        `for_agent`: of what an agent acts on, and of all that concerns `peer` itself. A peer's older stream
-        ends. Raises Gone, Unavailable.
+        `for_agent`: of what an agent acts on, and of all that concerns `peer` itself. An older stream of the
+        same peer or cluster ends. Raises Gone, Unavailable.
         """
         if not self.ready.is_set():
             raise Unavailable("the gateway is reading its registry: try again in a second")
@@ -178,25 +198,66 @@ class Feed:
             newest = (await self._registry.list(Kind.MESH)).revision.number
             if since.number > newest:
                 raise Gone(f"revision {since.number} is newer than the newest, {newest}: list again")
-        older = self._of_peer.get(peer.meta.uid) if peer is not None else None
+        stream = Stream(
+            peer,
+            mesh,
+            since.number,
+            self._first,
+            cluster=cluster,
+            for_agent=for_agent,
+            told=since.number,
+        )
+        owner = stream.owner
+        older = self._owned.get(owner) if owner is not None else None
         if older is not None:
-            older.end(Refusal(409, "Conflict", "a newer stream of the same peer took this one's place"))
+            who = "cluster" if older.cluster is not None else "peer"
+            older.end(Refusal(409, "Conflict", f"a newer stream of the same {who} took this one's place"))
             self.close(older)
-        stream = Stream(peer, mesh, since.number, self._first, for_agent=for_agent, told=since.number)
         self._streams.add(stream)
+        if owner is not None:
+            self._owned[owner] = stream
         if peer is not None and peer.report is not None:
-            self._of_peer[peer.meta.uid] = stream
             self._of_probe[mesh, peer.report.keys.probe] = stream
         return stream
 
     def close(self, stream: Stream) -> None:
         """Forget a stream; once more does nothing."""
         self._streams.discard(stream)
-        peer = stream.peer
-        if peer is None or peer.report is None or self._of_peer.get(peer.meta.uid) is not stream:
+        owner, peer = stream.owner, stream.peer
+        if owner is None or self._owned.get(owner) is not stream:
             return
-        del self._of_peer[peer.meta.uid]
-        del self._of_probe[stream.mesh, peer.report.keys.probe]
+        del self._owned[owner]
+        if peer is not None and peer.report is not None:
+            self._of_probe.pop((stream.mesh, peer.report.keys.probe), None)
+
+    def _rename(self, peer: Peer) -> None:
+        """Let the courier find the peer's stream by the probe key that it has now."""
+        stream = self._owned.get(peer.meta.uid)
+        if stream is None or stream.peer is None or stream.peer.report == peer.report:
+            return
+        if stream.peer.report is not None:
+            self._of_probe.pop((stream.mesh, stream.peer.report.keys.probe), None)
+        if peer.report is not None:
+            self._of_probe[stream.mesh, peer.report.keys.probe] = stream
+        stream.peer = peer
+
+    def _end_untrusted(self, mesh: Mesh) -> None:
+        """End the streams of clusters that the mesh trusts no more, or under another key."""
+        known = self.meshes.get(mesh.meta.name)
+        trusted = {each.name: each for each in known.status.clusters} if known is not None else {}
+        for stream in self._owned.values():
+            if stream.cluster is None or stream.mesh != mesh.meta.name:
+                continue
+            now = trusted.get(stream.cluster.name)
+            if now is None or not is_same_holder(now, stream.cluster):
+                stream.end(
+                    Refusal(
+                        401,
+                        "Unauthorized",
+                        f"cluster {stream.cluster.name!r} was removed from mesh {stream.mesh!r}, or joined "
+                        "anew: its operator joins with a token",
+                    )
+                )
 
     def take(self, stream: Stream) -> list[bytes]:
         """The next lines of a stream, none when it has read all. Sets `ended` where these are the last."""
@@ -234,12 +295,12 @@ class Feed:
         return bookmark_line(self._registry_id, self._newest, time=self._time())
 
     def counts(self) -> tuple[int, int]:
-        """How many streams are open: of peers, of administrators."""
-        return len(self._of_peer), len(self._streams) - len(self._of_peer)
+        """How many streams are open: of peers and joined clusters, of administrators."""
+        return len(self._owned), len(self._streams) - len(self._owned)
 
     def has_stream(self, owner: str) -> bool:
-        """Whether the peer with this uid has a stream, which a new one would replace."""
-        return owner in self._of_peer
+        """Whether this owner (a peer's uid, `owner_of_cluster`) has a stream that a new one would replace."""
+        return owner in self._owned
 
     def end_all(self) -> None:
         """The gateway stops."""
@@ -295,8 +356,15 @@ def _line_for(stream: Stream, event: Event) -> bytes | None:
     """What the reader is told of a change; None: nothing."""
     if stream.mesh is not None and event.mesh != stream.mesh:
         return None
+    if stream.cluster is not None and event.kind is Kind.PEER and event.cluster != stream.cluster.name:
+        return None
     is_own = stream.peer is not None and event.uid == stream.peer.meta.uid
     return event.agent_line if stream.for_agent and not is_own else event.line
+
+
+def owner_of_cluster(mesh: str, name: str) -> str:
+    """The owner of the stream of a joined cluster's operator; no uid has a space."""
+    return f"cluster {mesh}/{name}"
 
 
 def removed(name: str) -> Refusal:

@@ -14,11 +14,12 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from scope import resources
+from scope.cluster_enrolment import parse_cluster_enrolment
 from scope.enrolment import parse_enrolment
 from scope.join import JoinString
-from scope.model import JoinToken, Kind, Mesh, Peer, PublicKey, Role, Secret
-from scope.registry.port import NotFound, Refused, Registry
-from scope_operator import enrolment, tokens
+from scope.model import AgentTokens, Cluster, JoinToken, Kind, Mesh, Peer, PublicKey, Role, Secret
+from scope.registry.port import Conflict, NotFound, Refused, Registry
+from scope_operator import clusters, enrolment, tokens
 from scope_operator.gateway.errors import Refusal
 
 log = logging.getLogger(__name__)
@@ -83,6 +84,48 @@ class Joining:
         )
         log.info("peer.removed name=%s uid=%s", name, uid)
         return removed
+
+    async def join_cluster(self, document: Mapping[str, Any]) -> tuple[Cluster, Mesh]:
+        """Bring in a cluster. Raises Refusal (403 with the reason), ConfigError, Unavailable."""
+        request = parse_cluster_enrolment(document)
+        name = request.cluster.name
+        try:
+            mesh = await clusters.join_cluster(
+                self._registry, request, registry_key=self._key, wall=self._wall()
+            )
+        except Refused as error:
+            log.info(
+                "cluster.refused mesh=%s cluster=%s token=%s reason=%s",
+                request.mesh,
+                name,
+                request.token_id,
+                error,
+            )
+            raise Refusal(403, "JoinRefused", str(error)) from None
+        log.info("cluster.joined mesh=%s name=%s uid=%s", mesh.meta.name, name, request.cluster.uid)
+        return request.cluster, mesh
+
+    async def replace_cluster_tokens(self, mesh: str, cluster: Cluster, tokens: AgentTokens) -> Cluster:
+        """Know a joined cluster's agents by these from now on. Raises Conflict, Refused, Unavailable."""
+        found = await clusters.replace_tokens(self._registry, mesh, cluster, tokens)
+        changed = clusters.find_cluster(found, cluster.name)
+        log.info("cluster.keys mesh=%s name=%s keys=%s", mesh, cluster.name, [key.id for key in tokens.keys])
+        return changed or cluster
+
+    async def remove_cluster(self, mesh: str, name: str) -> Cluster:
+        """Trust a joined cluster no longer, and delete its peers. Raises NotFound, Refused, Unavailable.
+
+        Their keys may come back: the cluster may join again.
+        """
+        cluster = await clusters.remove_cluster(self._registry, mesh, name)
+        for peer in (await self._registry.list(Kind.PEER)).resources:
+            if isinstance(peer, Peer) and (peer.spec.mesh, peer.spec.cluster) == (mesh, name):
+                try:
+                    await self._registry.delete(Kind.PEER, peer.meta.name, uid=peer.meta.uid)
+                except (NotFound, Conflict):
+                    continue
+        log.info("cluster.removed mesh=%s name=%s uid=%s", mesh, name, cluster.uid)
+        return cluster
 
     async def tokens(self) -> list[dict[str, object]]:
         """What may be told of every token: not its secret, nor the hash of it."""

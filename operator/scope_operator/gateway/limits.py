@@ -33,6 +33,7 @@ class Limits:
     source: Rate = Rate(100, 600)  # a hundred agents behind one NAT start at once with six requests each
     stranger: Rate = Rate(20, 200)  # requests without a credential: joins, health checks, guesses at tokens
     peer: Rate = Rate(10, 60)  # a report each second and a re-list, with room
+    cluster: Rate = Rate(50, 500)  # a cluster of a thousand Nodes that joins has its peers within 20 s
     courier: Rate = Rate(20, 100)  # a call-me-maybe to each of a hundred peers at once
     connections: int = 8192  # half of a common descriptor limit's worth is left to the rest
     connections_per_source: int = 1024
@@ -46,6 +47,7 @@ class Limits:
     replays_per_peer: int = (
         1024  # jti of one peer within MAX_LIFETIME: 60 s at the peer's rate, and its burst
     )
+    replays_per_cluster: int = 4096  # the same at a cluster's rate
 
 
 class Buckets(Generic[K]):

@@ -120,6 +120,7 @@ async def serving(config: ServeConfig) -> AsyncIterator[Serving]:
                 administrator=administrator,
                 wall=time.time,
                 replays_per_peer=config.limits.replays_per_peer,
+                replays_per_cluster=config.limits.replays_per_cluster,
             ),
             joining=Joining(
                 registry,

@@ -2,8 +2,8 @@
 
 A mesh of N agents hears of every change N times over, so what no agent acts on is neither sent nor read
 there: how a peer reaches the others (but for where it saw them, which is one more endpoint to try), its
-counts, why an address was refused, when it was last seen, and the totals of a mesh. Fields are taken away by
-name, so what is new to a resource reaches agents unless this file says otherwise.
+counts, why an address was refused, when it was last seen, and a mesh's totals and clusters. Fields are taken
+away by name, so what is new to a resource reaches agents unless this file says otherwise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from scope.model import Link, Mesh, MeshCounts, Peer, PeerReport
 def projected(resource: Mesh | Peer) -> Mesh | Peer:
     """The resource as agents other than its own are told of it."""
     if isinstance(resource, Mesh):
-        status = replace(resource.status, counts=MeshCounts(), conditions=(), observed_generation=0)
+        status = replace(
+            resource.status, counts=MeshCounts(), conditions=(), observed_generation=0, clusters=()
+        )
         return replace(resource, status=status)
     report = resource.report
     return replace(
