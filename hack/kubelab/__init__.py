@@ -1,0 +1,32 @@
+"""A real Kubernetes control plane for tests, demo and benchmarks, and faults to put in front of it.
+
+    async with ControlPlane(controllers=True) as plane:
+        await plane.apply(Path("crds"))
+        await plane.create_node("n1")
+        token = await plane.token("scope-agent", node="n1")
+        print(await plane.kubectl("get", "nodes"))
+        await plane.api_server.stop()
+
+hack/setup.sh builds the programs; here they are only run.
+
+    programs       where the programs are, and one process that may be started many times
+    certificates   the certificate authority of one control plane
+    control_plane  etcd, kube-apiserver, kube-controller-manager: started, asked, snapshotted
+    audit          what the API server was asked, by whom
+"""
+
+from kubelab.audit import Audited, AuditLog
+from kubelab.control_plane import APPLY, JSON, MERGE, ApiError, ControlPlane
+from kubelab.programs import KubeLabError, Program
+
+__all__ = [
+    "APPLY",
+    "JSON",
+    "MERGE",
+    "ApiError",
+    "AuditLog",
+    "Audited",
+    "ControlPlane",
+    "KubeLabError",
+    "Program",
+]
