@@ -2,7 +2,8 @@
 
 A datagram leaves its machine, passes the routers of its site (each takes a hop and may translate or refuse),
 crosses the internet (one more hop), and is offered to the routers of the destination's site when it arrives
-there. `Link`s say what goes wrong on the way from one site to another, in one direction.
+there. `Link`s say what goes wrong on the way from one site to another, in one direction. Two sites may also
+have a line of their own, on which their private addresses reach each other past all routers.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class Network:
     ) -> None:
         self.sites: list[Site] = []
         self.links: dict[tuple[str, str, Family], Link] = {}
+        self.lines: dict[tuple[str, str], Link] = {}
         self.weather = Link()  # on every way that has no link of its own
         self.delivered = self.dropped = 0
         self.is_data: Callable[[object], bool] = lambda payload: False
@@ -132,6 +134,10 @@ class Network:
         families = [family] if family is not None else list(Family)
         return [self.links.setdefault((x.name, y.name, f), Link()) for x, y in ways for f in families]
 
+    def line(self, a: Site, b: Site) -> list[Link]:
+        """The line between two sites' private networks, laid with the first call: one link each way."""
+        return [self.lines.setdefault((x.name, y.name), Link()) for x, y in ((a, b), (b, a))]
+
     def send(
         self, site: Site, inner: Endpoint, to: Endpoint, payload: object, *, ttl: int | None = None
     ) -> None:
@@ -140,6 +146,11 @@ class Network:
         address = to.address
         if address in site.machines and (address in site.lan or address.version == 6):
             self._schedule(now + LAN_DELAY, lambda: self._hand_over(site, inner, to, payload))
+            return
+        other = self._over_line(site, address) if self.lines else None
+        if other is not None:
+            line, delay = self.lines[(site.name, other.name)], site.delay + other.delay
+            self._travel(line, delay, lambda: self._hand_over(other, inner, to, payload))
             return
         hops = ttl if ttl is not None else 64
         source: Endpoint | None = inner
@@ -162,9 +173,22 @@ class Network:
             return
         self._cross(site, target, source, to, payload)
 
+    def _over_line(self, site: Site, address: IPAddress) -> Site | None:
+        """The site that has the private address at the other end of a line of ours."""
+        for other in self.sites:
+            if (site.name, other.name) in self.lines and address in other.lan and address in other.machines:
+                return other
+        return None
+
     def _cross(self, site: Site, target: Site, source: Endpoint, to: Endpoint, payload: object) -> None:
         link = self.links.get((site.name, target.name, to.family), self.weather)
-        if link.cut or (link.drops_data and self.is_data(payload)):
+        if link.drops_data and self.is_data(payload):
+            self.dropped += 1
+            return
+        self._travel(link, site.delay + target.delay, lambda: self._enter(target, source, to, payload))
+
+    def _travel(self, link: Link, delay: float, arrive: Callable[[], None]) -> None:
+        if link.cut:
             self.dropped += 1
             return
         copies = 1
@@ -174,10 +198,8 @@ class Network:
                 return
             copies = 2 if self._random.random() < link.duplication else 1
         for _ in range(copies):
-            delay = site.delay + target.delay + link.delay
-            if link.jitter:
-                delay += link.jitter * self._random.random()
-            self._schedule(self._now() + delay, lambda: self._enter(target, source, to, payload))
+            jitter = link.jitter * self._random.random() if link.jitter else 0.0
+            self._schedule(self._now() + delay + link.delay + jitter, arrive)
 
     def _enter(self, site: Site, source: Endpoint, to: Endpoint, payload: object) -> None:
         now = self._now()
