@@ -407,9 +407,8 @@ def status_to_dict(part: StatusPart) -> dict[str, object]:
 _UNITS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}  # milliseconds
 _DURATION = re.compile(r"(?:[0-9]{1,12}ms|[0-9]{1,9}[smhd])+")
 _DURATION_PART = re.compile(r"([0-9]+)(ms|s|m|h|d)")
-_TIME = re.compile(
-    r"([0-9]{4}-[0-9]{2}-[0-9]{2})[Tt]([0-9]{2}:[0-9]{2}:[0-9]{2})(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
-)
+_DAY, _CLOCK = r"[0-9]{4}-[0-9]{2}-[0-9]{2}", r"(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+_TIME = re.compile(rf"({_DAY})T({_CLOCK}:[0-5][0-9])(\.[0-9]{{1,9}})?(Z|[+-]{_CLOCK})")
 MAX_DURATION_TEXT = 32  # "365d23h59m59s999ms" and then some
 
 
@@ -433,7 +432,7 @@ def parse_time(text: str) -> float:
     if not found:
         raise ValueError("a time is RFC 3339, as 2026-01-31T12:00:00Z")
     day, clock, fraction, zone = found.groups()
-    whole = int(datetime.fromisoformat(f"{day}T{clock}{zone.upper()}").timestamp())
+    whole = int(datetime.fromisoformat(f"{day}T{clock}{zone}").timestamp())
     if not 0 <= whole <= MAX_TIME:
         raise ValueError("a time is in the years 1970 to 9999")
     return float(f"{whole}{fraction or ''}")
@@ -517,7 +516,7 @@ def _read_requirement(fields: _Fields) -> Requirement:
         values=fields.items("values", _label_value, limit=MAX_VALUES),
     )
     compares = requirement.operator in (Operator.IN, Operator.NOT_IN)
-    if compares != bool(requirement.values) and not fields.refused("operator", "values"):
+    if compares != bool(fields.values.get("values")) and not fields.refused("operator", "values"):
         found = "no value" if compares else "values that nothing is compared with"
         allowed = "one value or more" if compares else "none"
         fields.refuse(f"{found} for {requirement.operator}", allowed, at="values")
@@ -661,8 +660,8 @@ def _read_condition(fields: _Fields) -> Condition:
 
 
 def _read_peer_spec(fields: _Fields) -> PeerSpec:
-    node = {name for name in _NODE_FIELDS if fields.values.get(name) not in (None, "")}
-    if node and len(node) < len(_NODE_FIELDS):
+    node = _NODE_FIELDS & fields.present()
+    if node and node != _NODE_FIELDS:
         fields.refuse(
             f"{', '.join(sorted(node))} without {', '.join(sorted(_NODE_FIELDS - node))}",
             "all three for the peer of a Kubernetes Node, none for an external peer",
