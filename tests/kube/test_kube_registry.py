@@ -66,9 +66,11 @@ LEASES = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
 
 
 @asynccontextmanager
-async def opened(plane: ControlPlane, **options: Any) -> AsyncIterator[KubeRegistry]:
+async def opened(
+    plane: ControlPlane, *, silence: float = 90.0, **options: Any
+) -> AsyncIterator[KubeRegistry]:
     """The registry of a control plane, as its administrator."""
-    async with KubeClient(await from_kubeconfig(plane.kubeconfig())) as client:
+    async with KubeClient(await from_kubeconfig(plane.kubeconfig()), silence=silence) as client:
         yield KubeRegistry(client, namespace=NAMESPACE, **options)
 
 
@@ -258,19 +260,16 @@ def test_a_watch_goes_on_when_the_server_ends_it_in_time(
 
 def test_a_silent_watch_is_opened_anew_without_a_list_of_everything(control_plane: ControlPlane) -> None:
     async def run() -> None:
-        async with asyncio.timeout(60):
-            access = await from_kubeconfig(control_plane.kubeconfig())
-            async with KubeClient(access, silence=0.3) as client:
-                registry = KubeRegistry(client, namespace=NAMESPACE)
-                listed = await registry.list(Kind.PEER)
-                mark = control_plane.audit.mark()
-                waiting = asyncio.ensure_future(anext(registry.watch(Kind.PEER, listed.revision)))
-                while watches(control_plane, mark) < 3:  # noqa: ASYNC110 - the log has no event
-                    await asyncio.sleep(0.05)
-                made = await created(registry, bare(1))
-                assert resource_of(await waiting) == made
-                lists = [asked.path for asked in control_plane.audit.since(mark) if asked.verb == "list"]
-                assert all("limit=1&" in f"{path}&" for path in lists)
+        async with asyncio.timeout(60), opened(control_plane, silence=0.3) as registry:
+            listed = await registry.list(Kind.PEER)
+            mark = control_plane.audit.mark()
+            waiting = asyncio.ensure_future(anext(registry.watch(Kind.PEER, listed.revision)))
+            while watches(control_plane, mark) < 3:  # noqa: ASYNC110 - the log has no event
+                await asyncio.sleep(0.05)
+            made = await created(registry, bare(1))
+            assert resource_of(await waiting) == made
+            lists = [asked.path for asked in control_plane.audit.since(mark) if asked.verb == "list"]
+            assert all("limit=1&" in f"{path}&" for path in lists)
 
     asyncio.run(run())
 
@@ -281,9 +280,7 @@ def test_a_frozen_server_is_lost_and_found_again(own_control_plane: Callable[...
 
     async def run() -> None:
         async with asyncio.timeout(100):
-            access = await from_kubeconfig(plane.kubeconfig())
-            async with KubeClient(access, silence=0.5) as client, opened(plane) as writer:
-                registry = KubeRegistry(client, namespace=NAMESPACE)
+            async with opened(plane, silence=0.5) as registry, opened(plane) as writer:
                 arrived = asyncio.Event()
 
                 async def keep() -> None:
@@ -319,7 +316,7 @@ def test_a_registry_that_was_restored_is_told_by_its_revision(
     plane = own_control_plane()
 
     async def run() -> None:
-        async with asyncio.timeout(100), opened(plane) as registry:
+        async with asyncio.timeout(100), opened(plane, silence=0.5) as registry:
             await created(registry, MESH)
             snapshot = await plane.snapshot()
             for seed in range(1, 10):
@@ -340,15 +337,12 @@ def test_a_watch_from_what_a_restored_server_has_yet_to_reach_is_told_to_list_ag
     control_plane: ControlPlane,
 ) -> None:
     async def run() -> None:
-        async with asyncio.timeout(30):
-            access = await from_kubeconfig(control_plane.kubeconfig())
-            async with KubeClient(access, silence=0.3) as client:
-                registry = KubeRegistry(client, namespace=NAMESPACE)
-                listed = await registry.list(Kind.PEER)
-                ahead = Revision(listed.revision.registry, listed.revision.number + 1000)
-                registry._seen[Kind.PEER] = ahead.number  # as if it had been told so before the restore
-                with pytest.raises(Gone, match="newer than the newest"):
-                    await anext(registry.watch(Kind.PEER, ahead))
+        async with asyncio.timeout(30), opened(control_plane, silence=0.3) as registry:
+            listed = await registry.list(Kind.PEER)
+            ahead = Revision(listed.revision.registry, listed.revision.number + 1000)
+            registry._seen[Kind.PEER] = ahead.number  # as if it had been told so before the restore
+            with pytest.raises(Gone, match="newer than the newest"):
+                await anext(registry.watch(Kind.PEER, ahead))
 
     asyncio.run(run())
 

@@ -6,6 +6,7 @@ asked to be left alone.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import socket
@@ -88,6 +89,7 @@ class KubeClient:
         session, self._session = self._session, None
         if session is not None:
             await session.close()
+            await asyncio.sleep(0)  # what was aborted is closed in the loop's next round
 
     async def ask(
         self,
@@ -123,12 +125,16 @@ class KubeClient:
             if response.status >= 400:
                 raise self._error(response, await self._read(response))
             _keep_alive(response)
-            async for line in _lines(response):
-                event = _parsed(line)
-                if event.get("type") == "ERROR":
-                    status = event.get("object")
-                    raise error_of(status if isinstance(status, dict) else {}, url=self.url)
-                yield event
+            try:
+                async for line in _lines(response):
+                    event = _parsed(line)
+                    if event.get("type") == "ERROR":
+                        status = event.get("object")
+                        raise error_of(status if isinstance(status, dict) else {}, url=self.url)
+                    yield event
+            finally:
+                if (transport := _transport(response)) is not None:
+                    transport.abort()  # a farewell by TLS would wait for whoever froze
 
     @asynccontextmanager
     async def _request(
@@ -272,9 +278,14 @@ def _parsed(raw: bytes) -> Object:
     return document
 
 
+def _transport(response: aiohttp.ClientResponse) -> asyncio.Transport | None:
+    """What the answer still comes by; None once it has come."""
+    return response.connection.transport if response.connection is not None else None
+
+
 def _keep_alive(response: aiohttp.ClientResponse) -> None:
     """Let the kernel find out soon when the connection of a watch leads nowhere any more."""
-    transport = response.connection.transport if response.connection is not None else None
+    transport = _transport(response)
     sock = transport.get_extra_info("socket") if transport is not None else None
     if sock is None:
         return
