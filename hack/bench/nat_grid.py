@@ -58,7 +58,7 @@ BENCHMARKS = (
     Benchmark(
         "nat-grid",
         unit="s",
-        what="each traversable pair of eight NAT kinds, join to direct both ways",
+        what="each traversable pair of nine NAT kinds, join to direct both ways",
         target=Target(worst=PATIENCE_S),
         attempts=1,
         run=_grid,

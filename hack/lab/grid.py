@@ -14,13 +14,13 @@ from typing import assert_never
 from lab.nat import Nat
 from lab.plan import has_ipv6
 
-# The kinds of the benchmark's grid. Left out: hairpin, which differs only inside its own site, and the
-# open input, which is port-restricted to whoever opens with a datagram that dies between the NATs.
+# The kinds of the grid. Left out: hairpin, which differs only inside its own site.
 GRID_KINDS = (
     Nat.NONE,
     Nat.FULL_CONE,
     Nat.ADDRESS_RESTRICTED,
     Nat.PORT_RESTRICTED,
+    Nat.PORT_RESTRICTED_OPEN_INPUT,
     Nat.SYMMETRIC,
     Nat.CGNAT,
     Nat.IPV6_ONLY,

@@ -405,7 +405,8 @@ def test_the_grid_says_which_pairs_can_be_punched(lab: Lab, port: Opened, kind: 
         return
     family = socket.AF_INET6 if shared else socket.AF_INET
     ends = (port(host, PORT, family=family) for host in (a, b, lab.servers["first"]))
-    assert punch(*ends) == (place_reason(a.place, b.place) is None)
+    # A first datagram that dies between the NATs: an open input takes one that comes too early for its own.
+    assert punch(*ends, ttl=2) == (place_reason(a.place, b.place) is None)
 
 
 @pytest.mark.parametrize("ttl", [2, 64])

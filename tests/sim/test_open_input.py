@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 from lab.nat import Nat
 
+from scope.model import Mapping
 from tests.sim.world import World
 
 OPEN = Nat.PORT_RESTRICTED_OPEN_INPUT
@@ -29,3 +30,57 @@ def test_many_peers_that_start_at_once_on_busy_machines_are_all_direct(seed: int
             world.after(start, partial(machine.stall, stall))
     world.run(6.0)
     world.until(world.is_converged, within=6.0)
+
+
+def test_peers_that_start_again_out_of_step_heal_within_the_ladder() -> None:
+    for seed in range(3):
+        world = World(seed)
+        machines = [world.peer(kind) for kind in KINDS]
+        world.until(world.is_converged, within=5.0)
+        for machine in machines:
+            machine.crash()
+            machine.device.delete()
+        world.run(300.0)  # the NATs have forgotten, and each early ping to a last good endpoint moves a port
+        for machine in machines:
+            world.after(world.random.uniform(0.0, 6.0), machine.start)
+        world.run(6.0)
+        for machine in machines:
+            for other in machines:
+                machine.ping(other)  # WireGuard's handshakes keep a moved port where it is
+        world.until(world.is_converged, within=65.0)
+
+
+def test_a_port_that_the_data_itself_moved_is_given_back_after_the_ladder() -> None:
+    world = World(1)
+    a, b = world.peer(OPEN), world.peer(OPEN)
+    world.until(partial(world.is_direct, a, b), within=3.0)
+    a.stream(b, rate=5.0, seconds=200.0)
+    world.run(3.0)
+    for box in b.site.boxes:
+        box.reboot()
+    for link in world.network.link(b.site, a.site, both=False):
+        link.cut = True  # what A sends comes first, and moves B's port
+    world.run(3.0)
+    for link in world.network.link(b.site, a.site, both=False):
+        link.cut = False
+    world.run(3.0)
+    assert not world.is_direct(a, b)
+    world.until(partial(world.is_direct, a, b), within=150.0)
+
+
+def test_a_mapping_stays_endpoint_independent_where_a_port_was_moved_for_one_peer() -> None:
+    world = World(2)
+    reflecting, behind = world.peer(Nat.NONE), world.peer(OPEN)
+    world.until(partial(world.is_direct, reflecting, behind), within=3.0)
+    behind.crash()
+    behind.device.delete()
+    for box in behind.site.boxes:
+        box.reboot()
+    reflecting.ping(behind)
+    world.run(5.0)
+    behind.start()
+    world.run(30.0)
+    assert world.is_direct(reflecting, behind)
+    assert behind.agent is not None
+    endpoint = behind.agent.paths(world.now)
+    assert endpoint.mapping is Mapping.ENDPOINT_INDEPENDENT

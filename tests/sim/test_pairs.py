@@ -118,4 +118,4 @@ def test_a_direct_pair_survives_the_loss_of_a_fifth_of_all_datagrams_while_it_fo
         world = World(seed)
         world.network.weather.loss = 0.2
         a, b = world.peer(Nat.PORT_RESTRICTED), world.peer(Nat.PORT_RESTRICTED)
-        world.until(partial(world.is_direct, a, b), within=15.0)
+        world.until(partial(world.is_direct, a, b), within=20.0)  # WireGuard repeats a handshake after 5 s

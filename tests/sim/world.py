@@ -44,8 +44,9 @@ from scope_agent.inputs import (
     WriteReport,
 )
 from scope_agent.state import make_identity
-from scope_operator.gateway.projection import is_told, projected
 from scope_agent.wireguard.device import HoldEndpoint
+from scope_operator.gateway.projection import is_told, projected
+from scope_operator.gateway.reflector import HEARD_SECONDS
 
 from scope.channel import Channel, Confirmed, Hello, NotACorrespondent, Received
 from scope.model import (
@@ -254,6 +255,7 @@ class Machine:
         self.patience = RECONNECT
         self.generation = 0  # rises at each start and crash: what was scheduled for an earlier run is void
         self.crash_after: int | None = None  # outputs still to be performed
+        self._waiting: list[tuple[int, Input]] = []
         self.busy_until = 0.0  # till then nothing that comes to the agent, its timer included, is looked at
         self.disk_fails = False
         self.device_fails = False
@@ -351,7 +353,15 @@ class Machine:
 
     def stall(self, seconds: float) -> None:
         """Give the agent no share of the processor for so long; what comes meanwhile waits."""
-        self.busy_until = self.world.now + seconds
+        self.busy_until = max(self.busy_until, self.world.now + seconds)
+        self.world.at(self.busy_until, self._wake)
+
+    def _wake(self) -> None:
+        if self.world.now >= self.busy_until:
+            waiting, self._waiting = self._waiting, []
+            for generation, event in waiting:
+                if generation == self.generation:
+                    self.give(event)
 
     def restart(self, *, after: float = 0.1) -> None:
         """Kill the agent and start it again."""
@@ -466,7 +476,7 @@ class Machine:
         if self.agent is None:
             return
         if self.world.now < self.busy_until:
-            self._later(self.busy_until - self.world.now, lambda: self.give(event))
+            self._waiting.append((self.generation, event))
             return
         self.agent.receive(event, self.world.now)
         self._perform()
@@ -608,7 +618,7 @@ class RegistryServer:
             )
         )
         self.reflecting = True
-        self._seen: dict[PublicKey, tuple[Endpoint, int]] = {}
+        self._seen: dict[PublicKey, tuple[Endpoint, int, float]] = {}
         self._by_probe: dict[PublicKey, Machine] = {}
         self._forsaken: set[str] = set()
 
@@ -807,10 +817,12 @@ class RegistryServer:
             case Hello(_, cookie):
                 self._send(cookie, source, port)
             case Received(sender, Ping(transaction=transaction)):
-                self._seen[sender] = (source, port)
+                self._seen[sender] = (source, port, self.world.now)
                 self._seal(sender, Pong(transaction, source, has_session=False, received=0), source, port)
             case Received(sender, Forward(to, datagram)) if to in self._seen:
-                self._seal(to, Forwarded(sender, datagram), *self._seen[to])
+                seen, at_port, when = self._seen[to]
+                if self.world.now - when < HEARD_SECONDS:
+                    self._seal(to, Forwarded(sender, datagram), seen, at_port)
             case Received() | Confirmed():
                 pass
 

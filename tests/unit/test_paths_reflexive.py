@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
@@ -61,6 +62,15 @@ def test_two_views_that_differ_are_a_dependent_mapping_which_publishes_one_port(
     loop.seen = {target: Endpoint.parse(f"198.51.100.7:{50001 + n}") for n, target in enumerate(TARGETS)}
     loop.run(100.0)
     assert loop.machine.published(loop.now) == first  # the address is what counts
+
+
+def test_a_port_that_a_nat_moved_for_a_peer_that_came_first_does_not_make_the_mapping_dependent() -> None:
+    registry = tuple(replace(target, only_answers=True) for target in TARGETS)
+    peer = ReflectorTarget(PublicKey(bytes([2] * 32)), Endpoint.parse("203.0.113.9:41641"))
+    loop = _Loop((*registry, peer))
+    loop.seen[peer] = Endpoint.parse("198.51.100.7:50000")
+    loop.run(1.0)
+    assert loop.mapping("10.0.0.5") is Mapping.ENDPOINT_INDEPENDENT
 
 
 def test_one_view_is_an_unknown_mapping_and_an_own_address_is_none() -> None:

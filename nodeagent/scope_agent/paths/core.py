@@ -24,6 +24,7 @@ from scope.model import (
     IPInterface,
     IPNetwork,
     Mapping,
+    PathKind,
     Peer,
     PublicKey,
     Snapshot,
@@ -451,7 +452,7 @@ class Paths:
                 return target.endpoint
         key = self._peer_of.get(probe)
         view = self._pairs[key].view(now) if key is not None and key in self._pairs else None
-        return view.endpoint if view is not None else None
+        return view.endpoint if view is not None and view.path is not PathKind.NONE else None
 
     def settled(self, key: PublicKey, now: float) -> None:
         """Endpoint and hold of `key` were handed to the device."""
@@ -535,7 +536,7 @@ class Paths:
         """The registry's reflectors, and a few peers without a NAT: not the same ones for everybody."""
         mesh = self._snapshot.mesh
         named = [
-            ReflectorTarget(reflector.probe_key, endpoint)
+            ReflectorTarget(reflector.probe_key, endpoint, only_answers=True)
             for reflector in (mesh.status.reflectors if mesh is not None else ())
             for endpoint in reflector.endpoints
         ]
@@ -626,8 +627,14 @@ class Paths:
             c.kind in (CandidateKind.REFLEXIVE, CandidateKind.STATIC) for c in report.endpoints
         ):
             return "no answer, and no reflector has seen the peer: is UDP blocked there?"
-        tried = sorted(str(e) for e in self._pairs[key].tried)
-        return f"no answer from {', '.join(tried[:3])}" if tried else "no endpoint to try"
+        pair = self._pairs[key]
+        tried = sorted(str(e) for e in pair.tried)
+        if not tried:
+            return "no endpoint to try"
+        said = f"no answer from {', '.join(tried[:3])}"
+        if not pair.is_met or report.mapping is Mapping.NONE:
+            return said
+        return f"{said}, though both sides have opened: a NAT may have moved a port, or a firewall is between"
 
 
 def _observations(peer: Peer | None) -> dict[tuple[str, str], Endpoint]:

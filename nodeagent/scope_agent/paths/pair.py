@@ -20,7 +20,8 @@ The algorithm, for the pair of ourselves and one peer, and in brackets the part 
    WireGuard's keepalive.
 5. A dead path starts a new search; the last good endpoint is asked every 1.5 s for ten minutes. After
    `hub_fallback` without a path the peer is declared unreachable, with the reason, and tried again after
-   60 s growing to 10 min (`search`).
+   60 s growing to 10 min (`search`). A pair that both sides have opened and that stays silent rests for
+   longer than a NAT remembers, because a packet that came too early may have moved a port.
 
 The parts know nothing of each other's state; what one means for another is said here, and only here.
 Time is monotonic seconds. Nothing here sends: `take` returns what is due.
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from typing import TypeAlias, assert_never
 
 from scope.model import Endpoint, Family, Mapping, PathKind, PublicKey, Timers
@@ -41,9 +43,10 @@ from scope_agent.paths.gate import Gate
 from scope_agent.paths.nomination import OFFER_AFTER, Nomination, Offer, Settling, hold_for
 from scope_agent.paths.route import FRESH, NEVER, RECENT, VERIFIED, Route
 from scope_agent.paths.routes import Routes
-from scope_agent.paths.search import Search, Step
+from scope_agent.paths.search import MEETING, Search, Step
 from scope_agent.wireguard.device import HoldEndpoint
 
+NOWHERE = Endpoint(IPv4Address("127.0.0.1"), 9)  # discard (RFC 863): WireGuard cannot be told to be silent
 DECIDE_MAX = 0.2  # what waiting for a better first route may cost
 SWITCH_HOLD = 5.0  # between two switches among living routes
 RESTORE_AFTER = 1.0  # an echo is better, but a session that still lives needs no search
@@ -168,7 +171,7 @@ class Pair:
 
     def search(self, now: float, *, call: bool = True) -> None:
         """Start the ladder again: a new peer, a network change, a call from the peer, a lost path."""
-        self._search.start(now)
+        self._search.start(now, had_path=self._taken_at > NEVER)
         self._punch(now, call=call)
 
     def network_changed(self, now: float, *, lost: bool) -> None:
@@ -197,6 +200,7 @@ class Pair:
             self._suspect(now)
         else:
             self._search.called(now)
+            self._search.is_met |= Family.IPV4 in opened
             if reply:
                 self._search.reply(now)
         self._punch(now, call=False)
@@ -461,6 +465,11 @@ class Pair:
         return endpoint in self._routes
 
     @property
+    def is_met(self) -> bool:
+        """Whether the peer said in this search that it has opened towards us."""
+        return self._search.is_met
+
+    @property
     def tried(self) -> frozenset[Endpoint]:
         """Endpoints that were pinged."""
         return frozenset(route.endpoint for route in self._routes)
@@ -483,8 +492,10 @@ class Pair:
         return self._routes.open(endpoint, in_use=self._in_use)
 
     def _wants_opener(self, route: Route) -> bool:
-        is_behind_nat = self._mapping is not Mapping.NONE and route.rank[0] > 0
-        return is_behind_nat and route.endpoint != self._last_good
+        return self._is_behind_nat(route) and route.endpoint != self._last_good
+
+    def _is_behind_nat(self, route: Route) -> bool:
+        return self._mapping is not Mapping.NONE and route.rank[0] > 0
 
     def _ask_in_full(self, endpoint: Endpoint, now: float) -> None:
         """Punch towards an endpoint that worked: the other side's NAT knows us."""
@@ -505,8 +516,30 @@ class Pair:
                     self._punch(now, call=True)
                 case Step.DECLARE:
                     self._since = now
+                case Step.REST:
+                    if self._search.is_met and self._mapping is not Mapping.NONE:
+                        self._rest(now)
+                case Step.WAKE:
+                    self._wake(now)
                 case _:
                     assert_never(step)
+
+    def _rest(self, now: float) -> None:
+        """Be silent, WireGuard's handshakes included, so that NATs forget what came too early."""
+        self._search.rest(now)
+        for route in self._routes:
+            if route.attempt >= len(schedule.PUNCH):
+                route.next = None
+        if self._in_use is not None:
+            self._in_use = NOWHERE
+
+    def _wake(self, now: float) -> None:
+        """Begin anew: both NATs have forgotten the pair."""
+        for route in self._routes:
+            route.opener = self._is_behind_nat(route)
+        if self._in_use == NOWHERE:
+            self._in_use, self._restore_at = None, now + MEETING
+        self._punch(now, call=True)
 
     def _program_last_good(self) -> None:
         self._restore_at = None
@@ -525,6 +558,8 @@ class Pair:
     def _next_ping(self, route: Route, now: float) -> float | None:
         """When a route wants its next ping; None while it is not needed."""
         interval = self._search.timers.probe_interval
+        if not self._alive and self._search.is_resting and route.attempt >= len(schedule.PUNCH):
+            return None
         if not self._alive:
             return schedule.while_searching(
                 route,

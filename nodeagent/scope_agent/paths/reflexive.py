@@ -4,6 +4,10 @@ One ping a refresh interval to one reflector endpoint per family keeps the mappi
 moves. The class needs the view of two reflector endpoints for the same local socket: the same endpoint from
 both is an endpoint-independent mapping, different ones a dependent one (RFC 4787, section 4.1); with one
 answer it is unknown. A reflector that sees one of our own interface addresses says there is no NAT.
+
+A peer that reflects may have sent to us before we sent to it, and there are NATs that then move our port for
+it alone; so what the registry's reflectors, which only ever answer, agree on outweighs what peers see. A call
+that they pass on may come first too, after the NAT has forgotten us: then a peer that agrees with one decides.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ class ReflectorTarget:
 
     probe_key: PublicKey
     endpoint: Endpoint
+    only_answers: bool = False  # it never sends to us first
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,14 +176,20 @@ class Reflexive:
 
     def mapping_of(self, family: Family, now: float) -> Mapping:
         """The mapping class in one family (without regard to our own addresses)."""
-        seen = [
-            a.seen
-            for t, a in self._targets.items()
-            if t.endpoint.family is family and a.seen and now - a.at < 3 * ANSWER_VALID
+        views = [
+            (target.only_answers, asked.seen)
+            for target, asked in self._targets.items()
+            if target.endpoint.family is family and asked.seen and now - asked.at < 3 * ANSWER_VALID
         ]
-        if len(seen) < 2:
+        if len(views) < 2:
             return Mapping.UNKNOWN
-        return Mapping.ENDPOINT_INDEPENDENT if len(set(seen)) == 1 else Mapping.ENDPOINT_DEPENDENT
+        weighty = [seen for only_answers, seen in views if only_answers]
+        if len(weighty) < 2:
+            agree = len({seen for _, seen in views}) == 1
+        else:
+            others = {seen for only_answers, seen in views if not only_answers}
+            agree = len(set(weighty)) == 1 or bool(others & set(weighty))
+        return Mapping.ENDPOINT_INDEPENDENT if agree else Mapping.ENDPOINT_DEPENDENT
 
     def mapping(self, own: frozenset[IPAddress], now: float) -> Mapping:
         """The mapping class to publish: IPv4's where it is known, since that is where NATs are."""

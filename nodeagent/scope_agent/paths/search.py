@@ -3,6 +3,12 @@
 A search calls the peer at once and twice more, connects back at the first bound, and gives up at the second:
 the peer is declared unreachable, and tried again ever more rarely. Both bounds are counted from the start of
 the search and come from the mesh's timers.
+
+Where both sides have called that they opened and still do not hear each other, a packet that came too early
+may have moved a port in one of the NATs, and each further packet keeps it moved. Then the search *rests*:
+both sides are silent for longer than a NAT remembers an unanswered flow, and begin anew with openers. They
+must rest in step, and the calls before it are what both know of: so there is a second rest, after the calls
+that end the first.
 """
 
 from __future__ import annotations
@@ -19,6 +25,8 @@ CALLS = (0.0, 0.3, 1.0, 3.0)
 REPLIES = 3  # calls in answer to calls, for each search of our own: two that know nothing of each other end
 MEETING = PUNCH[-1] + FAMILY_DELAY  # of a punch: by then the two sides' pings have met, if they ever do
 JUST_NOW = 0.02  # a call that left so lately is not worth another one
+RESTS = 2
+REST = 33.0  # nf_conntrack_udp_timeout is 30 s; the rest is for two sides that begin some seconds apart
 RETRY_FIRST, RETRY_MAX = 60.0, 600.0  # a call and a few pings each: cheap enough never to stop
 
 
@@ -27,6 +35,8 @@ class Step(enum.Enum):
 
     CONNECT_BACK = enum.auto()  # punch again: by now others may have seen the peer elsewhere
     DECLARE = enum.auto()  # say that there is no path
+    REST = enum.auto()  # be silent, should a NAT have to forget what it saw
+    WAKE = enum.auto()  # begin anew after a rest
     RETRY = enum.auto()  # punch again
 
 
@@ -36,9 +46,13 @@ class Search:
     def __init__(self, *, timers: Timers, random: Callable[[], float], now: float) -> None:
         self.timers = timers
         self.declared = False  # the last bound has passed without a path
+        self.is_met = False  # the peer said in a call that it has opened towards us
         self._random = random
         self._started = now
-        self._connected_back = False
+        self._connected_back = self._had_path = False
+        self._rests = 0
+        self._woke = now
+        self._rest_until: float | None = None
         self._retry_at: float | None = None
         self._retry_after = RETRY_FIRST
         self._punched = now
@@ -46,21 +60,24 @@ class Search:
         self._next_call: float | None = None
         self._replies = 0
 
-    def start(self, now: float) -> None:
-        """Climb the ladder from its foot."""
+    def start(self, now: float, *, had_path: bool) -> None:
+        """Climb the ladder from its foot; `had_path`: the pair had one, which may heal at any moment."""
         self._started = now
-        self.declared = self._connected_back = False
+        self.declared = self._connected_back = self.is_met = False
+        self._had_path, self._rests, self._rest_until = had_path, 0, None
         self._retry_at, self._retry_after = None, RETRY_FIRST
 
     def succeed(self) -> None:
         """There is a path: nothing more is asked for."""
         self.declared = False
-        self._retry_at = self._next_call = None
+        self._retry_at = self._next_call = self._rest_until = None
 
     def called(self, now: float) -> None:
         """The peer punches now, and so do we: a retry; should it be in vain, the next one waits its time."""
         if self.declared:
             self._schedule_retry(now)
+        if self._rest_until is not None and self._rest_until - now > REST / 2:
+            self.rest(now + MEETING)  # the peer is to begin its rest
 
     # --- punches and calls ---------------------------------------------------------------------------------
 
@@ -102,6 +119,18 @@ class Search:
             self._next_call = now + CALLS[1]
         return searching
 
+    def rest(self, now: float) -> None:
+        """Be silent from now on, calls and answers aside."""
+        self._rest_until = now + REST
+        self._next_call = None
+        if self._retry_at is not None:
+            self._retry_at = max(self._retry_at, self._rest_until + RETRY_FIRST)
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether nothing is to be sent but in answer."""
+        return self._rest_until is not None
+
     # --- the bounds ----------------------------------------------------------------------------------------
 
     @property
@@ -115,10 +144,22 @@ class Search:
         return min((t for t in times if t is not None), default=None)
 
     def _next_bound(self) -> float | None:
-        if self.declared:
-            return None
+        bounds = [self._rest_until] if self._rest_until is not None else []
+        if self._rests < RESTS and self._rest_until is None:
+            bounds.append(self._rest_due())
+        if not self.declared:
+            timers = self.timers
+            bound = timers.hub_fallback if self._connected_back else timers.connect_back
+            bounds.append(self._started + bound)
+        return min(bounds, default=None)
+
+    def _rest_due(self) -> float:
+        # What had a path is asked for it without a pause at first: most paths that break heal by themselves.
         timers = self.timers
-        return self._started + (timers.hub_fallback if self._connected_back else timers.connect_back)
+        met = CALLS[-1] + MEETING
+        if self._rests:
+            return self._woke + met
+        return self._started + (timers.hub_fallback if self._had_path else timers.connect_back + met)
 
     def climb(self, now: float) -> list[Step]:
         """What the bounds that have passed ask for, each once."""
@@ -126,6 +167,12 @@ class Search:
         if not self._connected_back and now >= self._started + self.timers.connect_back:
             self._connected_back = True
             steps.append(Step.CONNECT_BACK)
+        if self._rest_until is not None and now >= self._rest_until:
+            self._rest_until, self._woke = None, now
+            steps.append(Step.WAKE)
+        if self._rests < RESTS and self._rest_until is None and now >= self._rest_due():
+            self._rests = self._rests + 1 if self.is_met else RESTS
+            steps.append(Step.REST)
         if not self.declared and now >= self._started + self.timers.hub_fallback:
             self.declared = True
             self._schedule_retry(now)
