@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TypeAlias, assert_never
+from typing import assert_never
 
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
@@ -34,14 +34,20 @@ from scope.model import (
     TokenKey,
 )
 from scope.registry.port import Conflict, NotFound, Refused, Registry, Unavailable
-from scope.resources import MAX_CLUSTERS
+from scope.resources import ALGORITHMS, MAX_CLUSTERS, RSA_ALGORITHM
 from scope_operator.enrolment import ATTEMPTS, authenticated, consume, require_mesh, require_sound_signing
 from scope_operator.tokens import admit
 
-VerifyingKey: TypeAlias = rsa.RSAPublicKey | ec.EllipticCurvePublicKey
-
 CURVES = {Curve.P256: ec.SECP256R1(), Curve.P384: ec.SECP384R1(), Curve.P521: ec.SECP521R1()}
 KEYS_KEPT = 1024  # parsed keys of joined clusters: more than MAX_CLUSTERS clusters have in use
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyingKey:
+    """A key of an API server, ready to verify with, and the algorithm (RFC 7518) that it signs by."""
+
+    algorithm: str
+    key: rsa.RSAPublicKey | ec.EllipticCurvePublicKey
 
 
 async def join_cluster(
@@ -59,7 +65,8 @@ async def join_cluster(
     require_sound_signing(
         trust.signing_key, remedy="delete the Secret with the operator's key, and restart it with a new token"
     )
-    _require_sound(trust.tokens)
+    for key in trust.tokens.keys:
+        verifying_key(key)
     await require_mesh(registry, token)
     if token.spec.role is not Role.AUTO:
         raise Refused(
@@ -95,7 +102,8 @@ async def replace_tokens(registry: Registry, mesh: str, cluster: Cluster, tokens
 
     Raises Refused (the keys are unsound), Conflict (it joined anew in the meantime), NotFound, Unavailable.
     """
-    _require_sound(tokens)
+    for key in tokens.keys:
+        verifying_key(key)
 
     async def replaced(found: Mesh) -> tuple[Cluster, ...]:
         known = find_cluster(found, cluster.name)
@@ -133,12 +141,18 @@ def find_cluster(mesh: Mesh, name: str) -> Cluster | None:
 
 @lru_cache(maxsize=KEYS_KEPT)
 def verifying_key(key: TokenKey) -> VerifyingKey:
-    """The key, ready to verify with. Raises ValueError when it is no point of its curve, or no RSA key."""
-    match key:
-        case RsaKey(_, modulus, exponent):
-            return rsa.RSAPublicNumbers(exponent, modulus).public_key()
-        case EcKey(_, curve, x, y):
-            return ec.EllipticCurvePublicNumbers(x, y, CURVES[curve]).public_key()
+    """The key, with the one algorithm that goes with it. Raises Refused when it is no public key."""
+    try:
+        match key:
+            case RsaKey(_, modulus, exponent):
+                return VerifyingKey(RSA_ALGORITHM, rsa.RSAPublicNumbers(exponent, modulus).public_key())
+            case EcKey(_, curve, x, y):
+                point = ec.EllipticCurvePublicNumbers(x, y, CURVES[curve])
+                return VerifyingKey(ALGORITHMS[curve], point.public_key())
+    except ValueError:
+        raise Refused(
+            f"key {key.id!r} is no public key: register those of `kubectl get --raw /openid/v1/jwks`"
+        ) from None
     assert_never(key)
 
 
@@ -163,16 +177,6 @@ def _known(mesh: Mesh, cluster: Cluster) -> Cluster | None:
             f"`scopectl cluster remove --mesh {mesh.meta.name} {other.name}`, and join again"
         )
     return named
-
-
-def _require_sound(tokens: AgentTokens) -> None:
-    for key in tokens.keys:
-        try:
-            verifying_key(key)
-        except ValueError:
-            raise Refused(
-                f"key {key.id!r} is no public key: register those of `kubectl get --raw /openid/v1/jwks`"
-            ) from None
 
 
 def _holder_of(cluster: Cluster, trust: ClusterTrust) -> str:

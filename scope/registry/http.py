@@ -40,6 +40,7 @@ from scope.credentials import (
     read_base64url,
 )
 from scope.model import (
+    AgentTokens,
     ConfigError,
     Kind,
     Mesh,
@@ -100,6 +101,14 @@ class Joined:
 
     registry: str
     peer: Peer
+    mesh: Mesh
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterJoined:
+    """What the join of a cluster gives: the registry's id, and the mesh as its operator sees it."""
+
+    registry: str
     mesh: Mesh
 
 
@@ -303,6 +312,27 @@ class HttpRegistry:
         if not isinstance(peer, Peer):
             raise self._unreadable(ValueError("not a ScopePeer"))
         return peer
+
+    async def join_cluster(self, request: Mapping[str, object]) -> ClusterJoined:
+        """Bring a cluster into a mesh; `request` as `scope.cluster_enrolment` writes it.
+
+        Raises Refused (it says why), Unavailable.
+        """
+        answer = await self._ask("POST", "/v1/clusters", body=request)
+        try:
+            mesh = resources.parse_mesh(answer.document["mesh"], ignore_unknown=True)
+            return ClusterJoined(str(answer.document["registry"]), mesh)
+        except (KeyError, TypeError, ConfigError) as error:
+            raise self._unreadable(error) from None
+
+    async def replace_cluster_tokens(self, cluster: str, tokens: AgentTokens) -> None:
+        """Have our cluster's agents known by these from now on. Raises Refused, Conflict, Unavailable."""
+        target = f"/v1/clusters/{quote(cluster, safe='')}/keys"
+        await self._ask("PUT", target, body=resources.tokens_to_dict(tokens))
+
+    async def remove_cluster(self, mesh: str, name: str) -> None:
+        """Trust a joined cluster no longer, and delete its peers. Raises NotFound, Refused, Unavailable."""
+        await self._ask("DELETE", f"/v1/clusters/{quote(name, safe='')}?{urlencode({'mesh': mesh})}")
 
     # --- requests -----------------------------------------------------------------------------------------
 

@@ -18,11 +18,21 @@ from scope_operator.gateway.advertised import Advertised
 from scope_operator.gateway.limits import Limits
 from scope_operator.gateway.process import ServeConfig, Serving, serving
 
-from scope.credentials import AdminCredential, PeerCredential, authorization
+from scope.cluster_enrolment import ClusterEnrolment, cluster_enrolment_to_dict, sign_cluster_enrolment
+from scope.credentials import AdminCredential, ClusterCredential, PeerCredential, authorization
 from scope.enrolment import Enrolment, enrolment_to_dict, sign_enrolment
 from scope.join import JoinString
-from scope.model import PeerKeys, PublicKey, Secret
-from scope.resources import tombstone_to_dict
+from scope.model import (
+    AgentTokens,
+    Cluster,
+    ClusterTrust,
+    PeerKeys,
+    PublicKey,
+    RsaKey,
+    Secret,
+    ServiceAccount,
+)
+from scope.resources import tokens_to_dict, tombstone_to_dict
 from scope.tombstones import sign_tombstone
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +46,7 @@ class Exchange:
 
     method: str
     target: str
-    role: str  # ADMIN, PEER-JWT or ""
+    role: str  # ADMIN, PEER-JWT, CLUSTER-JWT or ""
     body: str
     code: int
     answer: str
@@ -90,13 +100,40 @@ class Host:
         return tombstone_to_dict(signed)
 
 
+class West:
+    """A cluster that joins, and what its operator signs as."""
+
+    def __init__(self) -> None:
+        self.signing = Secret(bytes([3, 1]) * 16)
+        public = Ed25519PrivateKey.from_private_bytes(self.signing.raw).public_key()
+        tokens = AgentTokens(
+            issuer="https://kubernetes.default.svc.cluster.local",
+            keys=(RsaKey("KEY-ID", 2**2047 + 1, 65537),),
+            service_account=ServiceAccount("scope-system", "scope-agent"),
+        )
+        trust = ClusterTrust(PublicKey(public.public_bytes_raw()), tokens)
+        self.cluster, self.tokens = Cluster("west", "7d0b7a52", trust), tokens
+        self.registry = ""
+
+    def request(self, join_string: str) -> dict[str, object]:
+        invitation = JoinString.parse(join_string)
+        asked = ClusterEnrolment(invitation.mesh, invitation.token_id, invitation.secret, self.cluster)
+        return cluster_enrolment_to_dict(
+            sign_cluster_enrolment(asked, registry=invitation.registry_key, signing=self.signing)
+        )
+
+    @property
+    def credential(self) -> ClusterCredential:
+        return ClusterCredential("home", "west", self.cluster.uid, self.registry, self.signing)
+
+
 class Reader:
     """Follows the page against a running registry, filling in what only a registry or a key can know."""
 
     def __init__(self, running: Serving, data: Path) -> None:
         self.running = running
         self.admin = AdminCredential(Secret(json.loads((data / "admin.json").read_text())["token"].encode()))
-        self.laptop, self.desktop = Host("laptop", 1), Host("desktop", 2)
+        self.laptop, self.desktop, self.west = Host("laptop", 1), Host("desktop", 2), West()
         self.laptop_left = False
         self.answers: dict[str, Any] = {}
         self.nonce = 0
@@ -121,6 +158,8 @@ class Reader:
             self.answers[exchange.target] = answer
         if exchange.target == "/v1/join":
             self.laptop.joined = answer
+        if exchange.target == "/v1/clusters":
+            self.west.registry = answer["registry"]
         self.laptop_left = self.laptop_left or exchange.target == "/v1/leave"
 
     async def join(self, host: Host) -> dict[str, Any]:
@@ -137,6 +176,10 @@ class Reader:
             made = self.laptop.request(self.answers["/v1/tokens"]["joinString"])
         elif exchange.target == "/v1/leave":
             made = {"tombstone": self.laptop.tombstone()}
+        elif exchange.target == "/v1/clusters":
+            made = self.west.request(self.answers["/v1/tokens"]["joinString"])
+        elif exchange.target == "/v1/clusters/west/keys":
+            made = tokens_to_dict(self.west.tokens)
         if made is not None:
             assert_shape(made, json.loads(exchange.body), exchange.target)
             assert_shape(json.loads(exchange.body), made, exchange.target)
@@ -151,13 +194,19 @@ class Reader:
             text = text.replace("PEER-KEYS", json.dumps(peer["status"]["keys"]))
         return text.encode()
 
+    def credential_of(self, role: str) -> AdminCredential | ClusterCredential | PeerCredential:
+        if role == "ADMIN":
+            return self.admin
+        if role == "CLUSTER-JWT":
+            return self.west.credential
+        return self.desktop.credential if self.laptop_left else self.laptop.credential
+
     async def ask(self, exchange: Exchange, target: str, body: bytes) -> tuple[int, str, bytes]:
         headers = {}
         if exchange.role:
             self.nonce += 1
-            host = self.desktop if self.laptop_left else self.laptop
             headers["Authorization"] = authorization(
-                self.admin if exchange.role == "ADMIN" else host.credential,
+                self.credential_of(exchange.role),
                 method=exchange.method,
                 target=target,
                 body=body,
@@ -210,7 +259,7 @@ def test_every_path_of_the_api_is_on_the_page() -> None:
 
 def test_the_limits_on_the_page_are_the_gateways() -> None:
     limits = Limits()
-    for rate in (limits.source, limits.stranger, limits.peer, limits.courier):
+    for rate in (limits.source, limits.stranger, limits.peer, limits.cluster, limits.courier):
         assert f"| {rate.per_second:g} a second, {rate.burst:g} at once | 429 |" in PAGE
     assert f"| {limits.connections:,} and {limits.connections_per_source:,} | 503 |" in PAGE
     assert f"| {limits.streams:,}, 1, {limits.admin_streams} | 503;" in PAGE

@@ -21,7 +21,7 @@ import hmac
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, assert_never
+from typing import Any, TypeAlias
 
 import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -32,16 +32,12 @@ from scope.model import (
     AgentTokens,
     Cluster,
     ClusterTrust,
-    EcKey,
     Kind,
     Mesh,
     Peer,
     PublicKey,
-    RsaKey,
-    TokenKey,
 )
 from scope.registry.port import NotFound, Registry
-from scope.resources import ALGORITHMS, RSA_ALGORITHM
 from scope_operator.clusters import find_cluster, verifying_key
 from scope_operator.gateway.errors import Refusal
 from scope_operator.gateway.feed import removed
@@ -262,11 +258,12 @@ class Authority:
                 f"the token is signed by a key that cluster {cluster!r} has not registered: is the token "
                 "this cluster's? Its operator registers new keys at its start, and every hour"
             )
+        verifying = verifying_key(key)
         try:
             claims: Mapping[str, Any] = jwt.decode(
                 token,
-                verifying_key(key),
-                algorithms=[_algorithm(key)],
+                verifying.key,
+                algorithms=[verifying.algorithm],
                 audience=AUDIENCE,
                 issuer=tokens.issuer,
                 options={**_UNTIMED, "require": list(TOKEN_CLAIMS)},
@@ -375,15 +372,6 @@ def _node(claims: Mapping[str, Any]) -> tuple[str, str]:
             "the agent's pod"
         )
     return name, uid
-
-
-def _algorithm(key: TokenKey) -> str:
-    match key:
-        case RsaKey():
-            return RSA_ALGORITHM
-        case EcKey(curve=curve):
-            return ALGORITHMS[curve]
-    assert_never(key)
 
 
 def _are_numbers(claims: Mapping[str, Any], *names: str) -> bool:
