@@ -53,7 +53,7 @@ class EndpointHolds:
 
     def __init__(self) -> None:
         self._held: dict[PublicKey, _Held] = {}
-        self._peer_at: dict[Endpoint, PublicKey] = {}  # whose a diverted datagram is
+        self._ways: dict[Endpoint, socket.socket] = {}  # by source: how a diverted datagram comes back in
         self._diverts: dict[Family, socket.socket] = {}
         self._port = 0  # WireGuard's, with which the table was loaded; 0 without a table
         self._lock = asyncio.Lock()
@@ -85,6 +85,7 @@ class EndpointHolds:
             asyncio.get_running_loop().remove_reader(each)
             each.close()
         self._held.clear()
+        self._ways.clear()
         self._diverts.clear()
 
     async def _set(self, hold: HoldEndpoint, port: int) -> None:
@@ -95,20 +96,26 @@ class EndpointHolds:
         else:
             back_in = _open_back_in(hold.endpoint, own, port)
         held = _Held(hold, time.monotonic() + hold.seconds, own, back_in)
+        # The new rules divert before we hear that they are loaded, and the last hold's until then: each must
+        # find its own way. What the last ones diverted was of other endpoints.
+        was = last.hold.against if last is not None else frozenset()
+        self._ways |= dict.fromkeys(hold.against - was, back_in)
         try:
             for seen in hold.against:
                 self._open_divert(seen.family)
             await self._load({**self._held, hold.key: held}, port)
         except (NftError, OSError):
-            if last is None or back_in is not last.back_in:
-                back_in.close()
+            if last is None or last.back_in is not back_in:
+                self._close_way(back_in)
             raise
-        # Only now: until here datagrams came by the last hold's rules, and are to go the last hold's way.
         self._held[hold.key] = held
+        self._ways |= dict.fromkeys((*hold.against, hold.endpoint, *was), back_in)
         if last is not None and last.back_in is not back_in:
-            last.back_in.close()
-        for endpoint in (*hold.against, hold.endpoint):
-            self._peer_at[endpoint] = hold.key
+            self._close_way(last.back_in)
+
+    def _close_way(self, back_in: socket.socket) -> None:
+        self._ways = {seen: way for seen, way in self._ways.items() if way is not back_in}
+        back_in.close()
 
     async def _load(self, holds: dict[PublicKey, _Held], port: int) -> None:
         now = time.monotonic()
@@ -130,12 +137,8 @@ class EndpointHolds:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             async with self._lock:
                 now = time.monotonic()
-                for key, held in list(self._held.items()):
-                    if now < held.until + TIDY_AFTER:
-                        continue
-                    del self._held[key]
-                    held.back_in.close()
-                    self._peer_at = {at: other for at, other in self._peer_at.items() if other != key}
+                for key in [k for k, held in self._held.items() if now >= held.until + TIDY_AFTER]:
+                    self._close_way(self._held.pop(key).back_in)
                 if not self._held:
                     with contextlib.suppress(NftError):  # its elements have expired: it does nothing
                         await self._load({}, self._port)
@@ -161,12 +164,11 @@ class EndpointHolds:
                 data, (host, port, *_) = divert.recvfrom(_DATAGRAM_BYTES)
             except BlockingIOError:
                 return
-            key = self._peer_at.get(endpoint_at(host, port)) if port else None
-            held = self._held.get(key) if key is not None else None
-            if held is None:
+            way = self._ways.get(endpoint_at(host, port)) if port else None
+            if way is None:
                 continue
             try:
-                held.back_in.send(data)
+                way.send(data)
             except OSError as error:
                 self._tell(error)
 
