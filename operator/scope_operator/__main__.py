@@ -7,19 +7,15 @@ import asyncio
 import logging
 import os
 import signal
-import socket
 import sys
 from pathlib import Path
 
 from scope.credentials import base64url
 from scope.model import ConfigError
-from scope_operator.gateway.advertised import Advertised
-from scope_operator.gateway.process import ServeConfig, Serving, UsersCertificate, serving
+from scope_operator.gateway.options import add_gateway_options, certificate_of, listen_of
+from scope_operator.gateway.process import ServeConfig, Serving, serving
 
 DATA = Path("/var/lib/scope-registry")
-PORT = 7443
-REFLECTOR_PORTS = (7478, 7479)  # two: a NAT's mapping class needs two endpoints to be told
-ANY = (("0.0.0.0", PORT), ("::", PORT))  # noqa: S104 - a registry is there to be reached
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -50,35 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="database, keys, admin.json (default: %(default)s)",
     )
-    serve.add_argument(
-        "--listen",
-        type=_listen,
-        action="append",
-        metavar="ADDRESS:PORT",
-        help=f"HTTPS here, repeatable (default: every address, port {PORT})",
-    )
-    serve.add_argument(
-        "--advertise",
-        type=_advertised,
-        action="append",
-        metavar="HOST[:PORT]",
-        help="where peers reach this machine, repeatable: join strings name the first, reflectors all "
-        "(default: the addresses that this machine sends from)",
-    )
-    serve.add_argument(
-        "--reflector-ports",
-        type=_ports,
-        default=REFLECTOR_PORTS,
-        metavar="PORT,PORT",
-        help="UDP ports of the reflector (default: {},{})".format(*REFLECTOR_PORTS),
-    )
-    serve.add_argument("--tls-cert", type=Path, metavar="FILE", help="your own certificate chain, PEM")
-    serve.add_argument("--tls-key", type=Path, metavar="FILE", help="its key, PEM")
-    serve.add_argument(
-        "--tls-pinned",
-        action="store_true",
-        help="join strings carry the pin of --tls-key: for a certificate that no public CA signed",
-    )
+    add_gateway_options(serve)
     serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     return parser
 
@@ -114,55 +82,13 @@ def _say(running: Serving, config: ServeConfig) -> None:
 
 
 def _config(options: argparse.Namespace) -> ServeConfig:
-    if (options.tls_cert is None) != (options.tls_key is None):
-        raise ConfigError(
-            "--tls-cert and --tls-key go together: give both, or neither for a self-made certificate"
-        )
-    own = None
-    if options.tls_cert is not None:
-        own = UsersCertificate(options.tls_cert, options.tls_key, pinned=options.tls_pinned)
-    elif options.tls_pinned:
-        raise ConfigError("--tls-pinned is about --tls-cert and --tls-key: a self-made certificate always is")
     return ServeConfig(
         data=options.data,
-        listen=tuple(options.listen) if options.listen else _everywhere(),
+        listen=listen_of(options),
         reflector_ports=options.reflector_ports,
         advertise=tuple(options.advertise or ()),
-        certificate=own,
+        certificate=certificate_of(options),
     )
-
-
-def _everywhere() -> tuple[tuple[str, int], ...]:
-    """Every address of the families that this machine speaks."""
-    if not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists():
-        return ANY[:1]
-    return ANY
-
-
-def _listen(text: str) -> tuple[str, int]:
-    host, _, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    try:
-        socket.inet_pton(socket.AF_INET6 if ":" in host else socket.AF_INET, host)
-    except OSError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not ADDRESS:PORT, IPv6 as [ADDRESS]:PORT") from None
-    if not port.isdigit() or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} does not end with a port of 0 to 65535")
-    return host, int(port)
-
-
-def _advertised(text: str) -> Advertised:
-    try:
-        return Advertised.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
-
-
-def _ports(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.isdigit() and int(part) <= 65535 for part in parts) or not 1 <= len(parts) <= 4:
-        raise argparse.ArgumentTypeError(f"{text!r} is not one to four ports with commas, as 7478,7479")
-    return tuple(int(part) for part in parts)
 
 
 def _log(level: str) -> None:

@@ -111,6 +111,7 @@ class Reconciler:
             reflectors=reflectors,
             nodes=nodes,
         )
+        self._signing_key = signing_key
         self._list_nodes = list_nodes
         self._told = told
         self._wake = asyncio.Event()
@@ -131,6 +132,12 @@ class Reconciler:
             last_error=self._error,
             error_age=None if self._error_at is None else now - self._error_at,
         )
+
+    def announce(self, *, reflectors: tuple[Reflector, ...], signing_key: PublicKey | None = None) -> None:
+        """Let every mesh name these reflectors, and this key where there is one, from now on."""
+        self._signing_key = signing_key or self._signing_key
+        self._planner.announce(signing_key=self._signing_key, reflectors=reflectors)
+        self._wake.set()
 
     def take(self, fact: Put | Deleted | NodePut | NodeDeleted) -> None:
         """Take what a watch outside of this shell told."""

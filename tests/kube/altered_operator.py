@@ -13,10 +13,10 @@ import sys
 import time
 from collections.abc import Mapping
 from typing import Any
+from unittest.mock import patch
 
 from scope_operator import reconcile
 from scope_operator.kube import __main__ as program
-from scope_operator.kube import process
 from scope_operator.plan import planner
 
 from scope.registry.kube.client import KubeClient
@@ -24,18 +24,10 @@ from scope.registry.kube.client import KubeClient
 
 def run_ahead(seconds: float) -> None:
     """Let the operator live in the future, and believe silence soon."""
-    planner.ALIVE = 1.0
-    reconcile.SWEEP_INTERVAL = 1.0
-    reconcile.HEAR_INTERVAL = 0.5
-
-    class Ahead:
-        monotonic = staticmethod(time.monotonic)
-
-        @staticmethod
-        def time() -> float:
-            return time.time() + seconds
-
-    process.time = Ahead
+    now = time.time
+    patch.multiple(planner, ALIVE=1.0).start()
+    patch.multiple(reconcile, SWEEP_INTERVAL=1.0, HEAR_INTERVAL=0.5).start()
+    patch("time.time", lambda: now() + seconds).start()
 
 
 def die(at: int, *, after: bool) -> None:

@@ -14,8 +14,9 @@ from scope.model import ConfigError, Kind
 from scope.registry.kube.access import SERVICE_ACCOUNT, Access, from_kubeconfig, in_cluster
 from scope.registry.port import RegistryError
 from scope.resources import InvalidResource
+from scope_operator.gateway.options import add_gateway_options, certificate_of, listen_of
 from scope_operator.kube.lease import LeaseLost
-from scope_operator.kube.process import OperatorConfig, operate
+from scope_operator.kube.process import GatewayConfig, OperatorConfig, operate
 
 METRICS_PORT = 9187
 METRICS_ADDRESS = "0.0.0.0"  # noqa: S104 - Prometheus and the kubelet ask from elsewhere
@@ -69,6 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--metrics-port", type=int, default=METRICS_PORT, metavar="PORT", help="(default: %(default)s)"
     )
+    parser.add_argument(
+        "--no-gateway", action="store_true", help="serve no gateway: Nodes of this cluster alone are peers"
+    )
+    add_gateway_options(parser)
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     return parser
 
@@ -81,7 +86,17 @@ async def _operate(options: argparse.Namespace) -> None:
             namespace=options.namespace,
             metrics_address=options.metrics_address,
             metrics_port=options.metrics_port,
+            gateway=None if options.no_gateway else _gateway(options),
         ),
+    )
+
+
+def _gateway(options: argparse.Namespace) -> GatewayConfig:
+    return GatewayConfig(
+        listen=listen_of(options),
+        reflector_ports=options.reflector_ports,
+        advertise=tuple(options.advertise or ()),
+        certificate=certificate_of(options),
     )
 
 

@@ -12,15 +12,32 @@ import random
 import secrets
 import signal
 import socket
+import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
+from scope.model import ConfigError, Kind, Mesh
 from scope.registry.kube.access import Access
 from scope.registry.kube.client import KubeClient
 from scope.registry.kube.registry import KubeRegistry
 from scope.registry.port import RegistryError
+from scope_operator.gateway import face, tls
+from scope_operator.gateway.advertised import Advertised
+from scope_operator.gateway.face import Face, FaceConfig, UsersCertificate, Works, announce
+from scope_operator.gateway.feed import Feed
+from scope_operator.gateway.joining import public_half
 from scope_operator.kube.cluster import identity, list_nodes, require_resources
+from scope_operator.kube.gateway import (
+    GatewayKeys,
+    GatewayRegistry,
+    ensure_keys,
+    find_keys,
+    tell_administrator,
+)
 from scope_operator.kube.lease import Election
 from scope_operator.kube.news import Newsroom
 from scope_operator.kube.report import Report, site
@@ -28,19 +45,33 @@ from scope_operator.kube.watching import watch
 from scope_operator.plan.nodes import NodePeers, NodesListed
 from scope_operator.reconcile import Done, Reconciler, backoff
 
+T = TypeVar("T")
+
 log = logging.getLogger(__name__)
 
 LEASE = "scope-operator"
 SWEEP_SECONDS = (300.0, 600.0)  # between lists of everything, drawn anew each time, so replicas do not meet
+KEYS_SECONDS = 0.5  # between looks of a replica that waits for the leader to make the gateway's keys
 REWATCH_SECONDS = 1.0  # between a watch that failed and the next
 
 
 @dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """Where the gateway listens, and where peers find it."""
+
+    listen: tuple[tuple[str, int], ...]
+    reflector_ports: tuple[int, ...]
+    advertise: tuple[Advertised, ...] = ()
+    certificate: UsersCertificate | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class OperatorConfig:
-    """What the command line said."""
+    """What the command line said. Without `gateway` only Nodes are peers."""
 
     cluster: str
     namespace: str
+    gateway: GatewayConfig | None
     metrics_address: str
     metrics_port: int
 
@@ -68,7 +99,9 @@ class Operator:
         self._access = access
         self._uid = uid
         self._identity = f"{socket.gethostname()}-{secrets.token_hex(4)}"
+        self._config = config
         self._registry = KubeRegistry(client, namespace=config.namespace, registry_id=uid)
+        self._face: asyncio.Future[Face] = asyncio.get_running_loop().create_future()
         self._nodes = NodePeers(cluster=config.cluster, uid=uid)
         self._newsroom = Newsroom(client, identity=self._identity, wall=time.time)
         self._reconciler = Reconciler(
@@ -107,6 +140,7 @@ class Operator:
                 ("sweep", self._sweep()),
                 ("leases", self._registry.leases.listen()),
                 ("events", self._newsroom.run()),
+                ("gateway", self._serve()),
             )
         ]
         try:
@@ -121,7 +155,70 @@ class Operator:
     async def _write(self) -> None:
         """What the leader does."""
         await self._list_all()
-        await self._reconciler.run()
+        if self._config.gateway is None:
+            await self._reconciler.run()
+            return
+        keys = await self._keys()
+        # A mesh names the reflectors that serve: the first write waits for them.
+        served = await asyncio.shield(self._face)
+        reflectors = await served.reflectors()
+        self._reconciler.announce(reflectors=reflectors, signing_key=public_half(keys.signing))
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._tell_administrator(served, keys))
+            tasks.create_task(announce(served, self._reconciler, reflectors))
+            await self._reconciler.run()
+
+    async def _keys(self) -> GatewayKeys:
+        """The gateway's keys, made if they never were. Raises ConfigError."""
+
+        async def made() -> GatewayKeys:
+            listed = await self._registry.list(Kind.MESH)
+            meshes = [mesh for mesh in listed.resources if isinstance(mesh, Mesh)]
+            return await ensure_keys(
+                self._client, namespace=self._config.namespace, meshes=meshes, entropy=secrets.token_bytes
+            )
+
+        return await self._persist(made)
+
+    async def _serve(self) -> None:
+        """The gateway, from the time when its keys exist. Raises ConfigError."""
+        config, namespace = self._config.gateway, self._config.namespace
+        if config is None:
+            await asyncio.Event().wait()
+            return
+        keys = await self._await_keys()
+        registry = GatewayRegistry(self._client, namespace=namespace, registry_id=self._uid)
+        works = Works()
+        with tempfile.TemporaryDirectory(prefix="scope-gateway-") as directory:
+            data = Path(directory)
+            tls.write_private(data / tls.KEY_FILE, keys.tls_key.raw)
+            opened = face.opened(
+                registry,
+                keys.identity(self._uid),
+                FaceConfig(data, config.listen, config.reflector_ports, config.advertise, config.certificate),
+                works,
+            )
+            async with opened as served:
+                registry.uid_of = partial(_uid_of, served.feed)
+                self._face.set_result(served)
+                log.info("gateway.serving url=%s listening=%s", served.url, served.listening[0])
+                await works.failed
+                raise ConfigError("a part of the gateway ended; the log above says which: please report it")
+
+    async def _await_keys(self) -> GatewayKeys:
+        """The gateway's keys, once the leader has made them. Raises ConfigError."""
+        while True:
+            keys = await self._persist(lambda: find_keys(self._client, namespace=self._config.namespace))
+            if keys is not None:
+                return keys
+            await asyncio.sleep(KEYS_SECONDS)
+
+    async def _tell_administrator(self, served: Face, keys: GatewayKeys) -> None:
+        await self._persist(
+            lambda: tell_administrator(
+                self._client, served, keys, namespace=self._config.namespace, registry_id=self._uid
+            )
+        )
 
     async def _watch(self) -> None:
         while True:
@@ -148,16 +245,18 @@ class Operator:
             await asyncio.sleep(random.uniform(*SWEEP_SECONDS))  # noqa: S311 - jitter
 
     async def _list_all(self) -> None:
+        await self._persist(self._reconciler.list_all)
+
+    async def _persist(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """The answer of an API server that may be away for a while."""
         failures = 0
         while True:
             try:
-                await self._reconciler.list_all()
+                return await ask()
             except RegistryError as error:
                 failures += 1
-                log.warning("list.failed error=%s", error)
+                log.warning("cluster.unanswered error=%s", error)
                 await asyncio.sleep(backoff(failures, uniform=random.uniform))
-            else:
-                return
 
     async def _list_nodes(self) -> NodesListed:
         return await list_nodes(self._client, asked_at=time.monotonic(), after=self._nodes.revision)
@@ -172,6 +271,11 @@ class Operator:
     def _tell(self, done: Done) -> None:
         self.report.tell(done)
         self._newsroom.tell(done)
+
+
+def _uid_of(feed: Feed, name: str) -> str:
+    peer = feed.peers.get(name)
+    return peer.meta.uid if peer is not None else ""
 
 
 async def _end(*tasks: asyncio.Task[Any]) -> None:

@@ -159,6 +159,11 @@ class Planner:
         """How many keys wait, those that wait for a time included."""
         return len(self._queue) + len(self._later)
 
+    def announce(self, *, signing_key: PublicKey | None, reflectors: tuple[Reflector, ...]) -> None:
+        """What every mesh says of the registry, from now on."""
+        self._signing_key, self._reflectors = signing_key, reflectors
+        self._queue.update(((Kind.MESH, name), None) for name in self._meshes)
+
     # --- what is known ------------------------------------------------------------------------------------
 
     def seen(self, kind: Kind) -> Revision | None:
