@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
+from ipaddress import ip_network
 from itertools import combinations_with_replacement
 
 import pytest
 from lab.nat import Nat
 from lab.plan import has_ipv6
+from scope_agent.inputs import Socket
 
-from scope.model import Family, PathKind
+from scope.model import Endpoint, Family, PathKind
+from scope.registry.port import Update
 from tests.sim.world import Machine, World
 
 PAIRS = list(combinations_with_replacement(list(Nat), 2))
@@ -119,3 +123,18 @@ def test_a_direct_pair_survives_the_loss_of_a_fifth_of_all_datagrams_while_it_fo
         world.network.weather.loss = 0.2
         a, b = world.peer(Nat.PORT_RESTRICTED), world.peer(Nat.PORT_RESTRICTED)
         world.until(partial(world.is_direct, a, b), within=20.0)  # WireGuard repeats a handshake after 5 s
+
+
+def test_nothing_is_sent_to_endpoints_that_a_peer_cannot_rightly_claim() -> None:
+    world = World(8)
+    a, b = world.peer(Nat.PORT_RESTRICTED), world.peer(Nat.NONE)
+    claims = ("127.0.0.1:4000", "100.64.9.9:4000", "10.200.9.9:4000", "10.244.1.7:4000", "169.254.1.1:4000")
+    found = world.registry.peer(b)
+    endpoints = tuple(map(Endpoint.parse, (*claims, "10.99.0.1:4000")))
+    spec = replace(found.spec, endpoints=endpoints, routes=(ip_network("10.244.0.0/16"),))
+    world.registry.store.write(Update(replace(found, spec=spec)))
+    to: set[str] = set()
+    a.on_send = lambda leg, message: to.add(str(leg.endpoint)) if isinstance(leg, Socket) else None
+    world.run(10.0)
+    assert "10.99.0.1:4000" in to
+    assert not to & set(claims)

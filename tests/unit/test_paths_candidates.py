@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ipaddress import IPv4Network, IPv6Network, ip_interface
+from ipaddress import IPv4Network, IPv6Network, ip_interface, ip_network
 
 import pytest
-from scope_agent.paths.candidates import MAX_PUBLISHED, own_candidates, rank, refusal
+from scope_agent.paths.candidates import MAX_PUBLISHED, misplacement, own_candidates, rank, refusal
 
 from scope.model import Candidate, CandidateKind, Endpoint, Family
 
@@ -32,6 +32,36 @@ OWN = frozenset({Endpoint.parse("192.0.2.1:51820")})
 def test_an_endpoint_that_cannot_be_a_peers_is_refused_with_the_reason(text: str, why: str) -> None:
     found = refusal(Endpoint.parse(text), mesh=MESH, own=OWN)
     assert found is not None and why in found
+
+
+LAN = [ip_interface("192.168.1.20/24"), ip_interface("2001:db8::20/64")]
+
+
+def _here(text: str, *interfaces: str, routed: str = "10.244.0.0/16") -> str | None:
+    here = [*LAN, *map(ip_interface, interfaces)]
+    return misplacement(Endpoint.parse(text), interfaces=here, routed=[ip_network(routed)])
+
+
+def test_a_carriers_shared_range_is_tried_only_from_inside() -> None:
+    reason = _here("100.64.7.9:51820")
+    assert reason is not None and "carrier" in reason
+    assert _here("100.127.255.1:51820") is not None
+    assert _here("100.64.7.9:51820", "100.100.1.1/24") is None
+    assert _here("100.63.0.1:51820") is None
+    assert _here("100.128.0.1:51820") is None
+
+
+def test_a_pods_address_is_not_tried_through_the_mesh_that_carries_it() -> None:
+    reason = _here("10.244.3.4:51820")
+    assert reason is not None and "routes" in reason
+    assert _here("10.245.3.4:51820") is None
+    assert _here("[fd00:244::5]:51820", routed="fd00:244::/48") is not None
+
+
+def test_a_neighbour_is_tried_in_a_lan_that_a_peer_offers_to_the_mesh() -> None:
+    assert _here("192.168.1.10:51820", routed="192.168.1.0/24") is None
+    assert _here("192.168.1.10:51820", routed="192.168.0.0/16") is None
+    assert _here("192.168.2.10:51820", routed="192.168.0.0/16") is not None
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """Which endpoints may be candidates, and which of two is better.
 
-A peer can claim any endpoint, so every claim passes `refusal` before a datagram is sent to it. Ranking is by
-ordered tuples, never by weights: private before public, the preferred family before the other one.
+A peer can claim any endpoint, so every claim passes `refusal` and `misplacement` before a datagram is sent to
+it. Ranking is by ordered tuples, never by weights: private before public, the preferred family before the
+other one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from ipaddress import IPv4Network, IPv6Network
 
 from scope.model import Candidate, CandidateKind, Endpoint, Family, IPAddress, IPInterface, IPNetwork
@@ -16,8 +17,11 @@ _PRIVATE: tuple[IPNetwork, ...] = (
     IPv4Network("10.0.0.0/8"),
     IPv4Network("172.16.0.0/12"),
     IPv4Network("192.168.0.0/16"),
+    IPv4Network("100.64.0.0/10"),
     IPv6Network("fc00::/7"),
 )
+# Between a carrier and its customers (RFC 6598): reached only from inside, and other overlays number from it.
+_CARRIER = IPv4Network("100.64.0.0/10")
 MAX_PUBLISHED = 16  # host addresses of a multi-homed server, reflexive and static ones, with room
 
 
@@ -42,8 +46,24 @@ def refusal(endpoint: Endpoint, *, mesh: Iterable[IPNetwork], own: frozenset[End
     return None
 
 
+def misplacement(
+    endpoint: Endpoint, *, interfaces: Collection[IPInterface], routed: Iterable[IPNetwork]
+) -> str | None:
+    """Why `endpoint` cannot be reached from a machine with these underlay interfaces; None when it may be.
+
+    `routed`: prefixes that the mesh carries to its peers, pods among them.
+    """
+    address = endpoint.address
+    networks = [interface.network for interface in interfaces]
+    if contains([_CARRIER], address) and not any(contains([_CARRIER], i.ip) for i in interfaces):
+        return "in a carrier's shared range, and no interface here is"
+    if contains(routed, address) and not contains(networks, address):
+        return "inside a prefix that the mesh itself routes"
+    return None
+
+
 def is_private(address: IPAddress) -> bool:
-    """Whether the address is of a site's own range (RFC 1918, RFC 4193)."""
+    """Whether the address is of a site's own range (RFC 1918, RFC 4193) or a carrier's (RFC 6598)."""
     return contains(_PRIVATE, address)
 
 

@@ -31,7 +31,7 @@ from scope.model import (
     Timers,
 )
 from scope.wire import MAX_CANDIDATES, CallMeMaybe, Message, Nominate, Nominated, Ping, Pong
-from scope_agent.paths.candidates import is_private, own_candidates, refusal
+from scope_agent.paths.candidates import is_private, misplacement, own_candidates, refusal
 from scope_agent.paths.pair import CallPeer, CheckMapping, Pair, PairView, SendTo
 from scope_agent.paths.reflexive import MAX_TARGETS, ReflectorTarget, Reflexive
 
@@ -138,6 +138,7 @@ class Paths:
         self._mapping = Mapping.UNKNOWN
         self._families: frozenset[Family] = frozenset()
         self._own_endpoints: frozenset[Endpoint] = frozenset()
+        self._routed: frozenset[IPNetwork] = frozenset()  # what peers offer beyond their addresses
 
     # --- what is known -------------------------------------------------------------------------------------
 
@@ -150,6 +151,10 @@ class Paths:
         gone = before.peers.keys() - snapshot.peers.keys()
         news = [key for key, peer in snapshot.peers.items() if before.peers.get(key) is not peer]
         stale = set(news)  # whose routes are to be worked out anew
+        routed = frozenset(prefix for peer in snapshot.peers.values() for prefix in peer.spec.routes)
+        if routed != self._routed:
+            self._routed = routed
+            stale |= snapshot.peers.keys()
         for key in gone:
             stale |= self._note_observations(before.peers[key], None)
             self._forget(key)
@@ -484,7 +489,8 @@ class Paths:
         return tuple(prefix for prefix in (addressing.ipv4, addressing.ipv6) if prefix is not None)
 
     def _refusal(self, endpoint: Endpoint) -> str | None:
-        return refusal(endpoint, mesh=self._mesh_prefixes(), own=self._own_endpoints)
+        never = refusal(endpoint, mesh=self._mesh_prefixes(), own=self._own_endpoints)
+        return never or misplacement(endpoint, interfaces=self._interfaces, routed=self._routed)
 
     def _is_refused(self, endpoint: Endpoint, pair: Pair) -> bool:
         """Whether the peer cannot rightly be there; its routes were asked about once."""

@@ -7,7 +7,7 @@ answer it is unknown. A reflector that sees one of our own interface addresses s
 
 A peer that reflects may have sent to us before we sent to it, and there are NATs that then move our port for
 it alone; so what the registry's reflectors, which only ever answer, agree on outweighs what peers see. A call
-that they pass on may come first too, after the NAT has forgotten us: then a peer that agrees with one decides.
+that they pass on may come first too, after the NAT has forgotten us: then a peer that agrees with one wins.
 """
 
 from __future__ import annotations
