@@ -13,7 +13,7 @@ from lab.plan import has_ipv6
 from scope_agent.inputs import Socket
 
 from scope.model import Endpoint, Family, PathKind
-from scope.registry.port import Update
+from scope.registry.memory import Update
 from tests.sim.world import Machine, World
 
 PAIRS = list(combinations_with_replacement(list(Nat), 2))
