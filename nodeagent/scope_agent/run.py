@@ -17,7 +17,7 @@ import secrets
 import socket
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias, assert_never
@@ -90,6 +90,14 @@ class _Counters:
     inbox_dropped: int = 0
     couriers_dropped: int = 0
     unsent: dict[str, int] = field(default_factory=dict)
+
+    def added_to(self, answer: Mapping[str, object]) -> dict[str, object]:
+        """The agent's answer and, where it is a status, what the shell lost."""
+        status = answer.get("status")
+        if not isinstance(status, Mapping):
+            return dict(answer)
+        lost = {"inbox": self.inbox_dropped, "courier": self.couriers_dropped, "unsent": dict(self.unsent)}
+        return {**answer, "status": {**status, "lost": lost}}
 
 
 class AgentRegistry(Registry, Protocol):
@@ -268,7 +276,7 @@ class Runner:
             case Reply(number, value):
                 future = self._replies.pop(number, None)
                 if future is not None and not future.done():
-                    future.set_result(dict(value))
+                    future.set_result(self._counters.added_to(value))
             case ListAgain():
                 self._list_again.set()
             case _:

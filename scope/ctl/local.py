@@ -68,6 +68,10 @@ class AgentStatus:
     reflector: str = ""
     peers: tuple[PeerView, ...] = ()
     conditions: tuple[ConditionView, ...] = ()
+    unread: int = 0  # datagrams that were not for us, or not readable
+    inbox_lost: int = 0  # datagrams that came faster than they were read
+    courier_lost: int = 0  # calls that the registry's stream could not take
+    unsent: tuple[tuple[str, int], ...] = ()  # why, and how many of our own datagrams
 
 
 def find_socket(named: Path | None, directory: Path = SOCKETS) -> Path:
@@ -130,6 +134,8 @@ def parse_status(status: object) -> AgentStatus:
             "the agent's answer holds no status: are scopectl and the agent of the same release?"
         )
     device, registry = _object(status, "device"), _object(status, "registry")
+    lost = _object(status, "lost")
+    unsent = _object(lost, "unsent")
     return AgentStatus(
         mesh=_string(status, "mesh"),
         peer=_string(status, "peer"),
@@ -148,6 +154,10 @@ def parse_status(status: object) -> AgentStatus:
             ConditionView(*(_string(condition, name) for name in ("type", "status", "reason", "message")))
             for condition in _objects(status, "conditions")
         ),
+        unread=_whole(status, "dropped"),
+        inbox_lost=_whole(lost, "inbox"),
+        courier_lost=_whole(lost, "courier"),
+        unsent=tuple((why, _whole(unsent, why)) for why in sorted(unsent)),
     )
 
 

@@ -135,6 +135,7 @@ def status_text(status: AgentStatus, *, color: bool) -> str:
             (condition.type, ": ".join(part for part in (condition.reason, condition.message) if part))
             for condition in status.conditions
         ),
+        *((("Lost", lost),) if (lost := _lost_text(status)) else ()),
         ("Peers", _peers_summary(status.peers)),
     ]
     first = max(len(name) for name, _ in facts) + 3
@@ -285,6 +286,17 @@ def _registry_text(status: AgentStatus) -> str:
         return f"connected{since}"
     reason = f": {status.registry_reason}" if status.registry_reason else ""
     return f"not connected{since}{reason} (the mesh goes on without it; new peers wait)"
+
+
+def _lost_text(status: AgentStatus) -> str:
+    unsent = ", ".join(f"{count} {why.lower().replace('_', ' ')}" for why, count in status.unsent)
+    parts = [
+        (status.unread, "not for us or not readable"),
+        (status.inbox_lost, "came faster than they were read"),
+        (status.courier_lost, "calls that the registry could not take"),
+        (sum(count for _, count in status.unsent), f"not sent ({unsent})"),
+    ]
+    return ", ".join(f"{count} {what}" for count, what in parts if count)
 
 
 def _peers_summary(peers: Sequence[PeerView]) -> str:

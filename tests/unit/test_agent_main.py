@@ -287,3 +287,10 @@ def test_a_snapshot_that_was_not_saved_is_a_condition_until_it_is() -> None:
     assert [save.state.snapshot.mesh for save in saves(40.0)] == [MESH]
     agent.receive(Applied(Target.DISK), 40.0)
     assert agent.status(40.0)["conditions"] == []
+
+
+def test_a_status_says_what_the_shell_lost_and_another_answer_does_not() -> None:
+    counters = shell._Counters(inbox_dropped=1, couriers_dropped=2, unsent={"BUSY": 3})
+    status = counters.added_to({"ok": True, "status": {"mesh": "home"}})["status"]
+    assert status == {"mesh": "home", "lost": {"inbox": 1, "courier": 2, "unsent": {"BUSY": 3}}}
+    assert counters.added_to({"ok": False, "error": "no"}) == {"ok": False, "error": "no"}

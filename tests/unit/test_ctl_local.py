@@ -46,6 +46,8 @@ STATUS: dict[str, object] = {
         {"name": "home.tv", "addresses": [], "path": "None", "endpoint": None, "reason": "offline"},
     ],
     "conditions": [],
+    "dropped": 7,
+    "lost": {"inbox": 1, "courier": 2, "unsent": {"UNREACHABLE": 3, "BUSY": 4}},
 }
 
 
@@ -248,3 +250,10 @@ def test_only_our_own_reply_counts() -> None:
     assert not is_reply(reply, 6, 3, b"payload")
     assert not is_reply(reply[:4], 4, 3, b"payload")
     assert is_reply(strip_header(bytes([0x46]) + bytes(23) + reply), 4, 3, b"payload")
+
+
+def test_what_the_agent_lost_is_read_and_an_older_agent_lost_nothing() -> None:
+    status = parse_status(STATUS)
+    assert (status.unread, status.inbox_lost, status.courier_lost) == (7, 1, 2)
+    assert status.unsent == (("BUSY", 4), ("UNREACHABLE", 3))
+    assert parse_status({"mesh": "home"}).unsent == ()

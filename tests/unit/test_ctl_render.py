@@ -183,6 +183,17 @@ def test_the_status_tells_what_is_wrong() -> None:
     assert "Peers:      no other peer is known\n" in text
 
 
+def test_the_status_tells_what_the_agent_lost_and_nothing_where_it_lost_nothing() -> None:
+    status = replace(
+        STATUS, unread=2, inbox_lost=3, courier_lost=1, unsent=(("TOO_LARGE", 4), ("UNREACHABLE", 5))
+    )
+    assert (
+        "Lost:       2 not for us or not readable, 3 came faster than they were read, 1 calls that the "
+        "registry could not take, 9 not sent (4 too large, 5 unreachable)\n"
+    ) in render.status_text(status, color=False)
+    assert "Lost" not in render.status_text(STATUS, color=False)
+
+
 def test_a_peer_that_nobody_hears_from_is_told_apart() -> None:
     lonely = replace(STATUS, peers=(PeerView("home.tv", path="None"),))
     assert render.status_text(lonely, color=False).endswith("the registry does not hear from it either\n")
