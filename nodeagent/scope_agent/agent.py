@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TypeVar, assert_never
 
 from scope.channel import Channel, Confirmed, Hello, NotACorrespondent, Received
@@ -86,7 +87,7 @@ from scope_agent.wireguard.device import (
     SetPrivateKey,
     SetUp,
 )
-from scope_agent.wireguard.plan import count_drift, plan_device
+from scope_agent.wireguard.plan import count_drift, plan_device, plan_holds
 
 DEVICE_ACTIONS = (
     CreateDevice, SetPrivateKey, SetListenPort, SetFwmark, SetMtu, SetUp,
@@ -163,6 +164,7 @@ class Agent:
         self._plan_after = now  # a device that failed is left alone for a while
         self._plan_all = True  # the whole device is to be compared
         self._touched: set[PublicKey] = set()  # else these peers
+        self._backlog: dict[PublicKey, None] = {}  # and these, by and by: a plan was longer than a batch
         # registry
         self._written: PeerReport | None = None
         self._writing: PeerReport | None = None
@@ -466,7 +468,9 @@ class Agent:
             self._observe_at = at
 
     def _plan_device(self, now: float) -> None:
-        if not (self._plan_all or self._touched) or self._device_busy or now < self._plan_after:
+        if not (self._plan_all or self._touched or self._backlog):
+            return
+        if self._device_busy or now < self._plan_after:
             return
         if self._observed is None or self._observing_since is not None:
             return
@@ -474,14 +478,19 @@ class Agent:
         if desired is None:
             return
         if self._plan_all:
-            actions = plan_device(desired, observed)
+            keys = desired.peers.keys() | observed.peers.keys()
+            wanted, known = desired, observed
         else:
-            actions = plan_device(_only(desired, self._touched), _only(observed, self._touched))
+            keys = self._touched | set(islice(self._backlog, MAX_BATCH))
+            wanted, known = _only(desired, keys), _only(observed, keys)
+        actions = (*plan_holds(wanted), *plan_device(wanted, known))
         batch = actions[:MAX_BATCH]
         acted = {action.key for action in batch if not isinstance(action, DEVICE_ACTIONS)}
-        self._agree(desired, acted, whole=self._plan_all)
+        waits = {a.key: None for a in actions[MAX_BATCH:] if not isinstance(a, DEVICE_ACTIONS)}
+        self._agree(desired, keys, but=acted | waits.keys())
         self._touched = acted  # what was acted on is compared again with the next observation
-        self._plan_all = len(actions) > MAX_BATCH or any(isinstance(a, DEVICE_ACTIONS) for a in batch)
+        self._backlog = waits | {key: None for key in self._backlog if key not in keys}
+        self._plan_all = any(isinstance(action, DEVICE_ACTIONS) for action in actions)
         if not batch:
             return
         if self._plan_all:
@@ -494,15 +503,17 @@ class Agent:
             elif isinstance(action, RemovePeer):
                 self._sessions.pop(action.key, None)
 
-    def _agree(self, desired: DesiredDevice, acted: Set[PublicKey], *, whole: bool) -> None:
-        """Note with what the device agrees now; what was acted on is to be seen first."""
-        if whole:
-            peers = desired.peers
+    def _agree(self, desired: DesiredDevice, keys: Set[PublicKey], *, but: Set[PublicKey]) -> None:
+        """Note with what the device agrees now, of these peers; what is acted on is to be seen first."""
+        if self._plan_all:
+            peers = dict(desired.peers)
         elif self._agreed is not None:
-            peers = self._agreed.peers | {k: desired.peers[k] for k in self._touched & desired.peers.keys()}
+            peers = self._agreed.peers | {key: desired.peers[key] for key in keys & desired.peers.keys()}
         else:
             return
-        self._agreed = replace(desired, peers={k: p for k, p in peers.items() if k not in acted})
+        for key in but:
+            peers.pop(key, None)
+        self._agreed = replace(desired, peers=peers)
 
     def _count_drift(self, device: ObservedDevice, differing: set[PublicKey] | None) -> None:
         """Count what somebody else changed since the device was last as it should be."""

@@ -456,3 +456,79 @@ def test_a_restored_endpoint_is_programmed_after_a_second_without_an_echo() -> N
     assert all(ttl is None for _, ttl in loop.pings(V4))
     loop.run(0.02)
     assert (loop.view().endpoint, loop.view().ready, loop.is_direct()) == (V4, True, False)
+
+
+# --- changing while data flows ------------------------------------------------------------------------------
+
+
+def _offering() -> _Loop:
+    """A pair that carries data over `V4`, and of which `V6` has just answered."""
+    loop = _connected()
+    loop.rtt[V6] = RTT
+    loop.device(sent=5000, got=5000, endpoint=V4)
+    loop.pair.set_candidates(frozenset({V4, V6}), Mapping.NONE, loop.now)
+    return loop
+
+
+def test_a_path_that_carries_data_is_left_only_once_the_peer_has_left_it() -> None:
+    loop = _offering()
+    loop.follows = False
+    loop.run(2 * RTT + 0.01)
+    hold = loop.view().hold
+    assert hold is not None
+    assert (hold.endpoint, set(hold.against)) == (V4, {V6})
+    assert loop.view().endpoint == V4
+    assert loop.nominations() == []
+    loop.pair.settled()
+    loop.run(0.05)
+    (offer,) = loop.nominations()
+    assert (offer.there, loop.view().endpoint) == (V6, V4)
+    loop.pair.receive(Nominated(offer.sequence), V6, loop.now)
+    view = loop.view()
+    assert view.endpoint == V6
+    assert view.hold is not None
+    assert (view.hold.endpoint, set(view.hold.against)) == (V6, {V4})
+
+
+def test_a_path_that_carries_nothing_is_left_at_once() -> None:
+    loop = _connected()
+    loop.rtt[V6] = RTT
+    loop.pair.set_candidates(frozenset({V4, V6}), Mapping.NONE, loop.now)
+    loop.run(2 * RTT + 0.01)
+    assert loop.view().endpoint == V6
+    assert loop.view().hold is None
+
+
+def test_an_offer_that_is_never_answered_is_taken_back() -> None:
+    loop = _offering()
+    loop.follows = False
+    loop.run(4.0)
+    offers = [n for n in loop.nominations() if n.there == V6]
+    assert len(offers) == 5  # and no more for some seconds
+    assert loop.nominations()[-1].there == V4  # the peer may have followed unheard
+    assert loop.view().endpoint == V4
+
+
+def test_a_path_that_dies_while_another_is_offered_is_left_at_once() -> None:
+    loop = _offering()
+    loop.follows = False
+    loop.run(2 * RTT + 0.06)
+    assert loop.view().endpoint == V4
+    loop.pair.network_changed(loop.now, lost=True)
+    loop.run(2 * RTT)
+    assert loop.view().endpoint == V6
+
+
+def test_the_peer_holds_its_endpoint_too_and_again_where_its_answer_was_lost() -> None:
+    loop = _connected(lower=False)
+    loop.rtt[V6] = RTT
+    loop.device(sent=5000, got=5000, endpoint=V4)
+    loop.pair.set_candidates(frozenset({V4, V6}), Mapping.NONE, loop.now)
+    loop.run(2 * RTT)
+    for _ in range(2):
+        assert isinstance(loop.hear(Nominate(2, there=HERE, here=V6), V6)[-1], SendTo)
+        hold = loop.view().hold
+        assert hold is not None
+        assert (hold.endpoint, set(hold.against)) == (V6, {V4})
+        loop.pair.settled()
+    assert loop.view().endpoint == V6

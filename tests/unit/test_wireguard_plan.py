@@ -21,6 +21,7 @@ from scope_agent.wireguard.device import (
     CreateDevice,
     DesiredDevice,
     DesiredPeer,
+    HoldEndpoint,
     ObservedDevice,
     ObservedPeer,
     RemoveAddress,
@@ -37,7 +38,7 @@ from scope_agent.wireguard.device import (
     SetPsk,
     SetUp,
 )
-from scope_agent.wireguard.plan import count_drift, plan_device
+from scope_agent.wireguard.plan import count_drift, plan_device, plan_holds
 
 from scope.model import Endpoint, IPNetwork, PublicKey, Secret
 
@@ -344,3 +345,9 @@ def test_a_plan_does_not_depend_on_how_its_sets_were_built(
 ) -> None:
     turned = replace(desired, peers=dict(reversed(desired.peers.items())))
     assert plan_device(turned, observed) == plan_device(desired, observed)
+
+
+def test_a_hold_is_planned_once_for_each_peer_that_wants_one() -> None:
+    hold = HoldEndpoint(ONE, HERE, frozenset({THERE}), 0.3)
+    desired = device(DesiredPeer(ONE, HERE, hold=hold), DesiredPeer(TWO, HERE))
+    assert plan_holds(desired) == (hold,)

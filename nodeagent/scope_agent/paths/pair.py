@@ -113,6 +113,7 @@ class Pair:
         self._nomination = Nomination()
         self._settling = Settling()
         self._offer: Offer | None = None
+        self._offer_after = NEVER  # an offer that nobody answers is not repeated without pause
         self._hold: HoldEndpoint | None = None  # until it was handed to the device
         self._held: tuple[HoldEndpoint, float] | None = None  # the last one, and when it ends
         self._gate = Gate(lower=lower)
@@ -129,6 +130,7 @@ class Pair:
         self._lost_at = NEVER
         self._reason = ""
         self._check_mapping = False
+        self._heard_at = NEVER  # when the peer last spoke, over anything
         self._reading: tuple[int, int, Endpoint | None, bool] | None = None
         self._device_endpoint: Endpoint | None = None
 
@@ -225,6 +227,7 @@ class Pair:
 
         `source` is where the peer's cookie came from, None when it came over a carrier.
         """
+        self._heard_at = now
         route = self._open(source) if source is not None else None
         if route is not None:
             route.opener = False
@@ -240,6 +243,7 @@ class Pair:
 
     def receive(self, message: Ping | Pong | Nominate | Nominated, source: Endpoint, now: float) -> list[Due]:
         """Take one authenticated message from the peer; what must be said at once comes back."""
+        self._heard_at = now
         match message:
             case Ping():
                 return self._receive_ping(message, source, now)
@@ -451,6 +455,10 @@ class Pair:
         """The peer's public endpoints that we have lately sent towards."""
         return tuple(route.endpoint for route in self._routes if route.rank[0] > 0 and route.is_opened(now))
 
+    def is_answering(self, now: float) -> bool:
+        """Whether the peer is there now: what is due towards it is no shot in the dark, and grows stale."""
+        return self._alive or now - self._heard_at < FRESH
+
     def is_punching(self, now: float) -> bool:
         """Whether the search began so lately that the two sides' pings are still to meet."""
         return self._search.is_punching(now)
@@ -651,6 +659,8 @@ class Pair:
                 return
             if best.rank == in_use.rank and now - self._taken_at < SWITCH_HOLD:
                 return
+            if now < self._offer_after:
+                return
             if self._is_flowing(now):
                 self._nomination.name(best.here)
                 self._offer = Offer(best.endpoint, next=now + OFFER_AFTER)
@@ -676,6 +686,7 @@ class Pair:
             self._offer = None
             return []
         if route is None or route.here is None or not offer.left:
+            self._offer_after = now + SWITCH_HOLD
             self._nominate(in_use, now)  # the peer may have changed although its answers were lost
             return []
         offer.step(now, rtt=route.rtt, random=self._random)

@@ -3,8 +3,7 @@
 The order is chosen so that every prefix of the plan is worth having (a caller may take the first few and plan
 again) and nothing is lost on the way:
 
-1. endpoints of peers that the device knows: what carries traffic is put right first, each hold before the
-   endpoint that it holds;
+1. endpoints of peers that the device knows: what carries traffic is put right first;
 2. peers to remove: a removed peer loses its data path at once;
 3. guards, then the device, its key, mark, port and MTU, then up, addresses and routes: a guard before the
    first address, so that nothing leaves in plaintext;
@@ -35,7 +34,6 @@ from scope_agent.wireguard.device import (
     HoldEndpoint,
     ObservedDevice,
     ObservedPeer,
-    PlannedAction,
     RemoveAddress,
     RemoveGuard,
     RemovePeer,
@@ -52,11 +50,11 @@ from scope_agent.wireguard.device import (
 )
 
 
-def plan_device(desired: DesiredDevice, observed: ObservedDevice) -> tuple[PlannedAction, ...]:
+def plan_device(desired: DesiredDevice, observed: ObservedDevice) -> tuple[Action, ...]:
     """The actions that make `observed` into `desired`, in order; empty when nothing is to be done.
 
-    Peers, addresses, routes and guards that are not desired are removed. A settling peer's SetEndpoint and a
-    peer's hold are emitted each time; everything else differs before it is emitted.
+    Peers, addresses, routes and guards that are not desired are removed. A settling peer's SetEndpoint is
+    emitted each time; everything else differs before it is emitted.
     """
     owners = _owners(desired)
     pairs = [
@@ -84,22 +82,23 @@ def plan_device(desired: DesiredDevice, observed: ObservedDevice) -> tuple[Plann
     )
 
 
+def plan_holds(desired: DesiredDevice) -> tuple[HoldEndpoint, ...]:
+    """The holds to be set, before the endpoints that they hold."""
+    return tuple(peer.hold for _, peer in sorted(desired.peers.items()) if peer.hold is not None)
+
+
 def count_drift(agreed: DesiredDevice, observed: ObservedDevice) -> int:
     """How many facts somebody else changed, given the desired device that the observed one last agreed with.
 
-    `agreed` is the desired device of the last empty plan (settling and holds aside). An endpoint that moved
-    to another verified one is not counted.
+    `agreed` is the desired device of the last empty plan (settling aside). An endpoint that moved to another
+    verified one is not counted.
     """
-    peers = {key: replace(peer, settling=False, hold=None) for key, peer in agreed.peers.items()}
+    peers = {key: replace(peer, settling=False) for key, peer in agreed.peers.items()}
     return len(plan_device(replace(agreed, peers=peers), observed))
 
 
-def _correct_endpoints(
-    pairs: Iterable[tuple[DesiredPeer, ObservedPeer]],
-) -> Iterator[SetEndpoint | HoldEndpoint]:
+def _correct_endpoints(pairs: Iterable[tuple[DesiredPeer, ObservedPeer]]) -> Iterator[SetEndpoint]:
     for want, have in pairs:
-        if want.hold is not None:
-            yield want.hold
         if want.endpoint is None:
             continue
         agrees = have.endpoint == want.endpoint or have.endpoint in want.verified
