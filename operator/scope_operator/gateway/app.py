@@ -348,8 +348,8 @@ class Gateway:
             if isinstance(resource, Mesh):
                 await self._require_free_prefixes(resource)
             else:
-                await self._visible(asked, kind)
                 _require_own(author, resource)
+                _require_unchanged(await self._visible(asked, kind), resource)
             if_revision = resource.meta.revision or None
             return _resource(await self._registry.update(resource, if_revision=if_revision))
 
@@ -652,6 +652,13 @@ def _require_own(author: ClusterOperator | None, peer: Peer) -> None:
         )
     if peer.report is not None or peer.assignment != Assignment():
         raise Refusal(403, "Forbidden", "status: it is the agent's and the registry's to write; leave it out")
+
+
+def _require_unchanged(stored: Mesh | Peer, asked: Peer) -> None:
+    """Raises Refusal where a peer would become that of another mesh or Node."""
+    problems = resources.forbidden_changes(stored, asked) if stored.meta.uid == asked.meta.uid else ()
+    if problems:
+        raise Refusal(422, "Invalid", "\n".join(map(str, problems)))
 
 
 def _is_renewed(stored: Peer, part: PeerReport) -> bool:
