@@ -27,7 +27,7 @@ POLL_S = 0.01  # between two questions to an agent while a time is taken: the re
 PING_S = 0.01  # likewise between two pings
 PATIENCE_S = 30.0  # an attempt that takes longer counts as never
 SETTLE_S = 60.0  # for a mesh to be whole before anything is measured
-SAVED_S = 2.0  # an agent writes what it learned to disk within a second
+SAVED_S = 2.0  # an agent of a small mesh writes what it learned to disk within a second
 REST_S = 1.0  # between two attempts, for what the last one stirred up to come to rest
 
 BYTECODE = Path("build/bench/bytecode").absolute()

@@ -122,13 +122,10 @@ def _stand_in(number: int, address: IPv4Address) -> Peer:
     return Peer(
         Meta(f"stand-in-{number}", uid=f"uid-{number}"),
         PeerSpec(MESH),
-        # Not open to everyone: a peer without a NAT would be asked as a reflector too.
-        PeerReport(
-            keys=stand_in_identity(number).public,
-            endpoints=(endpoint,),
-            mapping=Mapping.ENDPOINT_INDEPENDENT,
-        ),
-        Assignment(addresses=(IPv4Interface(f"{PREFIX[2 + number]}/{PREFIX.prefixlen}"),), online=True),
+        # Without a NAT, for nobody calls the agent on their behalf; and not known to be online, or a few would
+        # be asked as reflectors too.
+        PeerReport(keys=stand_in_identity(number).public, endpoints=(endpoint,), mapping=Mapping.NONE),
+        Assignment(addresses=(IPv4Interface(f"{PREFIX[2 + number]}/{PREFIX.prefixlen}"),)),
     )
 
 

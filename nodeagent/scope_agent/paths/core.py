@@ -36,7 +36,8 @@ from scope_agent.paths.pair import CallPeer, CheckMapping, Pair, PairView, SendT
 from scope_agent.paths.reflexive import MAX_TARGETS, ReflectorTarget, Reflexive
 
 # A ping is about 150 bytes on the wire. A thousand peers that are searched at once are spread over seconds, a
-# hundred are not held up; home routers take this rate of new sessions.
+# hundred are not held up; home routers take this rate of new sessions. Peers that are there already make no
+# new session; one that answers a search goes before those that do not, by up to a burst more.
 PACE_PER_SECOND = 400.0
 PACE_BURST = 120
 COUNTER_STALE = 0.5  # a receive counter read longer before the latest traffic is reported as 0: unknown
@@ -343,7 +344,7 @@ class Paths:
             if self._armed.get(key) == at:
                 del self._armed[key]
                 pair = self._pairs[key]
-                if pair.alive:
+                if pair.alive or (pair.is_answering(now) and self._tokens > -PACE_BURST):
                     self._serve(key, now)
                 elif pair.is_punching(now):
                     self._young[key] = None
@@ -355,13 +356,14 @@ class Paths:
     def _serve(self, key: PublicKey, now: float) -> None:
         """Do what is due for one pair."""
         pair = self._pairs[key]
+        is_searched = not pair.alive
         self._young.pop(key, None)
         self._waiting.pop(key, None)
         can_call = not pair.alive and self._can_call(key, now)
         for due in pair.take(now, self._next_transaction, can_call=can_call):
             match due:
                 case SendTo(message, endpoint, ttl):
-                    self._tokens -= isinstance(message, Ping)
+                    self._tokens -= isinstance(message, Ping) and is_searched
                     said = self._without_stale_counter(message, now)
                     self._out.append(Outgoing(self._keys[key], said, endpoint, ttl))
                 case CheckMapping():
@@ -574,7 +576,10 @@ class Paths:
         else:
             self._busy.pop(key, None)
         self._note_last_good(key, pair.last_good)
-        if key in self._young or key in self._waiting:
+        if pair.is_answering(now):
+            self._young.pop(key, None)
+            self._waiting.pop(key, None)
+        elif key in self._young or key in self._waiting:
             return
         due = pair.get_timer()
         if due is None:
