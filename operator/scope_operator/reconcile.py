@@ -17,12 +17,14 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import assert_never
 
-from scope.model import Kind, PublicKey, Reflector, Resource, Revision
+from scope.model import Kind, PublicKey, Reflector, Resource
+from scope.registry.follow import backoff, follow
 from scope.registry.port import (
     AlreadyExists,
     Conflict,
     Deleted,
-    Gone,
+    Disconnected,
+    Listed,
     Liveness,
     NotFound,
     Put,
@@ -47,8 +49,6 @@ HEAR_INTERVAL = 5.0  # seconds: `online` is right to this, and reading 10,000 ag
 SWEEP_INTERVAL = 60.0  # seconds: what time alone brings about (expiry, freed addresses) is a matter of days
 DRAIN_SECONDS = 1.0  # a write takes milliseconds; whoever follows us waits no longer than two seconds in all
 CONFIRM_INTERVAL = 5.0  # seconds between looks whether Nodes are to be listed anew
-FIRST_BACKOFF = 0.5  # seconds
-MAX_BACKOFF = 30.0  # seconds: an outage that ends is noticed within half a minute
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +70,6 @@ class Done:
     stored: Resource | None
     error: RegistryError | None
     seconds: float
-
-
-def backoff(failures: int, *, uniform: Callable[[float, float], float]) -> float:
-    """Seconds to wait after the `failures`-th failure in a row, from 1 on: doubled each time, jittered."""
-    longest = min(MAX_BACKOFF, FIRST_BACKOFF * 2.0 ** min(failures - 1, 16))
-    return uniform(longest / 2, longest)
 
 
 class Reconciler:
@@ -187,27 +181,26 @@ class Reconciler:
             await self.run()
 
     async def _follow(self, kind: Kind) -> None:
-        """Keep the planner's cache of a kind: list, watch, and list again when the watch breaks."""
-        failures = 0
-        while True:
-            try:
-                async for fact in self._registry.watch(kind, await self._list(kind)):
-                    failures = 0
+        """Keep the planner's cache of a kind."""
+        after = self._planner.seen(kind)
+        async for fact in follow(self._registry, kind, sleep=asyncio.sleep, uniform=self._uniform):
+            match fact:
+                case Disconnected(reason):
+                    self._note(RegistryError(reason))
+                case Listed():
+                    self._planner.take(fact, after=after)
+                    self._heard()
+                case Put() | Deleted():
                     self.take(fact)
-                return
-            except Gone as error:
-                log.info("reconcile.relist kind=%s reason=%s", kind, error)
-            except RegistryError as error:
-                self._note(error)
-            failures += 1
-            await asyncio.sleep(backoff(failures, uniform=self._uniform))
+                case _:
+                    assert_never(fact)
+            after = self._planner.seen(kind)
 
-    async def _list(self, kind: Kind) -> Revision:
+    async def _list(self, kind: Kind) -> None:
         after = self._planner.seen(kind)
         listed = await self._registry.list(kind)
         self._planner.take(listed, after=after)
         self._heard()
-        return listed.revision
 
     async def _list_the_nodes(self) -> None:
         if self._list_nodes is not None:

@@ -19,7 +19,7 @@ NAMESPACE = "scope-system"
 LEASE = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases/scope-operator"
 T = TypeVar("T")
 
-SOON = 20.0  # seconds: what takes milliseconds on an idle machine
+SOON = 60.0  # seconds: what takes milliseconds on an idle machine
 
 
 def mesh(name: str = "home", **spec: object) -> dict[str, object]:
@@ -79,7 +79,11 @@ class Cluster:
         self._number = 0
 
     async def operator(
-        self, *options: str, program: tuple[str, ...] = ("-m", "scope_operator.kube"), user: str = ""
+        self,
+        *options: str,
+        program: tuple[str, ...] = ("-m", "scope_operator.kube"),
+        user: str = "",
+        gateway: bool = False,
     ) -> Replica:
         """Start a replica; as `user`, a ServiceAccount with every right, or as the administrator."""
         token = await self._token(user) if user else None
@@ -94,6 +98,7 @@ class Cluster:
                 f"--kubeconfig={self.plane.kubeconfig(token=token)}",
                 "--metrics-address=127.0.0.1",
                 "--metrics-port=0",
+                *(() if gateway else ("--no-gateway",)),
                 *options,
                 stdout=output,
                 stderr=output,

@@ -287,6 +287,8 @@ def test_the_second_replica_takes_over_without_a_double_write(
 
         await eventually(taken)
         took = time.monotonic() - began
+        assert await first.ended() == (0 if number is signal.SIGTERM else -signal.SIGKILL)
+        assert "Traceback" not in first.text
         print(f"taken over after {took:.1f} s")  # noqa: T201 - a figure
         assert took < within
         await east.addressed(*names)

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
-from scope_operator.reconcile import FIRST_BACKOFF, MAX_BACKOFF, Reconciler, backoff
+from scope_operator.reconcile import Reconciler
 
 from scope.model import Kind, Peer, Resource, Revision, StatusPart
 from scope.registry.memory import Change, MemoryRegistry
@@ -194,10 +194,3 @@ def test_two_reconcilers_of_one_registry_give_each_peer_one_address() -> None:
             assert len({each.assignment.addresses for each in found}) == 100
 
     run(body)
-
-
-def test_backoff_doubles_to_a_bound_and_is_jittered() -> None:
-    longest = [backoff(failures, uniform=lambda low, high: high) for failures in range(1, 30)]
-    assert longest[:3] == [FIRST_BACKOFF, 2 * FIRST_BACKOFF, 4 * FIRST_BACKOFF]
-    assert longest[-1] == MAX_BACKOFF
-    assert backoff(1, uniform=lambda low, high: low) == FIRST_BACKOFF / 2

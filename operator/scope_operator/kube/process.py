@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from scope.model import ConfigError, Kind, Mesh
+from scope.registry.follow import backoff
 from scope.registry.kube.access import Access
 from scope.registry.kube.client import KubeClient
 from scope.registry.kube.registry import KubeRegistry
-from scope.registry.port import RegistryError
+from scope.registry.port import RegistryError, Unavailable
 from scope_operator.gateway import face, tls
 from scope_operator.gateway.advertised import Advertised
 from scope_operator.gateway.face import Face, FaceConfig, UsersCertificate, Works, announce
@@ -43,7 +44,7 @@ from scope_operator.kube.news import Newsroom
 from scope_operator.kube.report import Report, site
 from scope_operator.kube.watching import watch
 from scope_operator.plan.nodes import NodePeers, NodesListed
-from scope_operator.reconcile import Done, Reconciler, backoff
+from scope_operator.reconcile import Done, Reconciler
 
 T = TypeVar("T")
 
@@ -52,6 +53,7 @@ log = logging.getLogger(__name__)
 LEASE = "scope-operator"
 SWEEP_SECONDS = (300.0, 600.0)  # between lists of everything, drawn anew each time, so replicas do not meet
 KEYS_SECONDS = 0.5  # between looks of a replica that waits for the leader to make the gateway's keys
+RELIST_SECONDS = 2.0  # what the watch lists of three kinds is followed by one list of ours
 REWATCH_SECONDS = 1.0  # between a watch that failed and the next
 
 
@@ -77,24 +79,47 @@ class OperatorConfig:
 
 
 async def operate(access: Access, config: OperatorConfig) -> None:
-    """Run until SIGTERM or SIGINT. Raises ConfigError, LeaseLost, Unavailable (at the start)."""
+    """Run until SIGTERM or SIGINT. Raises ConfigError, Refused, LeaseLost."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with KubeClient(access) as client:
-        await require_resources(client, namespace=config.namespace)
-        operator = Operator(client, access, config, uid=await identity(client))
-        pages = operator.report.application()
-        async with site(pages, host=config.metrics_address, port=config.metrics_port) as port:
-            log.info("operator.serving cluster=%s metrics_port=%d", config.cluster, port)
-            await operator.run(stop)
+    report = Report()
+    pages = site(report.application(), host=config.metrics_address, port=config.metrics_port)
+    async with KubeClient(access) as client, pages as port:
+        log.info("operator.serving cluster=%s metrics_port=%d", config.cluster, port)
+        starting = asyncio.create_task(_know(client, namespace=config.namespace))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if stop.is_set():
+            await _end(starting)
+            return
+        await _end(stopping)
+        await Operator(client, access, config, uid=starting.result(), report=report).run(stop)
+
+
+async def _know(client: KubeClient, *, namespace: str) -> str:
+    """The UID of the cluster, which knows Scope's resources; an API server that is away is waited for.
+
+    Raises ConfigError, Refused.
+    """
+    failures = 0
+    while True:
+        try:
+            await require_resources(client, namespace=namespace)
+            return await identity(client)
+        except Unavailable as error:
+            failures += 1
+            log.warning("cluster.unanswered error=%s", error)
+            await asyncio.sleep(backoff(failures, uniform=random.uniform))
 
 
 class Operator:
     """One replica, in the cluster whose kube-system namespace has the UID `uid`."""
 
-    def __init__(self, client: KubeClient, access: Access, config: OperatorConfig, *, uid: str) -> None:
+    def __init__(
+        self, client: KubeClient, access: Access, config: OperatorConfig, *, uid: str, report: Report
+    ) -> None:
         self._client = client
         self._access = access
         self._uid = uid
@@ -125,9 +150,9 @@ class Operator:
         )
         self._revision = 0
         self._restored = asyncio.Event()
-        self.report = Report(
-            health=lambda: self._reconciler.health, is_leader=lambda: self._election.is_leader
-        )
+        self._relisted = asyncio.Event()
+        self._report = report
+        report.watch(health=lambda: self._reconciler.health, is_leader=lambda: self._election.is_leader)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Run until `stop` is set. Raises LeaseLost."""
@@ -223,7 +248,12 @@ class Operator:
     async def _watch(self) -> None:
         while True:
             watching = asyncio.create_task(
-                watch(self._access, registry_id=self._uid, take=self._reconciler.take)
+                watch(
+                    self._access,
+                    registry_id=self._uid,
+                    take=self._reconciler.take,
+                    relisted=self._relisted.set,
+                )
             )
             restored = asyncio.create_task(self._restored.wait())
             try:
@@ -239,10 +269,16 @@ class Operator:
             await self._list_all()
 
     async def _sweep(self) -> None:
-        """List everything now and then: a watch that lost something, or fell silent, is found out."""
+        """List everything now and then, and after the watch did: what it missed is found."""
         while True:
             await self._list_all()
-            await asyncio.sleep(random.uniform(*SWEEP_SECONDS))  # noqa: S311 - jitter
+            try:
+                async with asyncio.timeout(random.uniform(*SWEEP_SECONDS)):  # noqa: S311 - jitter
+                    await self._relisted.wait()
+            except TimeoutError:
+                continue
+            await asyncio.sleep(RELIST_SECONDS)
+            self._relisted.clear()
 
     async def _list_all(self) -> None:
         await self._persist(self._reconciler.list_all)
@@ -269,7 +305,7 @@ class Operator:
         self._revision = revision
 
     def _tell(self, done: Done) -> None:
-        self.report.tell(done)
+        self._report.tell(done)
         self._newsroom.tell(done)
 
 

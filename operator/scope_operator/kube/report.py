@@ -30,11 +30,15 @@ SILENT = 900.0  # seconds
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
-class Report:
-    """The metrics of one process."""
+STARTING = ReconcileHealth(listed=False, event_age=None, queue=0, last_error="", error_age=None)
 
-    def __init__(self, *, health: Callable[[], ReconcileHealth], is_leader: Callable[[], bool]) -> None:
-        self._health = health
+
+class Report:
+    """The metrics of one process, from its start on; `watch` says whose."""
+
+    def __init__(self) -> None:
+        self._health: Callable[[], ReconcileHealth] = lambda: STARTING
+        self._is_leader: Callable[[], bool] = lambda: False
         self._registry = CollectorRegistry()
         self._writes = Counter(
             "scope_operator_writes_total",
@@ -50,17 +54,25 @@ class Report:
             registry=self._registry,
         )
         gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
-            ("queue_depth", "Resources that wait to be planned.", lambda: health().queue),
+            (
+                "queue_depth",
+                "Resources that wait to be planned, on the replica that writes.",
+                lambda: self._health().queue if self._is_leader() else 0,
+            ),
             (
                 "watch_age_seconds",
                 "Since the last watch event or list; NaN before the first.",
-                lambda: _age(health().event_age),
+                lambda: _age(self._health().event_age),
             ),
-            ("leader", "1 on the replica that writes.", lambda: float(is_leader())),
-            ("ready", "1 once everything was listed.", lambda: float(health().listed)),
+            ("leader", "1 on the replica that writes.", lambda: float(self._is_leader())),
+            ("ready", "1 once everything was listed.", lambda: float(self._health().listed)),
         )
         for name, text, value in gauges:
             Gauge(f"scope_operator_{name}", text, registry=self._registry).set_function(value)
+
+    def watch(self, *, health: Callable[[], ReconcileHealth], is_leader: Callable[[], bool]) -> None:
+        """Tell of this operator from now on."""
+        self._health, self._is_leader = health, is_leader
 
     def tell(self, done: Done) -> None:
         """Count a write."""

@@ -32,7 +32,7 @@ SERVER_SECONDS = 300  # a watch is ended by the server after so long, and resume
 CONNECT_SECONDS = 10.0
 SILENCE_SECONDS = 90.0  # bookmarks come every minute: a watch without one for longer is frozen
 SIGN_IN_SECONDS = 600.0  # a ServiceAccount's token is replaced by the kubelet well before it expires
-MAX_RETRY = 8.0  # seconds between requests to an API server that fails: its return is noticed soon
+MAX_RETRY = 4.0  # seconds between requests to an API server that fails: its return is noticed soon
 
 Fact: TypeAlias = Put | Deleted | NodePut | NodeDeleted
 Take: TypeAlias = Callable[[Fact], None]
@@ -60,8 +60,11 @@ def node_fact(event: Mapping[str, Any]) -> NodePut | NodeDeleted | None:
     return NodeDeleted(node) if event.get("type") == "DELETED" else NodePut(node)
 
 
-async def watch(access: Access, *, registry_id: str, take: Take) -> None:
+async def watch(access: Access, *, registry_id: str, take: Take, relisted: Callable[[], None]) -> None:
     """Watch until cancelled. Raises what kopf gives up on.
+
+    `relisted` is called for each resource that kopf lists: what was deleted before that list, and after ours,
+    it does not tell.
 
     kopf runs in a thread and a loop of its own: it ends every task of its loop that is younger than itself,
     and takes over the signals of the main thread.
@@ -70,9 +73,12 @@ async def watch(access: Access, *, registry_id: str, take: Take) -> None:
     stop = threading.Event()
     ended: asyncio.Future[None] = loop.create_future()
 
-    def tell(fact: Fact) -> None:
-        if not stop.is_set():
-            loop.call_soon_threadsafe(take, fact)
+    def tell(fact: Fact, event: Mapping[str, Any]) -> None:
+        if stop.is_set():
+            return
+        loop.call_soon_threadsafe(take, fact)
+        if event.get("type") is None:
+            loop.call_soon_threadsafe(relisted)
 
     def end(error: BaseException | None) -> None:
         if ended.done():
@@ -85,7 +91,7 @@ async def watch(access: Access, *, registry_id: str, take: Take) -> None:
     def run() -> None:
         error: BaseException | None = None
         try:
-            asyncio.run(_operator(access, registry_id=registry_id, take=tell, stop=stop))
+            asyncio.run(_operator(access, registry_id=registry_id, tell=tell, stop=stop))
         except Exception as failure:  # noqa: BLE001 - raised in the loop that waits for it
             error = failure
         with suppress(RuntimeError):  # nobody waits any more, and their loop is closed
@@ -99,9 +105,12 @@ async def watch(access: Access, *, registry_id: str, take: Take) -> None:
         stop.set()
 
 
-async def _operator(access: Access, *, registry_id: str, take: Take, stop: threading.Event) -> None:
+Tell: TypeAlias = Callable[[Fact, Mapping[str, Any]], None]
+
+
+async def _operator(access: Access, *, registry_id: str, tell: Tell, stop: threading.Event) -> None:
     await kopf.operator(
-        registry=_handlers(access, registry_id=registry_id, take=take),
+        registry=_handlers(access, registry_id=registry_id, tell=tell),
         settings=_settings(),
         standalone=True,
         clusterwide=True,
@@ -109,7 +118,7 @@ async def _operator(access: Access, *, registry_id: str, take: Take, stop: threa
     )
 
 
-def _handlers(access: Access, *, registry_id: str, take: Take) -> kopf.OperatorRegistry:
+def _handlers(access: Access, *, registry_id: str, tell: Tell) -> kopf.OperatorRegistry:
     handlers = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=handlers)
@@ -121,7 +130,7 @@ def _handlers(access: Access, *, registry_id: str, take: Take) -> kopf.OperatorR
         async def changed(event: Mapping[str, Any], **_: object) -> None:
             fact = fact_of(kind, event, registry_id=registry_id)
             if fact is not None:
-                take(fact)
+                tell(fact, event)
 
     followed(Kind.MESH)
     followed(Kind.PEER)
@@ -130,7 +139,7 @@ def _handlers(access: Access, *, registry_id: str, take: Take) -> kopf.OperatorR
     async def node_changed(event: Mapping[str, Any], **_: object) -> None:
         fact = node_fact(event)
         if fact is not None:
-            take(fact)
+            tell(fact, event)
 
     return handlers
 

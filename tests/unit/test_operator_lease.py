@@ -1,0 +1,200 @@
+"""One replica writes at a time: who waits, who takes, and who must stop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+from scope_operator.kube import lease
+from scope_operator.kube.lease import (
+    GIVE_UP,
+    LASTS,
+    LOOK,
+    Election,
+    LeaseLost,
+    Record,
+    Seen,
+    Take,
+    Wait,
+    decide,
+    is_lost,
+    see,
+)
+
+from scope.registry.kube.client import KubeClient
+from scope.registry.port import AlreadyExists, Conflict, NotFound, Unavailable
+
+HELD = Record("other", "10:00:00", LASTS, "7")
+
+
+def test_a_lease_that_does_not_exist_is_created() -> None:
+    assert decide(None, now=0.0) == Take(None)
+
+
+def test_a_lease_that_was_handed_back_is_taken_at_once() -> None:
+    free = replace(HELD, holder="")
+    assert decide(Seen(free, since=0.0), now=0.0) == Take(free)
+
+
+def test_a_held_lease_is_taken_when_it_stood_still_for_as_long_as_it_lasts() -> None:
+    assert decide(Seen(HELD, since=5.0), now=5.0) == Wait(LOOK)
+    assert decide(Seen(HELD, since=5.0), now=4.5 + LASTS) == Wait(0.5)
+    assert decide(Seen(HELD, since=5.0), now=5.0 + LASTS) == Take(HELD)
+
+
+def test_a_renewal_starts_the_wait_anew_and_a_mere_look_does_not() -> None:
+    seen = see(HELD, None, now=1.0)
+    assert see(replace(HELD, revision="8"), seen, now=4.0).since == 1.0
+    assert see(replace(HELD, renewed="10:00:02"), seen, now=4.0).since == 4.0
+    assert see(replace(HELD, holder="third"), seen, now=4.0).since == 4.0
+
+
+def test_a_holder_stops_well_before_another_may_take_over() -> None:
+    assert not is_lost(renewed_at=0.0, now=GIVE_UP - 0.1)
+    assert is_lost(renewed_at=0.0, now=GIVE_UP)
+    # The last request before giving up, and the drain of the writes under way, end before LASTS is over.
+    assert GIVE_UP + lease.ASK < LASTS
+
+
+class ApiServer:
+    """One Lease, with the API server's rules; `failing` requests are not answered."""
+
+    def __init__(self) -> None:
+        self.stored: dict[str, Any] | None = None
+        self.failing = False
+        self._revisions = itertools.count(1)
+
+    async def ask(
+        self, method: str, path: str, *, body: Mapping[str, Any] | None = None, **_: object
+    ) -> dict[str, Any]:
+        await asyncio.sleep(0)
+        if self.failing:
+            raise Unavailable("no answer")
+        if method == "GET":
+            if self.stored is None:
+                raise NotFound("no Lease")
+            return self.stored
+        assert body is not None
+        if method == "POST" and self.stored is not None:
+            raise AlreadyExists("a Lease is there")
+        if method == "PUT":
+            if self.stored is None:
+                raise NotFound("no Lease")
+            if body["metadata"]["resourceVersion"] != self.stored["metadata"]["resourceVersion"]:
+                raise Conflict("changed")
+        metadata = {**body["metadata"], "resourceVersion": str(next(self._revisions))}
+        self.stored = {**body, "metadata": metadata}
+        return self.stored
+
+    @property
+    def holder(self) -> str:
+        return str(self.stored["spec"]["holderIdentity"]) if self.stored else ""
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundredth of the real times."""
+    for name in ("LASTS", "RENEW", "GIVE_UP", "LOOK", "ASK", "HAND_BACK"):
+        monkeypatch.setattr(lease, name, getattr(lease, name) / 100)
+
+
+def replica(server: ApiServer, identity: str) -> Election:
+    ticks = itertools.count(1)
+    loop = asyncio.get_running_loop()
+    client = cast(KubeClient, server)
+    return Election(
+        client,
+        namespace="scope-system",
+        name="scope-operator",
+        identity=identity,
+        now=loop.time,
+        wall=lambda: float(next(ticks)),
+    )
+
+
+def forever(began: list[str], identity: str) -> Callable[[], Any]:
+    async def work() -> None:
+        began.append(identity)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            began.append(f"{identity} ended")
+
+    return work
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10):
+        while not holds():
+            await asyncio.sleep(0.005)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_of_two_replicas_one_works_and_the_other_follows_when_it_stops() -> None:
+    async def body() -> None:
+        server, began = ApiServer(), list[str]()
+        tasks = [asyncio.create_task(replica(server, name).lead(forever(began, name))) for name in ("a", "b")]
+        await until(lambda: bool(began))
+        await asyncio.sleep(lease.LASTS * 2)
+        (first,) = began
+        tasks["ab".index(first)].cancel()
+        await until(lambda: len(began) == 3)
+        second = "b" if first == "a" else "a"
+        assert began == [first, f"{first} ended", second]
+        assert server.holder == second
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        assert server.holder == ""
+
+    asyncio.run(body())
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_holder_that_cannot_renew_stops_its_work_and_says_so() -> None:
+    async def body() -> None:
+        server, began = ApiServer(), list[str]()
+        task = asyncio.create_task(replica(server, "a").lead(forever(began, "a")))
+        await until(lambda: bool(began))
+        server.failing = True
+        with pytest.raises(LeaseLost, match="could not be renewed"):
+            await asyncio.wait_for(task, 10)
+        assert began == ["a", "a ended"]
+
+    asyncio.run(body())
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_holder_whose_lease_was_taken_stops() -> None:
+    async def body() -> None:
+        server, began = ApiServer(), list[str]()
+        task = asyncio.create_task(replica(server, "a").lead(forever(began, "a")))
+        await until(lambda: bool(began))
+        assert server.stored is not None
+        spec = {**server.stored["spec"], "holderIdentity": "b"}
+        await server.ask("PUT", "", body={**server.stored, "spec": spec})
+        with pytest.raises(LeaseLost, match="another replica holds"):
+            await asyncio.wait_for(task, 10)
+        assert server.holder == "b"  # what is another's is not handed back
+
+    asyncio.run(body())
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_lease_written_by_us_whose_answer_was_lost_is_still_ours() -> None:
+    async def body() -> None:
+        server, began = ApiServer(), list[str]()
+        task = asyncio.create_task(replica(server, "a").lead(forever(began, "a")))
+        await until(lambda: bool(began))
+        assert server.stored is not None
+        await server.ask("PUT", "", body=server.stored)
+        await asyncio.sleep(lease.GIVE_UP * 2)
+        assert not task.done()
+        task.cancel()
+        await asyncio.wait([task])
+
+    asyncio.run(body())

@@ -1,0 +1,93 @@
+"""Events are few: each transition once, and peers that come or go together in one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from scope_operator.kube.news import SHOWN, News, news_of, together
+from scope_operator.plan.planner import Action, CreatePeer, DeletePeer, Why, WriteAssignment, WriteMeshStatus
+from scope_operator.reconcile import Done
+
+from scope.model import Assignment, Condition, Mesh, Meta, Peer, PeerSpec
+from scope.registry.port import Conflict
+from tests.unit.registry_conformance import MESH
+
+HOME = replace(MESH, meta=Meta("home", uid="mesh-uid"))
+NODE_PEER = Peer(
+    Meta("home.east.n1", uid="u1"), PeerSpec("home", cluster="east", node_name="n1", node_uid="x")
+)
+GIVEN = Assignment(online=True)
+
+
+def told(action: Action) -> tuple[News, ...]:
+    return news_of(Done(action, None, None, 0.0))
+
+
+def reasons(action: Action) -> list[str]:
+    return [each.reason for each in told(action)]
+
+
+def with_condition(mesh: Mesh, kind: str, status: str, reason: str = "Why") -> Mesh:
+    condition = Condition(kind, status, reason, f"{kind} is {status}", 1.0)
+    return replace(mesh, status=replace(mesh.status, conditions=(condition,)))
+
+
+def test_a_condition_is_told_when_it_begins_and_when_it_ends() -> None:
+    clear, full = (with_condition(HOME, "AddressesExhausted", status) for status in ("False", "True"))
+    (begun,) = told(WriteMeshStatus(clear, full.status))
+    assert (begun.reason, begun.is_warning, begun.about.uid) == ("AddressesExhausted", True, "mesh-uid")
+    assert reasons(WriteMeshStatus(HOME, full.status)) == ["AddressesExhausted"]
+    assert reasons(WriteMeshStatus(full, full.status)) == []
+    assert reasons(WriteMeshStatus(full, clear.status)) == ["AddressesExhaustedResolved"]
+    assert reasons(WriteMeshStatus(HOME, clear.status)) == []
+
+
+def test_a_cluster_whose_name_is_taken_is_told_once() -> None:
+    refused = with_condition(HOME, "Ready", "False", "ClusterNameTaken")
+    assert reasons(WriteMeshStatus(HOME, refused.status)) == ["ClusterNameTaken"]
+    assert reasons(WriteMeshStatus(refused, refused.status)) == []
+
+
+def test_a_peers_conflict_of_routes_is_told_and_its_end_too() -> None:
+    overlap = Condition("RouteConflict", "True", "RoutesOverlap", "overlaps", 1.0)
+    disputed = replace(GIVEN, conditions=(overlap,))
+    settled = replace(NODE_PEER, assignment=GIVEN)
+    assert reasons(WriteAssignment(settled, disputed, HOME)) == ["RouteConflict"]
+    conflicting = replace(NODE_PEER, assignment=disputed)
+    assert reasons(WriteAssignment(conflicting, GIVEN, HOME)) == ["RouteConflictResolved"]
+
+
+def test_an_address_that_was_anothers_is_told_each_time() -> None:
+    first = Condition("AddressConflict", "False", "GivenAnother", "it is another's", 1.0)
+    settled = replace(NODE_PEER, assignment=GIVEN)
+    moved = replace(GIVEN, conditions=(first,))
+    assert reasons(WriteAssignment(settled, moved, HOME)) == ["AddressConflict"]
+    again = replace(GIVEN, conditions=(replace(first, changed=2.0),))
+    assert reasons(WriteAssignment(replace(NODE_PEER, assignment=moved), again, HOME)) == ["AddressConflict"]
+    assert reasons(WriteAssignment(replace(NODE_PEER, assignment=moved), moved, HOME)) == []
+
+
+def test_a_peer_is_told_when_it_is_first_assigned_and_when_it_goes() -> None:
+    (came,) = told(WriteAssignment(NODE_PEER, GIVEN, HOME))
+    assert (came.reason, came.about.name, came.peer) == ("PeerAdded", "home", "home.east.n1")
+    assert reasons(WriteAssignment(replace(NODE_PEER, assignment=GIVEN), Assignment(), HOME)) == []
+    assert reasons(CreatePeer(NODE_PEER, HOME)) == []
+    assert reasons(DeletePeer(NODE_PEER, Why.NODE_LEFT, HOME)) == ["PeerRemoved"]
+    assert reasons(DeletePeer(NODE_PEER, Why.EXPIRED, None)) == []
+
+
+def test_what_failed_is_no_news() -> None:
+    done = Done(DeletePeer(NODE_PEER, Why.NODE_LEFT, HOME), None, Conflict("changed"), 0.0)
+    assert news_of(done) == ()
+
+
+def test_peers_that_come_together_are_one_event() -> None:
+    came = [
+        news
+        for number in range(SHOWN + 3)
+        for news in told(WriteAssignment(replace(NODE_PEER, meta=Meta(f"p{number}")), GIVEN, HOME))
+    ]
+    full = with_condition(HOME, "AddressesExhausted", "True")
+    one, other = together([*came, *told(WriteMeshStatus(HOME, full.status))])
+    assert one.reason == "AddressesExhausted"
+    assert other.note.startswith("p0, p1, p2, p3, p4 and 3 more: ")
