@@ -73,6 +73,10 @@ PORT_ATTEMPTS = 20
 SLOW_LOOP = 0.1  # an input that held the loop for so long is worth a line in the log
 
 
+class RemovedFromMesh(ConfigError):
+    """Our peer was removed on purpose: to start its agent again changes nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunConfig:
     """Where one agent keeps things."""
@@ -255,7 +259,7 @@ class Runner:
     def _end_removed(self) -> None:
         mesh = self._enrolment.mesh
         self._fail(
-            ConfigError(
+            RemovedFromMesh(
                 f"this peer was removed from {mesh}: `scope-agent leave --mesh {mesh}` cleans up, "
                 "and makes room for another join"
             )
@@ -434,7 +438,9 @@ class Runner:
     async def _watch_registry(self, registry: AgentRegistry) -> None:
         """List all, then follow changes until something ends it. Raises RegistryError."""
         revisions = {}
-        for kind in (Kind.PEER, Kind.MESH):  # the mesh is on disk since the join: peers are the news
+        # Peers are the news, but who has no mesh on disk can believe no list of them before it.
+        kinds = (Kind.PEER, Kind.MESH) if self._agent.snapshot().mesh is not None else (Kind.MESH, Kind.PEER)
+        for kind in kinds:
             listed = await registry.list(kind)
             revisions[kind] = listed.revision
             self._post(FactArrived(listed))
