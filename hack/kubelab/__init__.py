@@ -13,10 +13,12 @@ hack/setup.sh builds the programs; here they are only run.
     certificates   the certificate authority of one control plane
     control_plane  etcd, kube-apiserver, kube-controller-manager: started, asked, snapshotted
     audit          what the API server was asked, by whom
+    faults         a proxy that delays, refuses, cuts, freezes and truncates
 """
 
 from kubelab.audit import Audited, AuditLog
 from kubelab.control_plane import APPLY, JSON, MERGE, ApiError, ControlPlane
+from kubelab.faults import FaultProxy
 from kubelab.programs import KubeLabError, Program
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "AuditLog",
     "Audited",
     "ControlPlane",
+    "FaultProxy",
     "KubeLabError",
     "Program",
 ]

@@ -56,6 +56,9 @@ _FIRST_SERVICE = "10.96.0.1"  # the API server's own, in the certificate as in e
 # Below what the kernel gives to outgoing connections (32768 on): a free port stays so across a restart.
 _PORTS = range(20_000, 32_000)
 _TOOL_S = 60.0  # kubectl and etcdctl do seconds of work; the machine may be busy
+# A probe that is given up amid its TLS handshake leaves a transport unclosed (asyncio in Python 3.11), so it
+# waits longer than any answer takes.
+_PROBE_S = 30.0
 _MANAGER = "kubelab"  # the field manager of what is applied here
 # Certificates are nobody's business here, and Nodes have no kubelet that would say it is alive.
 _CONTROLLERS = (
@@ -188,9 +191,13 @@ class ControlPlane:
         connector = aiohttp.TCPConnector(
             ssl=self.tls(as_admin=as_admin),
             limit=0,
-            socket_factory=lambda info: _non_blocking(self._where.socket(info[0], info[1])),
+            socket_factory=lambda info: _non_blocking(self.socket(info[0], info[1])),
         )
         return aiohttp.ClientSession(connector=connector)
+
+    def socket(self, family: int, kind: int) -> sockets.socket:
+        """A socket of the network that the control plane runs in, for use in this very process."""
+        return self._where.socket(family, kind)
 
     def tls(self, *, as_admin: bool = True) -> SSLContext:
         """A context that trusts the control plane and, as the administrator, shows his certificate."""
@@ -432,7 +439,7 @@ class ControlPlane:
         try:
             async with (
                 self.session() as session,
-                session.get(url, timeout=aiohttp.ClientTimeout(total=2.0)) as response,
+                session.get(url, timeout=aiohttp.ClientTimeout(total=_PROBE_S)) as response,
             ):
                 return response.ok
         except (aiohttp.ClientError, TimeoutError):

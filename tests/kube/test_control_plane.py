@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
+import aiohttp
 import pytest
-from kubelab import ApiError, AuditLog, ControlPlane, KubeLabError
+from kubelab import ApiError, AuditLog, ControlPlane, FaultProxy, KubeLabError
 from kubelab import programs as kubelab_programs
 from lab import Lab
 
 Make = Callable[..., ControlPlane]
 NODES = "/api/v1/nodes"
 DEFAULT = "/api/v1/namespaces/default"
+LEASES = "/apis/coordination.k8s.io/v1/namespaces/default/leases"
 
 
 async def node_names(plane: ControlPlane) -> list[str]:
@@ -165,11 +169,10 @@ def test_controllers_delete_what_belonged_to_a_deleted_object(own_control_plane:
             "kind": "Lease",
             "metadata": {"name": "owned", "ownerReferences": [owner]},
         }
-        leases = "/apis/coordination.k8s.io/v1/namespaces/default/leases"
-        await plane.request("POST", leases, lease)
+        await plane.request("POST", LEASES, lease)
         await plane.request("DELETE", f"{NODES}/n1")
         deadline = time.monotonic() + 60.0
-        while (await plane.request("GET", leases))["items"]:
+        while (await plane.request("GET", LEASES))["items"]:
             assert time.monotonic() < deadline, "the garbage collector does not run"
             await asyncio.sleep(0.2)
 
@@ -223,6 +226,10 @@ def test_a_frozen_api_server_keeps_its_connections_and_says_nothing(own_control_
                 await plane.create_node("n1")
                 event = json.loads(await asyncio.wait_for(watch.content.readline(), 20.0))
                 assert event["object"]["metadata"]["name"] == "n1"
+                # A watch that its client ends is a connection which the loop's end would find half closed.
+                plane.api_server.kill()
+                with contextlib.suppress(aiohttp.ClientError):
+                    await watch.content.read()
 
     asyncio.run(run())
 
@@ -316,3 +323,184 @@ def test_missing_programs_are_an_error_that_says_what_to_run(
     monkeypatch.setattr(kubelab_programs, "BUILT", tmp_path)
     with pytest.raises(KubeLabError, match=r"run `hack/setup\.sh test`"):
         ControlPlane()
+
+
+class Client:
+    """Somebody who asks through a proxy, with a token, and may watch."""
+
+    def __init__(self, session: aiohttp.ClientSession, proxy: FaultProxy, token: str) -> None:
+        self.session = session
+        self.proxy = proxy
+        self.headers = {"Authorization": f"Bearer {token}"}
+
+    async def get(self, path: str = NODES, **query: str) -> tuple[int, dict[str, Any]]:
+        url = self.proxy.url + path
+        async with self.session.get(url, params=query, headers=self.headers) as answer:
+            return answer.status, await answer.json()
+
+    @contextlib.asynccontextmanager
+    async def watch(self, path: str = NODES) -> AsyncIterator[aiohttp.ClientResponse]:
+        _, listed = await self.get(path)
+        since = listed["metadata"]["resourceVersion"]
+        asked = {"watch": "true", "resourceVersion": since}
+        url = self.proxy.url + path
+        async with self.session.get(url, params=asked, headers=self.headers) as answer:
+            assert answer.status == 200
+            try:
+                yield answer
+            finally:
+                self.proxy.cut_watches()
+                with contextlib.suppress(aiohttp.ClientError):
+                    await answer.content.read()
+
+
+@contextlib.asynccontextmanager
+async def through_a_proxy(plane: ControlPlane) -> AsyncIterator[tuple[FaultProxy, Client]]:
+    token = await plane.admin_token()
+    async with FaultProxy(plane) as proxy, plane.session(as_admin=False) as session:
+        yield proxy, Client(session, proxy, token)
+
+
+async def event(watch: aiohttp.ClientResponse, *, within_s: float = 20.0) -> dict[str, Any]:
+    return dict(json.loads(await asyncio.wait_for(watch.content.readline(), within_s)))
+
+
+def name_in(seen: dict[str, Any]) -> str:
+    return str(seen["object"]["metadata"]["name"])
+
+
+def test_a_proxy_passes_requests_refusals_and_watches_on(control_plane: ControlPlane) -> None:
+    async def run() -> None:
+        async with through_a_proxy(control_plane) as (proxy, client):
+            async with client.watch() as watch:
+                file = control_plane.kubeconfig(token=await control_plane.admin_token(), url=proxy.url)
+                node = json.dumps({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "n1"}})
+                await control_plane.kubectl("create", "-f", "-", document=node, kubeconfig=file)
+                assert name_in(await event(watch)) == "n1"
+                assert proxy.open_watches == 1
+            status, said = await client.get(f"{NODES}/another")
+            assert (status, said["reason"]) == (404, "NotFound")
+            nobody = Client(client.session, proxy, "no token")
+            assert (await nobody.get())[0] == 401
+
+    asyncio.run(run())
+
+
+def test_a_proxy_makes_the_api_server_slow(control_plane: ControlPlane) -> None:
+    async def run() -> None:
+        async with through_a_proxy(control_plane) as (proxy, client):
+            proxy.affects, proxy.delay_s = "/nodes", 0.5
+            started = time.monotonic()
+            await client.get()
+            assert time.monotonic() - started >= 0.5
+            await client.get(DEFAULT)
+            proxy.heal()
+            assert (await client.get())[0] == 200
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("status", [429, 500])
+def test_a_proxy_answers_a_share_of_requests_with_an_error(control_plane: ControlPlane, status: int) -> None:
+    async def run() -> None:
+        async with through_a_proxy(control_plane) as (proxy, client):
+            proxy.answer(status, share=0.5, retry_after_s=1)
+            answers = [await client.get() for _ in range(6)]
+            assert [code for code, _ in answers] == [200, status] * 3
+            assert answers[1][1]["kind"] == "Status"
+            proxy.answer(status)
+            assert [(await client.get())[0] for _ in range(3)] == [status] * 3
+            proxy.heal()
+            assert (await client.get())[0] == 200
+
+    asyncio.run(run())
+
+
+def test_a_proxy_cuts_a_watch_in_the_middle(control_plane: ControlPlane) -> None:
+    async def run() -> None:
+        async with through_a_proxy(control_plane) as (proxy, client), client.watch() as watch:
+            proxy.cut_watches()
+            with pytest.raises(aiohttp.ClientError):
+                await asyncio.wait_for(watch.content.readline(), 20.0)
+
+    asyncio.run(run())
+
+
+def test_a_proxy_tells_a_watch_that_it_is_too_old(control_plane: ControlPlane) -> None:
+    async def run() -> None:
+        async with through_a_proxy(control_plane) as (proxy, client), client.watch() as watch:
+            proxy.expire_watches()
+            seen = await event(watch)
+            assert (seen["type"], seen["object"]["code"]) == ("ERROR", 410)
+            assert await watch.content.read() == b""
+
+    asyncio.run(run())
+
+
+def test_a_proxy_freezes_watches_without_a_word_and_lets_new_ones_through(
+    control_plane: ControlPlane,
+) -> None:
+    async def run() -> None:
+        async with through_a_proxy(control_plane) as (proxy, client), client.watch() as old:
+            proxy.freeze_watches(new_ones=False)
+            async with client.watch() as new:
+                await control_plane.create_node("n1")
+                assert name_in(await event(new)) == "n1"
+                with pytest.raises(TimeoutError):
+                    await event(old, within_s=0.3)
+                assert proxy.open_watches == 2
+
+    asyncio.run(run())
+
+
+def test_a_frozen_watch_stays_so_when_the_proxy_is_healed(control_plane: ControlPlane) -> None:
+    async def run() -> None:
+        async with through_a_proxy(control_plane) as (proxy, client):
+            proxy.freeze_watches()
+            async with client.watch() as watch:
+                proxy.heal()
+                await control_plane.create_node("n1")
+                async with client.watch() as healed:
+                    await control_plane.create_node("n2")
+                    assert name_in(await event(healed)) == "n2"
+                with pytest.raises((TimeoutError, aiohttp.ClientError)):
+                    await event(watch, within_s=0.3)
+
+    asyncio.run(run())
+
+
+def test_a_proxy_leaves_items_or_pages_out_of_lists(control_plane: ControlPlane) -> None:
+    async def run() -> None:
+        for number in range(5):
+            await control_plane.create_node(f"n{number}")
+        async with through_a_proxy(control_plane) as (proxy, client):
+            proxy.truncate_lists(drop=2)
+            assert [item["metadata"]["name"] for item in (await client.get())[1]["items"]] == [
+                "n0",
+                "n1",
+                "n2",
+            ]
+            proxy.truncate_lists(lose_pages=True)
+            page = (await client.get(limit="2"))[1]
+            assert (len(page["items"]), page["metadata"].get("continue", "")) == (2, "")
+            proxy.heal()
+            page = (await client.get(limit="2"))[1]
+            assert page["metadata"]["continue"]
+
+    asyncio.run(run())
+
+
+def test_a_client_of_a_proxy_loses_its_connection_with_the_api_server(own_control_plane: Make) -> None:
+    plane = own_control_plane()
+
+    async def run() -> None:
+        async with through_a_proxy(plane) as (_, client), client.watch() as watch:
+            plane.api_server.kill()
+            with pytest.raises(aiohttp.ClientError):
+                await asyncio.wait_for(watch.content.readline(), 20.0)
+            with pytest.raises(aiohttp.ClientError):
+                await client.get()
+            await plane.api_server.start()
+            assert (await client.get())[0] == 200
+
+    asyncio.run(run())
