@@ -48,6 +48,7 @@ KINDS = (Kind.MESH, Kind.PEER)
 HEAR_INTERVAL = 5.0  # seconds: `online` is right to this, and reading 10,000 ages takes milliseconds
 SWEEP_INTERVAL = 60.0  # seconds: what time alone brings about (expiry, freed addresses) is a matter of days
 DRAIN_SECONDS = 1.0  # a write takes milliseconds; whoever follows us waits no longer than two seconds in all
+ERROR_COUNTS = 60.0  # seconds for which a failed write counts as trouble: the longest backoff comes between
 CONFIRM_INTERVAL = 5.0  # seconds between looks whether Nodes are to be listed anew
 
 
@@ -60,6 +61,15 @@ class ReconcileHealth:
     queue: int
     last_error: str
     error_age: float | None
+
+    @property
+    def trouble(self) -> str:
+        """What keeps it from its work, for /readyz; "" where nothing does."""
+        if not self.listed:
+            return "the reconciler has not listed its registry yet"
+        if self.error_age is not None and self.error_age < ERROR_COUNTS:
+            return f"the reconciler cannot write: {self.last_error}"
+        return ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +86,8 @@ class Reconciler:
     """One for each registry. `now` is monotonic, `uniform` draws the jitter (`random.uniform`).
 
     `liveness` is where heartbeats are known in this process; without it `online` is left alone. `nodes` and
-    `list_nodes` (given the newest revision known) are a cluster's. `told` hears how each write ended.
+    `list_nodes` (given the newest revision known) are a cluster's. Without `assigns` no status is written:
+    the registry is another cluster's. `told` hears how each write ended.
     """
 
     def __init__(
@@ -91,6 +102,7 @@ class Reconciler:
         reflectors: tuple[Reflector, ...] = (),
         nodes: NodePeers | None = None,
         list_nodes: Callable[[], Awaitable[NodesListed]] | None = None,
+        assigns: bool = True,
         told: Callable[[Done], None] = lambda _: None,
     ) -> None:
         self._registry = registry
@@ -104,6 +116,7 @@ class Reconciler:
             signing_key=signing_key,
             reflectors=reflectors,
             nodes=nodes,
+            assigns=assigns,
         )
         self._signing_key = signing_key
         self._list_nodes = list_nodes

@@ -66,6 +66,16 @@ def test_everybody_listed_is_believed_but_ourselves_and_those_of_other_meshes() 
     assert membership.snapshot().own == OWN
 
 
+def test_a_peer_that_comes_back_with_other_keys_loses_the_earlier_ones_at_once() -> None:
+    membership = _members(4)
+    renewed = replace(PEERS[1], report=PeerReport(IDENTITIES[50].public))
+    membership.receive(Put(renewed, _at(11)), 1.0)
+    believed = membership.snapshot().peers
+    assert believed[IDENTITIES[50].public.wireguard] == renewed
+    assert IDENTITIES[1].public.wireguard not in believed
+    assert _names(membership) == {"p1", "p2", "p3"}
+
+
 def test_few_absences_in_a_complete_list_are_believed_at_once() -> None:
     membership = _members(20)
     membership.receive(Listed(Kind.PEER, _at(11), tuple(PEERS[:18])), 1.0)

@@ -60,8 +60,15 @@ def node_fact(event: Mapping[str, Any]) -> NodePut | NodeDeleted | None:
     return NodeDeleted(node) if event.get("type") == "DELETED" else NodePut(node)
 
 
-async def watch(access: Access, *, registry_id: str, take: Take, relisted: Callable[[], None]) -> None:
-    """Watch until cancelled. Raises what kopf gives up on.
+async def watch(
+    access: Access,
+    *,
+    registry_id: str,
+    take: Take,
+    relisted: Callable[[], None],
+    kinds: tuple[Kind, ...] = (Kind.MESH, Kind.PEER),
+) -> None:
+    """Watch Nodes, and `kinds`, until cancelled. Raises what kopf gives up on.
 
     `relisted` is called for each resource that kopf lists: what was deleted before that list, and after ours,
     it does not tell.
@@ -91,7 +98,8 @@ async def watch(access: Access, *, registry_id: str, take: Take, relisted: Calla
     def run() -> None:
         error: BaseException | None = None
         try:
-            asyncio.run(_operator(access, registry_id=registry_id, tell=tell, stop=stop))
+            handlers = _handlers(access, kinds, registry_id=registry_id, tell=tell)
+            asyncio.run(_operator(handlers, stop=stop))
         except Exception as failure:  # noqa: BLE001 - raised in the loop that waits for it
             error = failure
         with suppress(RuntimeError):  # nobody waits any more, and their loop is closed
@@ -108,9 +116,9 @@ async def watch(access: Access, *, registry_id: str, take: Take, relisted: Calla
 Tell: TypeAlias = Callable[[Fact, Mapping[str, Any]], None]
 
 
-async def _operator(access: Access, *, registry_id: str, tell: Tell, stop: threading.Event) -> None:
+async def _operator(handlers: kopf.OperatorRegistry, *, stop: threading.Event) -> None:
     await kopf.operator(
-        registry=_handlers(access, registry_id=registry_id, tell=tell),
+        registry=handlers,
         settings=_settings(),
         standalone=True,
         clusterwide=True,
@@ -118,7 +126,9 @@ async def _operator(access: Access, *, registry_id: str, tell: Tell, stop: threa
     )
 
 
-def _handlers(access: Access, *, registry_id: str, tell: Tell) -> kopf.OperatorRegistry:
+def _handlers(
+    access: Access, kinds: tuple[Kind, ...], *, registry_id: str, tell: Tell
+) -> kopf.OperatorRegistry:
     handlers = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=handlers)
@@ -132,8 +142,8 @@ def _handlers(access: Access, *, registry_id: str, tell: Tell) -> kopf.OperatorR
             if fact is not None:
                 tell(fact, event)
 
-    followed(Kind.MESH)
-    followed(Kind.PEER)
+    for kind in kinds:
+        followed(kind)
 
     @kopf.on.event("", "v1", "nodes", registry=handlers)
     async def node_changed(event: Mapping[str, Any], **_: object) -> None:

@@ -117,7 +117,8 @@ class Planner:
     """The registry side of all meshes of one registry.
 
     `tells_liveness` says whether `hear` is called: where it is not, something else writes `online`. `nodes`
-    is about the Nodes of one cluster; without it no peer is created.
+    is about the Nodes of one cluster; without it no peer is created. Without `assigns` nothing else is
+    planned than to create and delete those: a cluster that joined has its registry elsewhere.
     """
 
     def __init__(
@@ -128,9 +129,11 @@ class Planner:
         signing_key: PublicKey | None = None,
         reflectors: tuple[Reflector, ...] = (),
         nodes: NodePeers | None = None,
+        assigns: bool = True,
     ) -> None:
         self._started = now
         self._nodes = nodes
+        self._assigns = assigns
         self._cluster = Cluster(nodes.cluster, nodes.uid) if nodes is not None else None
         self._deleted: dict[str, None] = {}  # uids, the latest last
         self._tells_liveness = tells_liveness
@@ -302,7 +305,7 @@ class Planner:
             peer = self._peers.get(name)
             return self._plan_peer(peer, now=now, wall=wall) if peer is not None else self._plan_new(name)
         mesh = self._meshes.get(name)
-        if mesh is None:
+        if mesh is None or not self._assigns:
             return None
         due = self._mesh_due.get(name, now)
         if due > now:
@@ -321,6 +324,8 @@ class Planner:
         nodes = self._nodes
         if nodes is not None and nodes.may_go(peer, members=len(members.peers), now=now):
             return DeletePeer(peer, Why.NODE_LEFT, mesh)
+        if not self._assigns:
+            return None
         stays = nodes is not None and nodes.is_wanted(peer)
         if mesh is not None and not stays and self._is_expired(peer, mesh, wall=wall):
             return DeletePeer(peer, Why.EXPIRED, mesh)
