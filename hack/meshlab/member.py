@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ class Member:
     def join(self, token: str, *, wait: bool = False, arguments: Sequence[str] = ()) -> None:
         """Join and go on as an agent; with `wait` return once the registry has taken it."""
         self.asked_at = time.monotonic()
-        self._start("join", token, "--name", self.name, "--run", *arguments)
+        self._start("join", "-", "--name", self.name, "--run", *arguments, said=token)
         if wait:
             self.await_joined()
 
@@ -171,9 +172,13 @@ class Member:
             self._connection.close()
         self._connection, self._received = None, b""
 
-    def _start(self, *arguments: str) -> None:
-        with self.log.open("a") as log:
-            self.process = self.machine.popen([program("scope-agent"), *arguments], stdout=log, stderr=log)
+    def _start(self, *arguments: str, said: str = "") -> None:
+        with self.log.open("a") as log, tempfile.TemporaryFile("w+") as stdin:
+            stdin.write(said + "\n")
+            stdin.seek(0)
+            self.process = self.machine.popen(
+                [program("scope-agent"), *arguments], stdin=stdin, stdout=log, stderr=log
+            )
 
     def _root(self) -> Path:
         # The machine's directories as its own processes see them.

@@ -1,6 +1,7 @@
 """`scope-agent`: join a mesh, run as its peer, leave it.
 
-Exit status 0 when done, 1 for what a person must mend (one sentence on stderr), 2 for wrong usage.
+Exit status 0 when done, 1 for what a person must mend (one sentence on stderr), 2 for wrong usage, 3 when the
+peer was removed from its mesh: to start the agent again is of no use then.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from scope.model import ConfigError, DeviceKind, Kind, Mesh, Peer, Snapshot, Tombstone
 from scope_agent.inputs import DiskState
-from scope_agent.run import RunConfig, Runner, free_port
+from scope_agent.run import RemovedFromMesh, RunConfig, Runner, free_port
 from scope_agent.state import STATE_ROOT, Enrolment, Held, StateDir, enrolled_meshes, sole_agent
 from scope_agent.wireguard.device import ApplyError
 from scope_agent.wireguard.shell import choose_device
@@ -30,6 +31,7 @@ from scope_agent.wireguard.shell import choose_device
 if TYPE_CHECKING:
     from scope.join import JoinString
 
+REMOVED = 3  # exit status; RestartPreventExitStatus of docs/systemd/scope-agent@.service
 RUN_DIR = Path("/run/scope")
 MAX_DEVICE_NAME = 15  # IFNAMSIZ less its zero
 DISMISS_PATIENCE = 2.0  # for a running agent to take what it is told
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.work(options)
     except (ConfigError, ApplyError) as error:
         print(f"scope-agent: {error}", file=sys.stderr)
-        return 1
+        return REMOVED if isinstance(error, RemovedFromMesh) else 1
     except KeyboardInterrupt:
         return 130
     return 0
@@ -72,7 +74,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     join = commands.add_parser("join", parents=[common, carrying], help="join a mesh with a join string")
-    join.add_argument("url", metavar="STRING", help="what `scopectl token create` printed, in single quotes")
+    join.add_argument(
+        "url",
+        metavar="STRING",
+        help="what `scopectl token create` printed; - reads it from standard input, where no `ps` shows it",
+    )
     join.add_argument("--name", default=socket.gethostname(), help="name of the peer, by default the host's")
     join.add_argument("--device", default="scope0", help="name of the WireGuard interface")
     join.add_argument("--run", action="store_true", help="go on as `run` does")
@@ -122,6 +128,8 @@ def _parser() -> argparse.ArgumentParser:
 def _join(options: argparse.Namespace) -> None:
     from scope.join import JoinString  # brings X.509, which the first ping need not wait for
 
+    if options.url == "-" and sys.stdin.isatty():
+        print("Paste the join string:", file=sys.stderr)
     text = sys.stdin.readline() if options.url == "-" else options.url
     invitation = JoinString.parse(text)
     if not 0 < len(options.device) <= MAX_DEVICE_NAME or "/" in options.device:

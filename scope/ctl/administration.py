@@ -72,7 +72,7 @@ async def _create_token(args: argparse.Namespace, registry: HttpRegistry) -> Non
     machines = "one machine" if args.single_use else "any number of machines"
     print(
         f"It lets {machines} join {args.mesh} for {render.short_duration(args.ttl)}. "
-        "On each, with the string in single quotes:\n  sudo scope-agent join 'JOIN STRING'",
+        "On each, with the string in single quotes:\n  sudo scope-agent join - <<< 'JOIN STRING'",
         file=sys.stderr,
     )
 

@@ -87,7 +87,7 @@ def find_socket(named: Path | None, directory: Path = SOCKETS) -> Path:
     if not found:
         raise CommandError(
             f"no agent runs on this machine (there is no socket in {directory}): start it with "
-            "`systemctl start scope-agent@MESH`, or join a mesh with `scope-agent join 'JOIN STRING'`"
+            "`systemctl start scope-agent@MESH`, or join a mesh with `scope-agent join -`"
         )
     if len(found) > 1:
         raise CommandError(

@@ -24,6 +24,7 @@ import pytest
 from lab import Host, Lab, Server
 from meshlab import PRIVATE, Registry, mesh_document
 from meshlab.programs import program
+from scope_agent.__main__ import REMOVED
 
 from scope.join import JoinString
 
@@ -90,10 +91,10 @@ class Agent:
         wait(look, lambda: f"{last}\n{self.log.read_text()}", within_s=within_s)
         return last
 
-    def refused(self, *said: str) -> str:
+    def refused(self, *said: str, status: int = 1) -> str:
         """It ends by itself with a refusal that says all this."""
         code = self.process.wait(WITHIN_S)
-        return check_refusal("scope-agent", code, self.log.read_text(), *said)
+        return check_refusal("scope-agent", code, self.log.read_text(), *said, status=status)
 
     def stop(self) -> int:
         """Stop it as a service manager does; its exit status."""
@@ -464,8 +465,9 @@ def test_a_removed_machine_is_told_so_and_may_come_back_by_a_new_token(world: Wo
     agent = Agent(host)
     agent.until(lambda said: directs(said) >= 2)
     world.registry.scopectl("peer", "remove", f"demo.external.{host.name}")
-    agent.refused("this peer was removed from demo", "`scope-agent leave --mesh demo` cleans up")
-    Agent(host).refused("this peer was removed from demo")
+    removed = "this peer was removed from demo"
+    agent.refused(removed, "`scope-agent leave --mesh demo` cleans up", status=REMOVED)
+    Agent(host).refused(removed, status=REMOVED)
     said = refuse(host, "scope-agent", "join", world.token, secret=world.token)
     assert "`scope-agent leave`" in said
     run(host, "scope-agent", "leave", "--mesh", "demo", check=True)
@@ -682,9 +684,9 @@ def refuse(
     return said
 
 
-def check_refusal(name: str, code: int, stderr: str, *said: str) -> str:
+def check_refusal(name: str, code: int, stderr: str, *said: str, status: int = 1) -> str:
     """What the program said last, once it is known to be a refusal and no crash."""
-    assert code == 1, f"exit status {code}: {stderr}"
+    assert code == status, f"exit status {code}: {stderr}"
     assert "Traceback" not in stderr, stderr
     assert "bug" not in stderr, stderr
     *_, sentence = re.split(rf"(?m)^{name}: ", stderr)

@@ -11,6 +11,7 @@ from ipaddress import IPv4Interface, IPv4Network
 from pathlib import Path
 
 import pytest
+from scope_agent import __main__ as command
 from scope_agent import run as shell
 from scope_agent.__main__ import main
 from scope_agent.agent import Agent, AgentConfig
@@ -294,3 +295,18 @@ def test_a_status_says_what_the_shell_lost_and_another_answer_does_not() -> None
     status = counters.added_to({"ok": True, "status": {"mesh": "home"}})["status"]
     assert status == {"mesh": "home", "lost": {"inbox": 1, "courier": 2, "unsent": {"BUSY": 3}}}
     assert counters.added_to({"ok": False, "error": "no"}) == {"ok": False, "error": "no"}
+
+
+def test_an_agent_that_was_removed_ends_with_a_status_at_which_systemd_leaves_it_alone(
+    joining: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enrol(tmp_path / "state", "home", "scope0")
+
+    def removed(*_: object) -> None:
+        raise shell.RemovedFromMesh("this peer was removed from home")
+
+    monkeypatch.setattr(command, "_run_mesh", removed)
+    status = main(["run", *joining])
+    unit = (Path(__file__).parents[2] / "docs" / "systemd" / "scope-agent@.service").read_text()
+    assert status == command.REMOVED
+    assert f"\nRestartPreventExitStatus={status}\n" in unit
