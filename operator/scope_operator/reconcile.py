@@ -48,7 +48,7 @@ KINDS = (Kind.MESH, Kind.PEER)
 HEAR_INTERVAL = 5.0  # seconds: `online` is right to this, and reading 10,000 ages takes milliseconds
 SWEEP_INTERVAL = 60.0  # seconds: what time alone brings about (expiry, freed addresses) is a matter of days
 DRAIN_SECONDS = 1.0  # a write takes milliseconds; whoever follows us waits no longer than two seconds in all
-ERROR_COUNTS = 60.0  # seconds for which a failed write counts as trouble: the longest backoff comes between
+ERROR_COUNTS = 10.0  # seconds for which a failed write is trouble: longer than the longest backoff
 CONFIRM_INTERVAL = 5.0  # seconds between looks whether Nodes are to be listed anew
 
 

@@ -226,6 +226,20 @@ def test_rules_that_a_crash_left_behind_are_replaced_and_closing_removes_them(
     assert "scope_probe" not in listed.stdout
 
 
+def test_rules_that_another_tool_flushed_stop_neither_a_move_nor_the_end(
+    ends: tuple[Namespace, Namespace],
+) -> None:
+    _, b = ends
+    with b.entered():
+        probe = RewrittenProbeSocket(B_PORT)
+        subprocess.run(["nft", "flush", "ruleset"], check=True)
+        probe.move(A_PORT)
+        subprocess.run(["nft", "flush", "ruleset"], check=True)
+        probe.close()
+        listed = subprocess.run(["nft", "list", "tables"], capture_output=True, text=True, check=True)
+    assert "scope_probe" not in listed.stdout
+
+
 @pytest.mark.parametrize(
     ("dropped", "outcome"),
     [

@@ -17,6 +17,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import aiohttp
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -501,3 +502,48 @@ def test_a_damaged_tls_key_is_said(tmp_path: Path) -> None:
     own.key.write_text("damaged")
     with pytest.raises(ConfigError, match="restore it from a backup"):
         tls.self_made(tmp_path, ("127.0.0.1",), datetime.now(UTC))
+
+
+def test_admin_json_follows_what_is_advertised_and_keeps_its_token(tmp_path: Path) -> None:
+    async def nothing(_: Serving, __: HttpRegistry) -> None:
+        pass
+
+    config = config_in(tmp_path)
+    serve(nothing, config)
+    file = tmp_path / "admin.json"
+    before = json.loads(file.read_text())
+    serve(nothing, replace(config, advertise=(Advertised("localhost"), *LOOPBACK)))
+    after = json.loads(file.read_text())
+    assert after["url"].startswith("https://localhost:")
+    assert after | {"url": before["url"]} == before
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    file.write_text("{")
+    serve_without_admin(config)
+    assert file.read_text() == "{"  # whatever it was to be, it is not ours to mend
+    file.unlink()
+    serve_without_admin(config)
+    assert not file.exists()  # its administrator keeps it elsewhere
+
+
+def serve_without_admin(config: ServeConfig) -> None:
+    async def run() -> None:
+        async with asyncio.timeout(30), serving(config):
+            pass
+
+    asyncio.run(run())
+
+
+def test_a_registry_is_ready_once_its_reconciler_has_listed_it(tmp_path: Path) -> None:
+    async def ready(running: Serving, _: HttpRegistry) -> None:
+        async with aiohttp.ClientSession() as session:
+            async with asyncio.timeout(10):
+                while (status := await _readiness(session, running)) == 503:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            assert status == 200
+
+    serve(ready, config_in(tmp_path))
+
+
+async def _readiness(session: aiohttp.ClientSession, running: Serving) -> int:
+    async with session.get(f"{running.url}/readyz", ssl=False) as response:
+        return response.status

@@ -106,6 +106,7 @@ def test_a_new_peer_has_its_addresses_within_milliseconds() -> None:
         assert min(took) < 0.02
         assert reconciler.health.listed
         assert reconciler.health.last_error == ""
+        assert reconciler.health.trouble == ""
 
     run(body)
 
@@ -139,6 +140,7 @@ def test_an_outage_of_the_disk_is_said_and_outlasted() -> None:
         health = reconciler.health
         assert health.last_error == "the disk is full"
         assert health.error_age is not None
+        assert health.trouble == "the reconciler cannot write: the disk is full"
 
     run(body)
 

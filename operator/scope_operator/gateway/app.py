@@ -145,7 +145,10 @@ class Asked:
 
 
 class Gateway:
-    """The application over `registry`; `now` is monotonic."""
+    """The application over `registry`; `now` is monotonic.
+
+    `trouble` says what keeps the registry from its work, "" where nothing does.
+    """
 
     def __init__(
         self,
@@ -157,7 +160,9 @@ class Gateway:
         joining: Joining,
         limits: Limits,
         now: Callable[[], float],
+        trouble: Callable[[], str] = lambda: "",
     ) -> None:
+        self._trouble = trouble
         self._registry = registry
         self._registry_id = registry_id
         self._feed = feed
@@ -597,6 +602,8 @@ class Gateway:
         if not self._feed.ready.is_set():
             raise Refusal(503, "ServiceUnavailable", "the gateway is reading its registry", retry_after=1.0)
         await self._registry.list(Kind.MESH)
+        if trouble := self._trouble():
+            raise Refusal(503, "ServiceUnavailable", trouble, retry_after=1.0)
         return _json({"status": "ok"})
 
     async def _document(self, asked: Asked) -> web.Response:

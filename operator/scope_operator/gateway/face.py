@@ -12,7 +12,7 @@ import logging
 import secrets
 import ssl
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -99,7 +99,12 @@ class Works:
 
     def __init__(self) -> None:
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.watched: Callable[[], str] | None = None  # says what keeps the registry from its work
         self._tasks: list[asyncio.Task[None]] = []
+
+    def trouble(self) -> str:
+        """What keeps the registry from its work; "" where nothing is known to."""
+        return self.watched() if self.watched is not None else ""
 
     def start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         """Let it run beside the others."""
@@ -170,6 +175,7 @@ async def opened(
             ),
             limits=config.limits,
             now=time.monotonic,
+            trouble=works.trouble,
         )
         server = Server(gateway.application(), limits=config.limits, context=context)
         works.start("feed", feed.run())

@@ -78,6 +78,7 @@ async def serving(config: FaceConfig) -> AsyncIterator[Serving]:
             signing_key=public_half(identity.signing),
             reflectors=reflectors,
         )
+        works.watched = lambda: reconciler.health.trouble
         works.start("reconciler", reconciler.follow())
         works.start("reflectors", announce(served, reconciler, reflectors))
         admin_file = None
@@ -85,6 +86,8 @@ async def serving(config: FaceConfig) -> AsyncIterator[Serving]:
             admin_file = config.data / ADMIN_FILE
             _write_admin(admin_file, served, identity=identity, token=token)
             tls.write_private(config.data / ADMIN_HASH_FILE, administrator.hex().encode() + b"\n")
+        else:
+            _update_admin(config.data / ADMIN_FILE, served, identity=identity)
         log.info("registry.serving url=%s registry=%s", served.url, identity.registry_id)
         yield Serving(served.url, served.pin, served.listening, served.reflecting, admin_file, works.failed)
         log.info("registry.stopping")
@@ -143,6 +146,26 @@ def _administrator(data: Path) -> tuple[bytes, str | None]:
     if len(kept) != hashlib.sha256().digest_size:
         raise ConfigError(f"{path} is damaged: delete it to have a new admin.json made")
     return kept, None
+
+
+def _update_admin(path: Path, served: Face, *, identity: face.Identity) -> None:
+    """Let admin.json, where it is still kept here, name what is advertised now; its token stays."""
+    try:
+        kept = json.loads(path.read_text())
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        log.warning("admin.unreadable file=%s reason=%s", path, error)
+        return
+    token = kept.get("token") if isinstance(kept, dict) else None
+    if not isinstance(token, str) or kept == administrator_document(served, identity, token=token):
+        return
+    try:
+        _write_admin(path, served, identity=identity, token=token)
+    except ConfigError as error:  # peers can be served all the same
+        log.warning("admin.outdated file=%s reason=%s", path, error)
+        return
+    log.info("admin.updated file=%s url=%s", path, served.url)
 
 
 def _write_admin(path: Path, served: Face, *, identity: face.Identity, token: str) -> None:

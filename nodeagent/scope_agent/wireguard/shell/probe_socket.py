@@ -269,13 +269,13 @@ class RewrittenProbeSocket:
             f"}}\n"
         )
         if port != self._port:
-            _run_nft(f"delete table inet {_table(self._port)}\n")
+            _run_nft(_without_table(self._port))
         self._port = port
 
     def close(self) -> None:
         """Remove the rules and close the sockets."""
         self._close_sockets()
-        _run_nft(f"delete table inet {_table(self._port)}\n")
+        _run_nft(_without_table(self._port))
 
     def _bind(self) -> int:
         """Both families on one port, so that one pair of rules serves both."""
@@ -295,6 +295,11 @@ class RewrittenProbeSocket:
 
     def _open_sockets(self) -> tuple[socket.socket, ...]:
         return tuple(each for each in (self._v4, self._v6) if each is not None)
+
+
+def _without_table(port: int) -> str:
+    """Rules that remove a table, also where another tool has flushed it away."""
+    return f"add table inet {_table(port)}\ndelete table inet {_table(port)}\n"
 
 
 def _open(family: int, kind: int, fwmark: int, interface: str | None) -> socket.socket | None:
