@@ -49,6 +49,7 @@ class Membership:
         self._registry_key = registry_key
         self._mesh: Mesh | None = None
         self._own_peer: Peer | None = None
+        self._made_anew = ""  # uid of our own peer while it was given no addresses since it was made anew
         self._peers: dict[str, Peer] = {}  # by uid: all that the registry holds
         self._claims: dict[PublicKey, set[str]] = {}  # uids that name a WireGuard key: one, if all is well
         self._believed: dict[PublicKey, Peer] = {}
@@ -213,9 +214,23 @@ class Membership:
         ):
             self._keep(tombstone)
         if resource.report is not None and resource.report.keys.wireguard == self._own:
-            self._own_peer = _keeping_addresses(resource, self._own_peer)
+            self._own_peer = self._with_addresses(resource)
             return
         self._hold(resource)
+
+    def _with_addresses(self, own: Peer) -> Peer:
+        """Our own peer, if it was made anew and has no addresses yet, with those that we hold.
+
+        The registry gives them again where they are free; traffic need not stop until it has.
+        """
+        before = self._own_peer
+        if before is not None and before.meta.uid != own.meta.uid:
+            self._made_anew = own.meta.uid
+        if own.assignment.addresses:
+            self._made_anew = ""
+        if before is None or self._made_anew != own.meta.uid:
+            return own
+        return replace(own, assignment=replace(own.assignment, addresses=before.assignment.addresses))
 
     def _is_signed(self, tombstone: Tombstone, peer: Peer | None = None) -> bool:
         """Whether the registry, or the removed peer itself, signed."""
@@ -281,13 +296,3 @@ class Membership:
             tombstones=tuple(self._tombstones.values()),
             revision=self._revisions.get(Kind.PEER),
         )
-
-
-def _keeping_addresses(own: Peer, before: Peer | None) -> Peer:
-    """Our own peer, which was made anew and has no addresses yet, with those that we hold.
-
-    The registry gives them again where they are free; traffic need not stop until it has.
-    """
-    if before is None or before.meta.uid == own.meta.uid or own.assignment.addresses:
-        return own
-    return replace(own, assignment=replace(own.assignment, addresses=before.assignment.addresses))

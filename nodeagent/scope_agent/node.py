@@ -9,9 +9,9 @@ publishes them, and starts the Runner, which takes the address when there is one
 anew, because its Node was, gets the keys and addresses that are held. Meshes that are known from disk are
 served before the API server is asked anything.
 
-A mesh is left, with its device and keys, when its ScopePeer is gone: absent from two complete lists half a
-minute apart. That is not believed for ten minutes after a start, for a mesh that was not listed since, nor
-after the registry went back in time, as one does that was restored.
+A mesh is left, with its device and keys, when its ScopePeer is gone, or only stands for its own removal:
+absent from two complete lists half a minute apart. For a mesh that was not listed since the start, or since
+the registry went back in time, as a restored one does, that is not believed for ten minutes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING
 from scope.model import ConfigError, DeviceKind, IPAddress, Kind, Peer, PeerReport, Resource, Revision
 from scope.registry.follow import follow
 from scope.registry.port import Deleted, Disconnected, Fact, Listed, Put, RegistryError
-from scope_agent.run import HTTP_AFTER, AgentRegistry, RunConfig, Runner
+from scope_agent.run import HTTP_AFTER, AgentRegistry, RemovedFromMesh, RunConfig, Runner
 from scope_agent.state import Enrolment, StateDir, enrolled_meshes, sole_agent
 from scope_agent.wireguard.device import ApplyError
 from scope_agent.wireguard.shell import choose_device
@@ -171,11 +171,11 @@ class NodeAgent:
                         self._missed(mesh, now)
                     self._peers = {}
                 self._peers |= present
-            case Put(resource):
+            case Put(resource) if not _is_removed(resource):
                 self._peers |= self._ours([resource])
-            case Deleted(last):
-                for mesh, peer in self._ours([last]).items():
-                    if mesh in self._peers and self._peers[mesh].meta.uid == peer.meta.uid:
+            case Put(last) | Deleted(last):
+                for mesh, peer in list(self._peers.items()):
+                    if peer.meta.uid == last.meta.uid:
                         del self._peers[mesh]
                         self._absent.setdefault(mesh, now)
         for mesh in self._peers:
@@ -189,6 +189,7 @@ class NodeAgent:
             peer
             for peer in resources
             if isinstance(peer, Peer)
+            and not _is_removed(peer)
             and (peer.spec.cluster, peer.spec.node_name) == (self._config.cluster, self._config.node)
         ]
         return {peer.spec.mesh: peer for peer in sorted(ours, key=lambda peer: peer.meta.created)}
@@ -206,7 +207,7 @@ class NodeAgent:
         since = self._absent.setdefault(mesh, now)
         if now - since < SECOND_LIST_AFTER or (mesh not in self._listed and now < self._patient_until):
             return
-        log.info("mesh.left mesh=%s reason=its ScopePeer is gone", mesh)
+        log.info("mesh.left mesh=%s: its ScopePeer is gone", mesh)
         self._absent.pop(mesh)
         self._peers.pop(mesh, None)
         served = self._served.pop(mesh)
@@ -300,6 +301,9 @@ class NodeAgent:
             try:
                 with sole_agent(state, config.run_dir):
                     await Runner(ours, state.load_enrolment(), connect=connect).run()
+            except RemovedFromMesh as error:
+                log.warning("mesh.removed mesh=%s reason=%s", mesh, error)
+                return
             except ConfigError as error:
                 log.error("mesh.stopped mesh=%s error=%s", mesh, error)  # noqa: TRY400 - it is a sentence
             await asyncio.sleep(RESTART)
@@ -360,6 +364,11 @@ class NodeAgent:
         access = kube.in_cluster(url=config.api_server, directory=config.service_account)
         client = kube.KubeClient(access)
         return kube, client, kube.Leases(client, config.namespace)
+
+
+def _is_removed(resource: Resource) -> bool:
+    """Whether a ScopePeer only stands for its own removal. Its keys are buried: a new one gets new keys."""
+    return isinstance(resource, Peer) and resource.assignment.tombstone is not None
 
 
 def _held(state: StateDir) -> tuple[IPAddress, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from ipaddress import IPv4Network
+from ipaddress import IPv4Interface, IPv4Network
 from random import Random
 
 import pytest
@@ -13,6 +13,7 @@ from scope_agent.state import make_identity
 from scope.model import (
     Addressing,
     Assignment,
+    Condition,
     Kind,
     Mesh,
     MeshSpec,
@@ -196,3 +197,34 @@ def test_a_lost_registry_is_said_and_changes_nothing() -> None:
     membership.receive(Disconnected("no route"), 9.0)
     assert membership.snapshot() is before
     assert (membership.registration().connected, membership.registration().reason) == (False, "no route")
+
+
+def test_without_a_key_of_the_registry_the_one_that_the_mesh_names_is_believed() -> None:
+    own = IDENTITIES[0].public.wireguard
+    membership = Membership(own=own, mesh="m", registry_key=None, now=0.0)
+    membership.receive(Listed(Kind.MESH, _at(10), (MESH,)), 0.0)
+    membership.receive(Listed(Kind.PEER, _at(10), tuple(PEERS[:4])), 0.0)
+    assert not membership.bury(_tombstone(1))
+    named = replace(MESH, status=replace(MESH.status, signing_key=REGISTRY.public.signing))
+    membership.receive(Put(named, _at(11)), 1.0)
+    assert not membership.bury(_tombstone(1, signer=2))
+    assert membership.bury(_tombstone(1))
+    assert _names(membership) == {"p2", "p3"}
+
+
+def test_our_own_peer_made_anew_keeps_its_addresses_until_it_is_given_some() -> None:
+    membership = _members(3)
+    held, given = (Assignment((IPv4Interface(address),)) for address in ("10.9.0.7/16", "10.9.0.8/16"))
+    membership.receive(Put(replace(OWN, assignment=held), _at(11)), 1.0)
+    anew = replace(OWN, meta=replace(OWN.meta, uid="another"))
+    membership.receive(Put(anew, _at(12)), 2.0)
+    own = membership.snapshot().own
+    assert own is not None
+    assert (own.meta.uid, own.assignment.addresses) == ("another", held.addresses)
+    ready = Assignment(conditions=(Condition("Ready", "False", "Waiting", "soon", 1.0),))
+    membership.receive(Put(replace(anew, assignment=ready), _at(13)), 3.0)
+    own = membership.snapshot().own
+    assert own is not None
+    assert own.assignment.addresses == held.addresses
+    membership.receive(Put(replace(anew, assignment=given), _at(14)), 4.0)
+    assert membership.snapshot().own == replace(anew, assignment=given)

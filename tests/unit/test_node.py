@@ -1,0 +1,429 @@
+"""The agent of a Kubernetes Node over a memory registry: what it serves, as whom, and when it leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from ipaddress import IPv4Interface, ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scope_agent import node as shell
+from scope_agent.inputs import DiskState
+from scope_agent.node import KubeModule, NodeAgent, NodeConfig
+from scope_agent.run import RemovedFromMesh
+from scope_agent.state import Enrolment, StateDir, make_identity
+
+from scope.model import (
+    Assignment,
+    ConfigError,
+    Kind,
+    Meta,
+    Peer,
+    PeerReport,
+    PeerSpec,
+    PublicKey,
+    Revision,
+    Snapshot,
+    Tombstone,
+)
+from scope.registry.memory import MemoryRegistry
+from scope.registry.port import Listed
+from tests.unit.registry_conformance import created
+
+TOMBSTONE = Tombstone("mesh", "peer", PublicKey(bytes(32)), PublicKey(bytes(32)), bytes(64))
+
+
+class Cluster(MemoryRegistry):
+    """A memory registry in an API server's place; `offset` moves its revisions, as a restore does."""
+
+    def __init__(self) -> None:
+        numbers = itertools.count(1)
+        clock = itertools.count(1)
+        super().__init__(
+            "cluster",
+            wall=lambda: float(next(clock)),
+            now=lambda: 0.0,
+            new_uid=lambda: f"uid-{next(numbers)}",
+            new_signal=asyncio.Event,
+        )
+        self.offset = 0
+        self.lists = 0
+
+    async def list(self, kind: Kind) -> Listed:
+        self.lists += 1
+        listed = await super().list(kind)
+        return replace(listed, revision=replace(listed.revision, number=listed.revision.number + self.offset))
+
+    def watch(self, kind: Kind, since: Revision) -> Any:
+        return super().watch(kind, replace(since, number=since.number - self.offset))
+
+    async def close(self) -> None:
+        """End every watch."""
+        self.close_watches()
+
+
+class FakeRunner:
+    """Runs until it is cancelled, or fails as it is told."""
+
+    running: dict[str, Enrolment]
+    failures: list[ConfigError]
+
+    def __init__(self, config: Any, enrolment: Enrolment, *, connect: Callable[[], Awaitable[Any]]) -> None:
+        self.enrolment = enrolment
+        self.connect = connect
+
+    async def run(self) -> None:
+        if self.failures:
+            raise self.failures.pop(0)
+        self.running[self.enrolment.mesh] = self.enrolment
+        try:
+            await self.connect()
+            await asyncio.Event().wait()
+        finally:
+            del self.running[self.enrolment.mesh]
+
+
+class FakeDevice:
+    deleted: list[str]
+
+    def __init__(self, name: str, **_: object) -> None:
+        self.name = name
+
+    async def delete(self) -> None:
+        self.deleted.append(self.name)
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.fixture(autouse=True)
+def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runners and devices that are none, and times that a test can wait out."""
+    FakeRunner.running, FakeRunner.failures, FakeDevice.deleted = {}, [], []
+    monkeypatch.setattr(shell, "Runner", FakeRunner)
+    monkeypatch.setattr(shell, "choose_device", FakeDevice)
+    monkeypatch.setattr(shell, "SECOND_LIST_AFTER", 0.05)
+    monkeypatch.setattr(shell, "RETRY", 0.02)
+    monkeypatch.setattr(shell, "RESTART", 0.02)
+
+
+class World:
+    """One Node's agent, running, and the registry that it follows."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.registry = Cluster()
+
+    def state(self, mesh: str) -> StateDir:
+        """What the agent keeps of a mesh."""
+        return StateDir(mesh, self.root / "state")
+
+    async def peer(self, mesh: str, *, node: str = "n1", cluster: str = "here") -> Peer:
+        """What an operator makes."""
+        spec = PeerSpec(mesh=mesh, cluster=cluster, node_name=node, node_uid=f"uid-of-{node}")
+        return await created(self.registry, Peer(Meta(f"{mesh}.{cluster}.{node}"), spec))
+
+    async def assign(self, peer: Peer, assignment: Assignment) -> None:
+        """What an operator writes."""
+        await self.registry.update_status(Kind.PEER, peer.meta.name, assignment, uid=peer.meta.uid)
+
+    async def report_of(self, name: str) -> PeerReport:
+        """What the agent published."""
+        peer = await self.registry.get(Kind.PEER, name)
+        assert isinstance(peer, Peer)
+        assert peer.report is not None
+        return peer.report
+
+    def enrol(self, mesh: str, *, url: str = "", held: str = "") -> Enrolment:
+        """Leave a machine's state as an earlier agent did."""
+        enrolment = Enrolment(
+            mesh=mesh,
+            device="scope0",
+            identity=make_identity(bytes),
+            url=url,
+            pin=None,
+            registry_id="",
+            registry_key=None,
+            peer_name=f"{mesh}.here.n1",
+            peer_uid="uid-before",
+        )
+        state = self.state(mesh)
+        state.prepare()
+        state.save_enrolment(enrolment)
+        if held:
+            own = Peer(
+                Meta(enrolment.peer_name),
+                PeerSpec(mesh),
+                PeerReport(enrolment.identity.public),
+                Assignment((IPv4Interface(held),)),
+            )
+            state.save(DiskState(Snapshot(own=own), listen_port=20000))
+        return enrolment
+
+    def new_agent(self) -> NodeAgent:
+        """Its agent."""
+        config = NodeConfig(
+            node="n1",
+            cluster="here",
+            namespace="scope-system",
+            state_root=self.root / "state",
+            run_dir=self.root / "run",
+            api_server="https://192.0.2.1",
+            service_account=self.root,
+        )
+        return NodeAgent(config)
+
+    @asynccontextmanager
+    async def agent(self) -> AsyncIterator[NodeAgent]:
+        """Its agent, from start to stop."""
+        agent = self.new_agent()
+        running = asyncio.ensure_future(agent.run())
+        try:
+            yield agent
+        finally:
+            agent.stop()
+            await running
+
+
+def stands_for(value: object) -> Callable[..., Any]:
+    """What makes `value`, whatever it is asked for."""
+    return lambda *_, **__: value
+
+
+def on(root: Path, monkeypatch: pytest.MonkeyPatch, body: Callable[[World], Awaitable[None]]) -> None:
+    """Run `body` in a world of its own."""
+    world = World(root)
+    module = KubeModule(
+        in_cluster=stands_for(None),
+        KubeClient=stands_for(world.registry),
+        Leases=stands_for(None),
+        KubeRegistry=stands_for(world.registry),
+    )
+    monkeypatch.setattr(shell, "_import_kube", lambda: module)
+
+    async def run() -> None:
+        async with asyncio.timeout(10):
+            await body(world)
+
+    asyncio.run(run())
+
+
+async def until(done: Callable[[], bool]) -> None:
+    """Return once it is so."""
+    while not done():  # noqa: ASYNC110 - files and fakes have no event
+        await asyncio.sleep(0.002)
+
+
+def test_a_node_serves_each_mesh_that_has_a_peer_for_it_with_keys_and_a_device_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(world: World) -> None:
+        await world.peer("home")
+        async with world.agent():
+            await until(lambda: "home" in FakeRunner.running)
+            await world.peer("work")
+            await until(lambda: "work" in FakeRunner.running)
+            home, work = FakeRunner.running["home"], FakeRunner.running["work"]
+            assert [home.device, work.device] == ["scope0", "scope1"]
+            assert home.identity.public != work.identity.public
+            assert (await world.report_of("home.here.n1")).keys == home.identity.public
+            assert (await world.report_of("work.here.n1")).keys == work.identity.public
+            assert world.state("home").load_enrolment() == home
+        assert FakeRunner.running == {}
+
+    on(tmp_path, monkeypatch, body)
+
+
+def test_a_node_of_the_same_name_in_another_cluster_is_another_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(world: World) -> None:
+        other = await world.peer("home", cluster="there")
+        async with world.agent():
+            await world.peer("work")
+            await until(lambda: "work" in FakeRunner.running)
+            assert set(FakeRunner.running) == {"work"}
+            stored = await world.registry.get(Kind.PEER, other.meta.name)
+            assert isinstance(stored, Peer)
+            assert stored.report is None
+
+    on(tmp_path, monkeypatch, body)
+
+
+def test_a_mesh_on_disk_is_served_before_the_registry_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(world: World) -> None:
+        enrolment = world.enrol("home")
+        gate = asyncio.Event()
+        heard = world.registry.list
+
+        async def unheard(kind: Kind) -> Listed:
+            await gate.wait()
+            return await heard(kind)
+
+        monkeypatch.setattr(world.registry, "list", unheard)
+        async with world.agent():
+            await until(lambda: "home" in FakeRunner.running)
+            assert FakeRunner.running["home"] == enrolment
+            gate.set()
+
+    on(tmp_path, monkeypatch, body)
+
+
+def test_a_peer_that_was_made_anew_gets_the_keys_and_addresses_that_are_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(world: World) -> None:
+        before = world.enrol("home", held="10.9.0.7/16")
+        peer = await world.peer("home")
+        async with world.agent():
+            await until(lambda: world.state("home").load_enrolment().peer_uid == peer.meta.uid)
+            report = await world.report_of(peer.meta.name)
+            assert report.keys == before.identity.public
+            assert report.held_addresses == (ip_address("10.9.0.7"),)
+
+    on(tmp_path, monkeypatch, body)
+
+
+def test_a_mesh_is_left_when_two_lists_lack_its_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(world: World) -> None:
+        home = await world.peer("home")
+        await world.peer("work")
+        async with world.agent():
+            await until(lambda: len(FakeRunner.running) == 2)
+            await world.registry.delete(Kind.PEER, home.meta.name, uid=home.meta.uid)
+            await until(lambda: not world.state("home").is_enrolled())
+            assert len(FakeDevice.deleted) == 1
+            assert set(FakeRunner.running) == {"work"}
+            assert not world.state("home").path.exists()
+
+    on(tmp_path, monkeypatch, body)
+
+
+def test_a_peer_that_comes_back_in_time_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(world: World) -> None:
+        home = await world.peer("home")
+        async with world.agent():
+            await until(lambda: "home" in FakeRunner.running)
+            enrolment = FakeRunner.running["home"]
+            await world.registry.delete(Kind.PEER, home.meta.name, uid=home.meta.uid)
+            again = await world.peer("home")
+            await until(lambda: world.state("home").load_enrolment().peer_uid == again.meta.uid)
+            lists = world.registry.lists
+            await asyncio.sleep(0.2)
+            assert world.registry.lists == lists
+            assert FakeRunner.running["home"] == enrolment
+            assert (await world.report_of(again.meta.name)).keys == enrolment.identity.public
+
+    on(tmp_path, monkeypatch, body)
+
+
+def test_a_mesh_is_not_left_for_what_a_restored_registry_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(world: World) -> None:
+        home = await world.peer("home")
+        world.registry.offset = 1000
+        async with world.agent():
+            await until(lambda: "home" in FakeRunner.running)
+            world.registry.offset = 0
+            await world.registry.delete(Kind.PEER, home.meta.name, uid=home.meta.uid)
+            lists = world.registry.lists
+            await until(lambda: world.registry.lists > lists + 5)
+            assert "home" in FakeRunner.running
+            assert world.state("home").is_enrolled()
+
+    on(tmp_path, monkeypatch, body)
+
+
+def test_a_mesh_that_no_list_since_the_start_held_is_not_left_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(world: World) -> None:
+        world.enrol("home")
+        async with world.agent():
+            await until(lambda: world.registry.lists > 5)
+            assert "home" in FakeRunner.running
+            assert world.state("home").is_enrolled()
+
+    on(tmp_path, monkeypatch, body)
+
+
+def test_a_peer_that_was_removed_is_left_and_a_new_one_gets_new_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(world: World) -> None:
+        home = await world.peer("home")
+        async with world.agent():
+            await until(lambda: "home" in FakeRunner.running)
+            before = FakeRunner.running["home"].identity.public
+            await world.assign(home, Assignment(tombstone=TOMBSTONE))
+            await until(lambda: not world.state("home").is_enrolled())
+            removed = await world.registry.get(Kind.PEER, home.meta.name)
+            await world.registry.delete(Kind.PEER, home.meta.name, uid=removed.meta.uid)
+            again = await world.peer("home")
+            await until(lambda: "home" in FakeRunner.running)
+            assert (await world.report_of(again.meta.name)).keys != before
+
+    on(tmp_path, monkeypatch, body)
+
+
+def test_a_runner_that_stops_is_started_again_unless_its_peer_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(world: World) -> None:
+        FakeRunner.failures = [ConfigError("the disk is full")]
+        await world.peer("home")
+        async with world.agent():
+            await until(lambda: "home" in FakeRunner.running)
+        FakeRunner.failures = [RemovedFromMesh("removed")]
+        async with world.agent():
+            await until(lambda: not FakeRunner.failures)
+            await asyncio.sleep(0.1)
+            assert FakeRunner.running == {}
+
+    on(tmp_path, monkeypatch, body)
+
+
+def test_a_mesh_that_was_joined_through_a_gateway_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def body(world: World) -> None:
+        before = world.enrol("home", url="https://192.0.2.9:7443")
+        peer = await world.peer("home")
+        async with world.agent():
+            await until(lambda: "makes room for the Node's own peer" in caplog.text)
+            assert world.state("home").load_enrolment() == before
+            stored = await world.registry.get(Kind.PEER, peer.meta.name)
+            assert isinstance(stored, Peer)
+            assert stored.report is None
+
+    on(tmp_path, monkeypatch, body)
+
+
+def test_what_a_person_must_mend_ends_the_agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> Any:
+        raise ConfigError("KUBERNETES_SERVICE_HOST is not set")
+
+    async def body(world: World) -> None:
+        module = shell._import_kube()
+        monkeypatch.setattr(shell, "_import_kube", lambda: replace(module, in_cluster=refuse))
+        with pytest.raises(ConfigError, match="KUBERNETES_SERVICE_HOST"):
+            await world.new_agent().run()
+
+    on(tmp_path, monkeypatch, body)
+
+
+def test_importing_the_agent_of_a_node_loads_no_client() -> None:
+    late = ["aiohttp", "kubernetes", "prometheus_client", "scope.registry.http"]
+    code = f"import sys, scope_agent.node; print([name for name in {late!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
