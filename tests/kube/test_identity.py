@@ -5,22 +5,46 @@ The tokens are bound to a Node, as the kubelet's are; the rights and policies ar
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import re
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import scope_agent.__main__ as agent_program
 import yaml
 from kubelab import APPLY, MERGE, ApiError, ControlPlane
+from scope_operator.kube import __main__ as operator_program
+from scope_operator.kube.cluster import list_nodes
 
 from scope import resources
-from scope.model import Candidate, CandidateKind, Endpoint, PeerKeys, PeerReport, PublicKey
+from scope.model import (
+    Assignment,
+    Candidate,
+    CandidateKind,
+    Endpoint,
+    JoinToken,
+    Kind,
+    Mesh,
+    MeshStatus,
+    Meta,
+    Peer,
+    PeerKeys,
+    PeerReport,
+    PublicKey,
+    Role,
+    TokenSpec,
+)
+from scope.registry.kube.access import from_kubeconfig
+from scope.registry.kube.client import KubeClient
+from scope.registry.kube.registry import KubeRegistry
+from scope.registry.port import Put
 from scope.resources import parse_peer
 from tests import resource_corpus as corpus
 
@@ -143,9 +167,9 @@ async def _apply(plane: ControlPlane) -> None:
     await plane.request("DELETE", f"{PEERS}/probe")
 
 
-async def _remove(plane: ControlPlane) -> None:
-    """Everything of the manifests but the namespace, which nothing would empty here."""
-    for path in sorted(MANIFESTS.glob("[1-4]*.yaml"), reverse=True):
+async def _remove(plane: ControlPlane, which: str = "[1-4]*.yaml") -> None:
+    """What the manifests made, but the namespace, which nothing would empty here."""
+    for path in sorted(MANIFESTS.glob(which), reverse=True):
         await plane.kubectl("delete", "--ignore-not-found", "--wait=false", "-f", str(path))
 
 
@@ -419,3 +443,126 @@ def test_the_operators_writes_are_nobodys_policy(cluster: Cluster) -> None:
         return await cluster.plane.request("PATCH", path, body, content_type=APPLY, token=token)
 
     assert parse_peer(asyncio.run(write())).assignment.role == "Hub"
+
+
+# --- the adapters work with these rights, and need no more -------------------------------------------------
+
+
+async def _registry(cluster: Cluster, stack: AsyncExitStack, *, token: str) -> KubeRegistry:
+    access = await from_kubeconfig(cluster.plane.kubeconfig(token=token))
+    client = await stack.enter_async_context(KubeClient(access))
+    return KubeRegistry(client, namespace=NAMESPACE)
+
+
+def test_an_agents_adapter_does_its_work_with_its_rights(cluster: Cluster) -> None:
+    async def work() -> None:
+        async with AsyncExitStack() as stack:
+            registry = await _registry(cluster, stack, token=await cluster.token("n1"))
+            await registry.list(Kind.MESH)
+            listed = await registry.list(Kind.PEER)
+            [peer] = listed.resources
+            name, uid = peer.meta.name, peer.meta.uid
+            await registry.update_status(Kind.PEER, name, REPORT, uid=uid)
+            await registry.heartbeat(name)
+            changes = registry.watch(Kind.PEER, listed.revision)
+            assert isinstance(changes, AsyncGenerator)
+            change = await anext(await stack.enter_async_context(aclosing(changes)))
+            assert isinstance(change, Put) and isinstance(change.resource, Peer)
+            assert change.resource.report == REPORT
+
+    asyncio.run(work())
+
+
+def test_the_operators_adapter_does_its_work_with_its_rights(cluster: Cluster) -> None:
+    async def work() -> None:
+        async with AsyncExitStack() as stack:
+            token = await cluster.plane.token("scope-operator", namespace=NAMESPACE)
+            registry = await _registry(cluster, stack, token=token)
+            mesh = await registry.create(resources.parse_mesh(corpus.mesh()))
+            assert isinstance(mesh, Mesh)
+            wider = replace(mesh.spec, listen_port=51820)
+            await registry.update(replace(mesh, spec=wider), if_revision=mesh.meta.revision)
+            await registry.update_status(
+                Kind.MESH, "home", MeshStatus(observed_generation=2), uid=mesh.meta.uid
+            )
+            peer = await registry.create(parse_peer(corpus.peer(**corpus.NODE)))
+            assert isinstance(peer, Peer)
+            name, uid = peer.meta.name, peer.meta.uid
+            await registry.update_status(Kind.PEER, name, Assignment(role=Role.HUB), uid=uid)
+            await registry.heartbeat(name)
+            secret = JoinToken(Meta("abc"), TokenSpec(mesh="home", secret_hash=bytes(32), expires=2.0**31))
+            made = await registry.create(secret)
+            assert isinstance(made, JoinToken)
+            await registry.update(replace(made, spec=replace(made.spec, used_by=("m",))))
+            for kind in Kind:
+                await registry.list(kind)
+            await registry.delete(Kind.TOKEN, "abc", uid=made.meta.uid)
+            await registry.delete(Kind.PEER, name, uid=uid)
+            await registry.delete(Kind.MESH, "home", uid=mesh.meta.uid)
+            client = await stack.enter_async_context(
+                KubeClient(await from_kubeconfig(cluster.plane.kubeconfig(token=token)))
+            )
+            assert {node.name for node in (await list_nodes(client, asked_at=0.0, after=0)).nodes} == {
+                "n1",
+                "n2",
+            }
+
+    asyncio.run(work())
+
+
+def test_no_right_is_a_wildcard() -> None:
+    documents = [each for path in MANIFESTS.glob("*.yaml") for each in yaml.safe_load_all(path.read_text())]
+    roles = [each for each in documents if each["kind"] in ("Role", "ClusterRole")]
+    assert len(roles) == 5
+    for rule in (rule for role in roles for rule in role["rules"]):
+        assert not any("*" in value for values in rule.values() for value in values), rule
+
+
+def test_what_runs_is_taken_by_the_api_server(cluster: Cluster) -> None:
+    """The pods too: a namespace of a stricter level would refuse the agent's."""
+
+    async def create() -> dict[str, Any]:
+        await cluster.plane.apply(*sorted(MANIFESTS.glob("5*.yaml")))
+        apps = f"/apis/apps/v1/namespaces/{NAMESPACE}"
+        agent = await cluster.plane.request("GET", f"{apps}/daemonsets/scope-agent")
+        operator = await cluster.plane.request("GET", f"{apps}/deployments/scope-operator")
+        for made in (agent, operator):
+            template = made["spec"]["template"]
+            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "probe"}, "spec": template["spec"]}
+            await cluster.plane.request("POST", f"/api/v1/namespaces/{NAMESPACE}/pods?dryRun=All", pod)
+        return {"agent": agent, "operator": operator}
+
+    try:
+        made = asyncio.run(create())
+    finally:
+        for path in sorted(MANIFESTS.glob("5*.yaml")):
+            asyncio.run(
+                cluster.plane.kubectl("delete", "--wait=false", "--ignore-not-found", "-f", str(path))
+            )
+    assert made["operator"]["spec"]["replicas"] == 2
+    [agent] = made["agent"]["spec"]["template"]["spec"]["containers"]
+    assert agent["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["NET_ADMIN", "NET_RAW"]}
+    assert not agent["securityContext"].get("privileged")
+
+
+@pytest.mark.parametrize(
+    ("manifest", "main"), [("50-operator.yaml", operator_program.main), ("51-agent.yaml", agent_program.main)]
+)
+def test_the_programs_understand_what_the_manifests_tell_them(
+    monkeypatch: pytest.MonkeyPatch, manifest: str, main: Callable[[list[str]], object]
+) -> None:
+    class Understood(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+        parse(parser, arguments)
+        raise Understood
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    [workload, *_] = yaml.safe_load_all((MANIFESTS / manifest).read_text())
+    [container] = workload["spec"]["template"]["spec"]["containers"]
+    assert container["command"] in (["scope-operator"], ["scope-agent"])
+    with pytest.raises(Understood):
+        main([argument.replace("$(SCOPE_CLUSTER)", "fra") for argument in container["args"]])
