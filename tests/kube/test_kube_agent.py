@@ -27,42 +27,15 @@ from scope.registry.kube.objects import OPERATOR, status_patch
 
 pytestmark = pytest.mark.timeout(300)
 
-CRDS = Path(__file__).parents[2] / "crds"
+ROOT = Path(__file__).parents[2]
 NAMESPACE = "scope-system"
-CLUSTER = "here"
+CLUSTER = "default"  # as 10-cluster.yaml has it
 API = "/apis/scope.ltgc.cc/v1alpha1"
 PEERS, MESHES = f"{API}/scopepeers", f"{API}/scopemeshes"
 LEASES = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
-ACCOUNTS = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts"
 
-# What an agent may do, and nothing else: whose ScopePeer it may do it to is for an admission policy.
-RIGHTS = f"""
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRole
-metadata: {{name: scope-agent}}
-rules:
-  - {{apiGroups: [scope.ltgc.cc], resources: [scopemeshes, scopepeers], verbs: [get, list, watch]}}
-  - {{apiGroups: [scope.ltgc.cc], resources: [scopepeers/status], verbs: [patch]}}
-  - {{apiGroups: [""], resources: [namespaces], resourceNames: [kube-system], verbs: [get]}}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: ClusterRoleBinding
-metadata: {{name: scope-agent}}
-roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: scope-agent}}
-subjects: [{{kind: ServiceAccount, name: scope-agent, namespace: {NAMESPACE}}}]
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: Role
-metadata: {{name: scope-agent, namespace: {NAMESPACE}}}
-rules:
-  - {{apiGroups: [coordination.k8s.io], resources: [leases], verbs: [create, patch]}}
----
-apiVersion: rbac.authorization.k8s.io/v1
-kind: RoleBinding
-metadata: {{name: scope-agent, namespace: {NAMESPACE}}}
-roleRef: {{apiGroup: rbac.authorization.k8s.io, kind: Role, name: scope-agent}}
-subjects: [{{kind: ServiceAccount, name: scope-agent, namespace: {NAMESPACE}}}]
-"""
+# Who agents are, what they may do, and to whose objects: as users install it.
+MANIFESTS = ("00-namespace", "10-cluster", "20-accounts", "31-agent-rights", "40-policies")
 
 
 class NodeMember(Member):
@@ -273,12 +246,9 @@ def cluster() -> Iterator[Cluster]:
 
 
 async def start(plane: ControlPlane) -> None:
-    """The definitions, the namespace, and who agents are."""
+    """What a user applies, but for the programs themselves."""
     await plane.start()
-    await plane.apply(CRDS)
-    await plane.kubectl("create", "namespace", NAMESPACE)
-    await plane.kubectl("create", "serviceaccount", "scope-agent", "-n", NAMESPACE)
-    await plane.apply(RIGHTS)
+    await plane.apply(ROOT / "crds", *(ROOT / "charts/manifests" / f"{name}.yaml" for name in MANIFESTS))
 
 
 async def make_node(plane: ControlPlane, name: str) -> str:
