@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 from lab.nat import Nat
+from scope_agent.paths.pair import NOWHERE
 
 from scope.model import Mapping
 from tests.sim.world import World
@@ -84,3 +85,22 @@ def test_a_mapping_stays_endpoint_independent_where_a_port_was_moved_for_one_pee
     assert behind.agent is not None
     endpoint = behind.agent.paths(world.now)
     assert endpoint.mapping is Mapping.ENDPOINT_INDEPENDENT
+
+
+def test_an_agent_that_restarts_while_its_pair_rests_still_knows_the_last_good_endpoint() -> None:
+    world = World(3)
+    a, b = world.peer(OPEN), world.peer(OPEN)
+    world.until(partial(world.is_direct, a, b), within=3.0)
+    world.run(3.0)
+    good = a.endpoint_of(b)
+    for link in world.network.link(a.site, b.site):
+        link.cut = True
+    a.stream(b, rate=5.0, seconds=90.0)
+    world.run(75.0)
+    assert a.endpoint_of(b) == NOWHERE
+    a.restart()
+    for link in world.network.link(a.site, b.site):
+        link.cut = False
+    world.run(5.0)
+    assert a.disk.last_good[b.key] == good
+    world.until(partial(world.is_direct, a, b), within=75.0)

@@ -237,7 +237,8 @@ class Paths:
     def adopt(self, key: PublicKey, endpoint: Endpoint, *, session: bool, now: float) -> None:
         """The device already reaches the peer at `endpoint`."""
         pair = self._pairs.get(key)
-        if pair is not None:
+        # A pair that rests has its device send nowhere; an agent that starts then goes by what the disk says.
+        if pair is not None and self._refusal(endpoint) is None:
             pair.adopt(endpoint, session=session, now=now)
             self._touch(key, now)
 
