@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Checks style, types, import contracts, and that uv.lock fits pyproject.toml. Runs all of them, then fails if one did.
+# Checks style, types, import contracts, that uv.lock fits pyproject.toml, and docs/crds.md the CRDs. Runs all of
+# them, then fails if one did.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 hack/setup.sh lint || exit
@@ -19,6 +20,7 @@ check 'ruff format' ruff format --check
 check 'mypy' mypy
 check 'import contracts' env PYTHONPATH=hack lint-imports --no-logo
 check 'uv.lock fits pyproject.toml' lock
+check 'docs/crds.md fits crds/' python hack/crd_docs.py --check
 
 if ((${#failed[@]})); then
     printf 'lint: failed: %s\n' "$(printf '%s; ' "${failed[@]}" | sed 's/; $//')" >&2
