@@ -14,13 +14,14 @@ from collections.abc import Iterator, Sequence
 from lab import Nat
 from meshlab import Flow, Member, Pinger
 
-from bench.agents import POLL_S, REST_S, SAVED_S, BenchError, World, reboot, world
+from bench.agents import POLL_S, REST_S, BenchError, World, reboot, world
 from bench.result import Benchmark, Sample, Target
 
 SITES, MACHINES = 20, 5
 JOINING_AT_ONCE = 4  # while the mesh is built: more would only wait for each other
 FORMING_S = 300.0  # for the mesh to form before anything is measured
 PATIENCE_S = 180.0
+SAVED_S = 8.0  # an agent of a hundred writes what it learned to disk within five seconds
 LOOK_S = 1.0  # between two questions to a hundred agents, each of which answers about a hundred
 NEWCOMER_PING_S = 0.1  # ninety-nine flows of pings
 SWEEP_S = 1.0  # between two pings of a flow while every pair is tried
