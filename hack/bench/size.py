@@ -122,8 +122,8 @@ def _stand_in(number: int, address: IPv4Address) -> Peer:
     return Peer(
         Meta(f"stand-in-{number}", uid=f"uid-{number}"),
         PeerSpec(MESH),
-        # Without a NAT, for nobody calls the agent on their behalf; and not known to be online, or a few would
-        # be asked as reflectors too.
+        # Without a NAT, for nobody calls the agent on their behalf; and not known to be online, or a few
+        # would be asked as reflectors too.
         PeerReport(keys=stand_in_identity(number).public, endpoints=(endpoint,), mapping=Mapping.NONE),
         Assignment(addresses=(IPv4Interface(f"{PREFIX[2 + number]}/{PREFIX.prefixlen}"),)),
     )
