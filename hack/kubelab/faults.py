@@ -60,7 +60,8 @@ class FaultProxy:
         self.plane = plane
         self.affects = ""
         self.delay_s = 0.0  # before each request is passed on
-        self.requests = 0  # that came in so far, watches included
+        self.requests = 0  # that came in so far and are concerned, watches included
+        self.truncated = 0  # lists that lost something so far
         self.url = ""
         self._watches: set[_Watch] = set()
         self._status: int | None = None
@@ -144,8 +145,8 @@ class FaultProxy:
         self._dropped_items, self._loses_pages = 0, False
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
-        self.requests += 1
         concerned = self.affects in request.path
+        self.requests += concerned
         if concerned and self.delay_s:
             await asyncio.sleep(self.delay_s)
         if concerned and (status := self._error_due()) is not None:
@@ -208,9 +209,13 @@ class FaultProxy:
         while True:
             reading = asyncio.ensure_future(response.content.readany())
             waited: set[asyncio.Future[Any]] = {reading, watch.ending}
-            await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            try:
+                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                if watch.ending.done() or not reading.done():
+                    reading.cancel()
+                    await asyncio.gather(reading, return_exceptions=True)
             if watch.ending.done():
-                reading.cancel()
                 return
             try:
                 chunk = reading.result()
@@ -260,12 +265,13 @@ class FaultProxy:
         document: Any = json.loads(body)
         if not isinstance(document, dict) or not isinstance(document.get("items"), list):
             return body
-        metadata = document.setdefault("metadata", {})
-        if self._loses_pages:
-            metadata.pop("continue", None)
+        items, metadata = document["items"], document.setdefault("metadata", {})
+        if self._loses_pages and metadata.pop("continue", ""):
             metadata.pop("remainingItemCount", None)
-        if self._dropped_items and "continue" not in metadata:
-            del document["items"][-self._dropped_items :]
+            self.truncated += 1
+        if self._dropped_items and items and not metadata.get("continue"):
+            del items[-self._dropped_items :]
+            self.truncated += 1
         return json.dumps(document).encode()
 
 
