@@ -258,7 +258,7 @@ class NodeAgent:
             await self._end_run(served)
         if served.run is None:
             served.name = enrolment.peer_name
-            served.run = asyncio.ensure_future(self._run_mesh(mesh))
+            served.run = asyncio.ensure_future(self._run_mesh(mesh, served))
             served.run.add_done_callback(self._note_end)
 
     async def _adopt(self, state: StateDir, enrolment: Enrolment | None, peer: Peer) -> Enrolment:
@@ -288,14 +288,14 @@ class NodeAgent:
             state.save_enrolment(adopted)
         return adopted
 
-    async def _run_mesh(self, mesh: str) -> None:
+    async def _run_mesh(self, mesh: str, served: _Served) -> None:
         """Run the mesh's Runner, again and again when something ends it that a person must mend."""
         state, config = self._state(mesh), self._config
         ours = RunConfig(state=state, run_dir=config.run_dir, only=config.only, fwmark=config.fwmark)
 
         async def connect() -> AgentRegistry:
             self._asked.set()
-            return await self._registry(mesh=mesh)
+            return await self._registry(mesh=mesh, own=served.name)
 
         while True:
             try:
@@ -349,13 +349,15 @@ class NodeAgent:
 
     # --- the API server -----------------------------------------------------------------------------------
 
-    async def _registry(self, *, mesh: str | None = None, node: str | None = None) -> KubeRegistry:
+    async def _registry(
+        self, *, mesh: str | None = None, own: str | None = None, node: str | None = None
+    ) -> KubeRegistry:
         """The registry as one mesh, or the Node, needs it; all share one client. Raises ConfigError."""
         if self._opening is None:
             self._opening = asyncio.ensure_future(self._open())
         kube, client, leases = await asyncio.shield(self._opening)
         return kube.KubeRegistry(
-            client, namespace=self._config.namespace, mesh=mesh, node=node, leases=leases
+            client, namespace=self._config.namespace, mesh=mesh, own=own, node=node, leases=leases
         )
 
     async def _open(self) -> tuple[KubeModule, KubeClient, Leases]:

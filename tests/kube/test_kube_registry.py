@@ -18,9 +18,11 @@ from scope.model import (
     Assignment,
     Family,
     Kind,
+    Link,
     Mesh,
     MeshStatus,
     Meta,
+    PathKind,
     Peer,
     PeerSpec,
     Revision,
@@ -222,6 +224,37 @@ def test_lists_of_one_node_hold_its_peers_in_every_mesh(control_plane: ControlPl
         await created(registry, bare(1))
         async with opened(control_plane, node="n1") as scoped:
             assert set((await scoped.list(Kind.PEER)).resources) == set(ours)
+
+    on(control_plane, body)
+
+
+def test_an_agent_is_told_of_others_what_it_acts_on_and_of_itself_everything(
+    control_plane: ControlPlane,
+) -> None:
+    async def body(registry: KubeRegistry) -> None:
+        await created(registry, MESH)
+        own, other = [await created(registry, peer(seed)) for seed in (1, 2)]
+        link = Link(own.meta.name, PathKind.DIRECT, latency=0.01)
+        talkative = replace(report(2, port=9), links=(link,), direct=1)
+        await registry.update_status(Kind.PEER, other.meta.name, talkative, uid=other.meta.uid)
+        async with opened(control_plane, mesh="home", own=own.meta.name) as scoped:
+            listed = await scoped.list(Kind.PEER)
+            told = {member.meta.name: member for member in listed.resources}
+            assert told[own.meta.name] == own
+            theirs = told[other.meta.name]
+            assert isinstance(theirs, Peer)
+            assert theirs.report == report(2, port=9)
+            slower = replace(talkative, links=(replace(link, latency=0.02),))
+            await registry.update_status(Kind.PEER, other.meta.name, slower, uid=other.meta.uid)
+            about_us = replace(report(1, port=9), links=(replace(link, peer=other.meta.name),))
+            await registry.update_status(Kind.PEER, own.meta.name, about_us, uid=own.meta.uid)
+            moved = replace(slower, endpoints=report(2, port=10).endpoints)
+            await registry.update_status(Kind.PEER, other.meta.name, moved, uid=other.meta.uid)
+            facts = [resource_of(fact) for fact in await watched(scoped, listed.revision, count=2)]
+            assert [(fact.meta.name, fact.report) for fact in facts if isinstance(fact, Peer)] == [
+                (own.meta.name, about_us),
+                (other.meta.name, report(2, port=10)),
+            ]
 
     on(control_plane, body)
 

@@ -45,7 +45,6 @@ from scope_agent.inputs import (
 )
 from scope_agent.state import make_identity
 from scope_agent.wireguard.device import HoldEndpoint
-from scope_operator.gateway.projection import is_told, projected
 from scope_operator.gateway.reflector import HEARD_SECONDS
 
 from scope.channel import Channel, Confirmed, Hello, NotACorrespondent, Received
@@ -75,6 +74,7 @@ from scope.model import (
     Tombstone,
     kind_of,
 )
+from scope.projection import is_told, projected
 from scope.registry.memory import Create, Delete, Store, Update, UpdateStatus
 from scope.registry.port import Deleted, Disconnected, Put, RegistryError
 from scope.tombstones import sign_tombstone

@@ -11,7 +11,6 @@ from ipaddress import ip_interface
 
 import aiohttp
 from scope_operator.gateway.limits import Limits
-from scope_operator.gateway.projection import is_told, projected
 
 from scope.credentials import authorization
 from scope.model import (
@@ -31,6 +30,7 @@ from scope.model import (
     PeerSpec,
     Revision,
 )
+from scope.projection import is_told, projected
 from scope.registry.http import BOOKMARK, HttpRegistry
 from scope.registry.port import Put
 from tests.unit.gateway_fixture import ADMIN, REGISTRY, Running, credential_of, enrolled, gateway, keys_of

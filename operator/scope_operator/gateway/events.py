@@ -18,10 +18,10 @@ from dataclasses import dataclass
 
 from scope.credentials import base64url
 from scope.model import Kind, Mesh, Peer, PublicKey, kind_of
+from scope.projection import is_told, projected
 from scope.registry.http import BOOKMARK, COURIER
 from scope.registry.port import Deleted, Put
 from scope.resources import to_dict
-from scope_operator.gateway.projection import is_told, projected
 
 PEER_JOIN = "cc.ltgc.scope:peerJoin"
 PEER_CONN = "cc.ltgc.scope:peerConn"

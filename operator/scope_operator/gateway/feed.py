@@ -3,8 +3,8 @@
 One feed follows the registry for all streams: it lists, watches both kinds, turns each change into one
 event (the type needs the state before, which the feed keeps) and holds the newest in memory. A stream is a
 cursor into them, so a slow reader costs no memory: once what it has not read is no longer kept it is told
-to list again. An agent's stream leaves out what agents do not act on (`projection`), and says at times how
-far it is. Each stream besides has a short queue of sealed datagrams that the courier brings.
+to list again. An agent's stream leaves out what agents do not act on (`scope.projection`), and says at times
+how far it is. Each stream besides has a short queue of sealed datagrams that the courier brings.
 
 In-process registries wake both watches in one pass of the event loop, and the feed takes all that has arrived
 before it appends, in the order of revisions: a reader may resume from the last revision that it saw.

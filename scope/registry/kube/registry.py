@@ -18,10 +18,12 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from scope.model import (
     Assignment,
+    JoinToken,
     Kind,
     Mesh,
     MeshStatus,
@@ -32,6 +34,7 @@ from scope.model import (
     StatusPart,
     kind_of,
 )
+from scope.projection import projected
 from scope.registry.kube.client import APPLY, WATCH_SECONDS, KubeClient, Object, Silent
 from scope.registry.kube.leases import Leases
 from scope.registry.kube.objects import (
@@ -68,7 +71,9 @@ class KubeRegistry:
     """The port by way of `client`. Secrets and Leases are of `namespace`.
 
     With `mesh`, lists and watches give that ScopeMesh and its ScopePeers; with `node`, the ScopePeers of
-    Nodes of that name. `leases` is shared by the registries of one process.
+    Nodes of that name. With `own`, the name of the ScopePeer whose agent asks, they give of all others what
+    an agent acts on, and watches tell of no change in the rest. `leases` is shared by the registries of one
+    process.
     """
 
     def __init__(
@@ -78,6 +83,7 @@ class KubeRegistry:
         namespace: str,
         mesh: str | None = None,
         node: str | None = None,
+        own: str | None = None,
         registry_id: str | None = None,
         leases: Leases | None = None,
         now: Callable[[], float] = time.monotonic,
@@ -86,6 +92,8 @@ class KubeRegistry:
         self._namespace = namespace
         self._mesh = mesh
         self._node = node
+        self._own = own
+        self._told: dict[tuple[Kind, str], Resource] = {}  # what was last told, where that is not everything
         self._configured_id = registry_id
         self._id = registry_id
         self._now = now
@@ -123,11 +131,14 @@ class KubeRegistry:
                 if resource is None:
                     complete = False
                 else:
-                    found.append(resource)
+                    found.append(self._as_told(resource))
             if not token:
                 break
             query = {**query, "continue": token}
         self._seen[kind] = number
+        if self._own is not None:
+            self._told = {key: told for key, told in self._told.items() if key[0] is not kind}
+            self._told |= {(kind, told.meta.name): told for told in found}
         return Listed(kind, Revision(registry_id, number), tuple(found), complete)
 
     async def get(self, kind: Kind, name: str) -> Resource:
@@ -335,9 +346,29 @@ class KubeRegistry:
         resource = self._readable(kind, document)
         if resource is None:
             return number, None
-        fact = Deleted(resource, revision) if event.get("type") == "DELETED" else Put(resource, revision)
+        told = self._as_told(resource)
+        fact = Deleted(told, revision) if event.get("type") == "DELETED" else Put(told, revision)
         self._note(fact)
-        return number, fact
+        return number, fact if self._is_news(kind, fact) else None
+
+    def _as_told(self, resource: Resource) -> Resource:
+        if self._own in (None, resource.meta.name) or isinstance(resource, JoinToken):
+            return resource
+        return projected(resource)
+
+    def _is_news(self, kind: Kind, fact: Put | Deleted) -> bool:
+        """Whether a change is one to whoever asks."""
+        if self._own is None:
+            return True
+        if isinstance(fact, Deleted):
+            self._told.pop((kind, fact.last.meta.name), None)
+            return True
+        told = fact.resource
+        before = self._told.get((kind, told.meta.name))
+        self._told[kind, told.meta.name] = told
+        if before is None or told.meta.name == self._own:
+            return True
+        return replace(before, meta=replace(before.meta, revision=told.meta.revision)) != told
 
     def _readable(self, kind: Kind, document: Object) -> Resource | None:
         """A resource; None for one that this version cannot read, which must not hide all others."""
