@@ -15,6 +15,7 @@ from scope.registry.kube.access import SERVICE_ACCOUNT, Access, from_kubeconfig,
 from scope.registry.port import RegistryError
 from scope.resources import InvalidResource
 from scope_operator.gateway.options import add_gateway_options, certificate_of, listen_of
+from scope_operator.kube import joined
 from scope_operator.kube.lease import LeaseLost
 from scope_operator.kube.process import GatewayConfig, OperatorConfig, operate
 
@@ -30,8 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(
         level=options.log_level.upper(), format=f"{time}%(levelname)s %(message)s", stream=sys.stderr
     )
-    # kopf tells each step of each object at INFO.
-    logging.getLogger("kopf").setLevel(max(logging.WARNING, logging.getLogger().level))
+    # kopf tells each step of each object at INFO, and of signals, which are ours, at WARNING.
+    logging.getLogger("kopf").setLevel(max(logging.ERROR, logging.getLogger().level))
     try:
         asyncio.run(_operate(options))
     except (ConfigError, LeaseLost, RegistryError) as error:
@@ -71,6 +72,19 @@ def build_parser() -> argparse.ArgumentParser:
         "--metrics-port", type=int, default=METRICS_PORT, metavar="PORT", help="(default: %(default)s)"
     )
     parser.add_argument(
+        "--join-string-file",
+        type=Path,
+        metavar="FILE",
+        help="the registry is elsewhere: join it once with the join string in FILE, and keep the peers of "
+        "this cluster's Nodes there",
+    )
+    parser.add_argument(
+        "--agent-service-account",
+        default="scope-agent",
+        metavar="NAME",
+        help="of the agents, in the same namespace, for a registry elsewhere (default: %(default)s)",
+    )
+    parser.add_argument(
         "--no-gateway", action="store_true", help="serve no gateway: Nodes of this cluster alone are peers"
     )
     add_gateway_options(parser)
@@ -79,6 +93,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 async def _operate(options: argparse.Namespace) -> None:
+    if options.join_string_file is not None:
+        await joined.operate(
+            await _access(options),
+            joined.JoinedConfig(
+                cluster=options.cluster_name,
+                namespace=options.namespace,
+                join_string=options.join_string_file,
+                agents=options.agent_service_account,
+                metrics_address=options.metrics_address,
+                metrics_port=options.metrics_port,
+            ),
+        )
+        return
     await operate(
         await _access(options),
         OperatorConfig(

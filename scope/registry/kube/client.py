@@ -99,10 +99,11 @@ class KubeClient:
         query: Mapping[str, str] | None = None,
         body: Mapping[str, object] | None = None,
         content_type: str = JSON,
+        accept: str = JSON,
     ) -> Object:
         """One request and the object of its answer. Raises RegistryError."""
         data = json.dumps(body, separators=(",", ":")).encode() if body is not None else None
-        headers = {"Content-Type": content_type} if data is not None else {}
+        headers = {"Accept": accept, **({"Content-Type": content_type} if data is not None else {})}
         limits = aiohttp.ClientTimeout(total=REQUEST_SECONDS, sock_connect=CONNECT_SECONDS)
         async with self._request(method, path, query, data=data, headers=headers, limits=limits) as response:
             return await self._document(response)

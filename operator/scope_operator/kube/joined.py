@@ -1,0 +1,360 @@
+"""The operator of a cluster whose registry is elsewhere: it joins once, then keeps its Nodes' peers there.
+
+The elected replica alone speaks to the gateway. It joins with the token of a join string, once: the cluster's
+key and where it joined are kept in the Secret `scope-cluster` of its namespace, the key before the first
+question, so whatever is interrupted is asked again with the same key. A join string with another token is
+a new invitation: to a registry made anew, or after the cluster was removed.
+
+    signing      32-byte seed of the Ed25519 key that signs requests, base64
+    joined.json  {"url", "pin", "mesh", "registry", "tokenID"}, once it has joined
+
+What the tokens of the agents are known by is told at the start and looked at every hour, and Nodes are
+watched as at home. No ScopeMesh or ScopePeer is in this cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import json
+import logging
+import random
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from scope import resources
+from scope.cluster_enrolment import ClusterEnrolment, cluster_enrolment_to_dict, sign_cluster_enrolment
+from scope.credentials import ClusterCredential, base64url, read_base64url
+from scope.join import JoinString
+from scope.model import AgentTokens, Cluster, ClusterTrust, ConfigError, Secret, ServiceAccount
+from scope.registry.follow import backoff
+from scope.registry.http import HttpRegistry
+from scope.registry.kube.access import Access
+from scope.registry.kube.client import JSON, KubeClient, Object
+from scope.registry.port import NotFound, Refused, RegistryError, Unavailable
+from scope.resources import InvalidResource
+from scope_operator.gateway.joining import public_half
+from scope_operator.kube.cluster import identity, list_nodes
+from scope_operator.kube.lease import Election
+from scope_operator.kube.report import STARTING, Report, site
+from scope_operator.kube.watching import watch
+from scope_operator.plan.nodes import NodePeers, NodesListed
+from scope_operator.reconcile import ReconcileHealth, Reconciler
+
+log = logging.getLogger(__name__)
+
+SECRET = "scope-cluster"  # noqa: S105 - its name
+LEASE = "scope-operator"
+JWKS, DISCOVERY = "/openid/v1/jwks", "/.well-known/openid-configuration"
+KEYS_SECONDS = 3600.0  # between looks at the API server's keys: an old one signs for as long as a token lives
+SWEEP_SECONDS = 300.0  # between lists of everything
+REWATCH_SECONDS = 1.0
+MERGE = "application/merge-patch+json"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedConfig:
+    """What the command line said. `join_string` is a file, which may be gone once the cluster has joined."""
+
+    cluster: str
+    namespace: str
+    join_string: Path
+    agents: str  # name of their ServiceAccount, in `namespace`
+    metrics_address: str
+    metrics_port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """Where a cluster joined, and its key there."""
+
+    url: str
+    pin: bytes | None
+    mesh: str
+    registry: str
+    token_id: str
+    signing: Secret
+
+
+class JoinedOperator:
+    """One replica, in the cluster whose kube-system namespace has the UID `uid`."""
+
+    def __init__(
+        self, client: KubeClient, access: Access, config: JoinedConfig, *, uid: str, report: Report
+    ) -> None:
+        self._client = client
+        self._access = access
+        self._config = config
+        self._uid = uid
+        self._nodes = NodePeers(cluster=config.cluster, uid=uid)
+        self._reconciler: Reconciler | None = None
+        self._report = report
+        self._election = Election(
+            client,
+            namespace=config.namespace,
+            name=LEASE,
+            identity=f"{socket.gethostname()}-{secrets.token_hex(4)}",
+            now=time.monotonic,
+            wall=time.time,
+        )
+        report.watch(health=self._health, is_leader=lambda: self._election.is_leader)
+
+    async def lead(self) -> None:
+        """Keep the peers while elected. Raises LeaseLost, ConfigError, Refused (it may not join)."""
+        await self._election.lead(self._keep)
+
+    async def _keep(self) -> None:
+        """What the leader does."""
+        tokens = await _persist(self._tokens)
+        membership = await _persist(lambda: self._member(tokens))
+        credential = ClusterCredential(
+            membership.mesh, self._config.cluster, self._uid, membership.registry, membership.signing
+        )
+        async with HttpRegistry(membership.url, pin=membership.pin, credential=credential) as registry:
+            reconciler = Reconciler(
+                registry,
+                liveness=None,
+                now=time.monotonic,
+                wall=time.time,
+                uniform=random.uniform,
+                nodes=self._nodes,
+                list_nodes=self._list_nodes,
+                assigns=False,
+                told=self._report.tell,
+            )
+            self._reconciler = reconciler
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._register(registry, tokens))
+                tasks.create_task(self._watch(reconciler))
+                tasks.create_task(self._sweep(reconciler))
+                tasks.create_task(reconciler.follow())
+
+    async def _member(self, tokens: AgentTokens) -> Membership:
+        """Where the cluster has joined; now, if it has not. Raises ConfigError, Refused, Unavailable."""
+        invitation = _invitation(self._config.join_string)
+        signing, membership = await _kept(self._client, self._config.namespace)
+        if membership is not None and (invitation is None or invitation.token_id == membership.token_id):
+            return membership
+        if invitation is None:
+            raise ConfigError(
+                f"this cluster has not joined a mesh, and there is no {self._config.join_string}: put there "
+                "what `scopectl token create --mesh MESH --single-use` prints"
+            )
+        if signing is None:
+            signing = await _new_key(self._client, self._config.namespace)
+        joined = await self._join(invitation, tokens, signing)
+        await _keep(self._client, self._config.namespace, joined)
+        log.info("cluster.joined mesh=%s registry=%s url=%s", joined.mesh, joined.registry, joined.url)
+        return joined
+
+    async def _join(self, invitation: JoinString, tokens: AgentTokens, signing: Secret) -> Membership:
+        cluster = Cluster(self._config.cluster, self._uid, ClusterTrust(public_half(signing), tokens))
+        request = sign_cluster_enrolment(
+            ClusterEnrolment(invitation.mesh, invitation.token_id, invitation.secret, cluster),
+            registry=invitation.registry_key,
+            signing=signing,
+        )
+        async with HttpRegistry(invitation.url, pin=invitation.pin, credential=None) as gateway:
+            answer = await gateway.join_cluster(cluster_enrolment_to_dict(request))
+        return Membership(
+            invitation.url, invitation.pin, invitation.mesh, answer.registry, invitation.token_id, signing
+        )
+
+    async def _tokens(self) -> AgentTokens:
+        """What this cluster's agents are known by. Raises Refused, Unavailable."""
+        jwks = await self._ask_issuer(JWKS, accept="application/jwk-set+json")
+        try:
+            keys = resources.parse_jwks(jwks)
+        except InvalidResource as error:
+            raise Refused(f"cannot use the keys that the API server signs tokens with: {error}") from None
+        discovery = await self._ask_issuer(DISCOVERY)
+        account = ServiceAccount(self._config.namespace, self._config.agents)
+        return AgentTokens(str(discovery.get("issuer", "")), keys, account)
+
+    async def _ask_issuer(self, path: str, *, accept: str = JSON) -> Object:
+        try:
+            return await self._client.ask("GET", path, accept=accept)
+        except Refused as error:
+            raise Refused(
+                f"may not read {path}, by which agents are known: {error}; apply the operator's ClusterRole"
+            ) from None
+
+    async def _register(self, registry: HttpRegistry, tokens: AgentTokens) -> None:
+        """Let the gateway know the API server's keys: those of now, and then each change."""
+        while True:
+            await _persist(
+                partial(registry.replace_cluster_tokens, self._config.cluster, tokens), always=True
+            )
+            log.info("cluster.keys keys=%s", [key.id for key in tokens.keys])
+            told = tokens
+            while tokens == told:
+                await asyncio.sleep(KEYS_SECONDS)
+                tokens = await _persist(self._tokens, always=True)
+
+    async def _watch(self, reconciler: Reconciler) -> None:
+        relisted = asyncio.Event()
+        catching_up = asyncio.create_task(self._catch_up(reconciler, relisted))
+        try:
+            while True:
+                try:
+                    await watch(
+                        self._access,
+                        registry_id=self._uid,
+                        take=reconciler.take,
+                        relisted=relisted.set,
+                        kinds=(),
+                    )
+                except Exception as error:  # noqa: BLE001 - whatever kopf gives up on, Nodes are watched anew
+                    log.warning("watch.ended reason=%r", error)
+                await asyncio.sleep(REWATCH_SECONDS)
+        finally:
+            catching_up.cancel()
+
+    async def _catch_up(self, reconciler: Reconciler, relisted: asyncio.Event) -> None:
+        """What was deleted before kopf listed, it does not tell: our own list does."""
+        while True:
+            await relisted.wait()
+            await asyncio.sleep(REWATCH_SECONDS)
+            relisted.clear()
+            await _persist(reconciler.list_all, always=True)
+
+    async def _sweep(self, reconciler: Reconciler) -> None:
+        while True:
+            await _persist(reconciler.list_all, always=True)
+            await asyncio.sleep(random.uniform(SWEEP_SECONDS, 2 * SWEEP_SECONDS))  # noqa: S311 - jitter
+
+    async def _list_nodes(self) -> NodesListed:
+        return await list_nodes(self._client, asked_at=time.monotonic(), after=self._nodes.revision)
+
+    def _health(self) -> ReconcileHealth:
+        return self._reconciler.health if self._reconciler is not None else STARTING
+
+
+async def operate(access: Access, config: JoinedConfig) -> None:
+    """Run one replica until SIGTERM or SIGINT. Raises ConfigError, LeaseLost, Refused."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    report = Report()
+    pages = site(report.application(), host=config.metrics_address, port=config.metrics_port)
+    async with KubeClient(access) as client, pages as port:
+        log.info("operator.serving cluster=%s metrics_port=%d", config.cluster, port)
+        running = asyncio.create_task(_run(client, access, config, report))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
+        for task in (running, stopping):
+            task.cancel()
+        await asyncio.wait((running, stopping))
+        if not running.cancelled():
+            running.result()
+
+
+async def _run(client: KubeClient, access: Access, config: JoinedConfig, report: Report) -> None:
+    uid = await _persist(lambda: identity(client))
+    await JoinedOperator(client, access, config, uid=uid, report=report).lead()
+
+
+async def _persist(ask: Callable[[], Awaitable[T]], *, always: bool = False) -> T:
+    """The answer of a server that may be away for a while; `always`: also of one that refuses for now."""
+    failures = 0
+    while True:
+        try:
+            return await ask()
+        except RegistryError as error:
+            if not always and not isinstance(error, Unavailable):
+                raise
+            failures += 1
+            log.warning("joined.unanswered error=%s", error)
+            await asyncio.sleep(backoff(failures, uniform=random.uniform))
+
+
+def _invitation(file: Path) -> JoinString | None:
+    """The join string, if the file is there. Raises ConfigError."""
+    try:
+        text = file.read_text().strip()
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the join string in {file}: {error}") from None
+    return JoinString.parse(text) if text else None
+
+
+# --- the Secret ---------------------------------------------------------------------------------------------
+
+
+async def _kept(client: KubeClient, namespace: str) -> tuple[Secret | None, Membership | None]:
+    """The key and where it joined, as far as there are any. Raises ConfigError, RegistryError."""
+    try:
+        secret = await client.ask("GET", _path(namespace, SECRET))
+    except NotFound:
+        return None, None
+    return read_secret(secret)
+
+
+def read_secret(secret: Mapping[str, Any]) -> tuple[Secret, Membership | None]:
+    """The key, and where it joined. Raises ConfigError."""
+    data = secret.get("data") or {}
+    try:
+        signing = Secret(base64.b64decode(base64.b64decode(data["signing"]), validate=True))
+        public_half(signing)
+        if "joined.json" not in data:
+            return signing, None
+        joined = json.loads(base64.b64decode(data["joined.json"]))
+        pin = None if joined["pin"] is None else read_base64url(joined["pin"])
+        return signing, Membership(
+            str(joined["url"]),
+            pin,
+            str(joined["mesh"]),
+            str(joined["registry"]),
+            str(joined["tokenID"]),
+            signing,
+        )
+    except (KeyError, TypeError, ValueError, binascii.Error) as error:
+        raise ConfigError(
+            f"the Secret {SECRET} is damaged ({type(error).__name__} {error}): restore it; or delete it, and "
+            "join again with a new single-use token"
+        ) from None
+
+
+async def _new_key(client: KubeClient, namespace: str) -> Secret:
+    signing = Secret(secrets.token_bytes(32))
+    text = base64.b64encode(base64.b64encode(signing.raw)).decode()
+    body = {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": SECRET, "namespace": namespace},
+        "type": "scope.ltgc.cc/cluster",
+        "data": {"signing": text},
+    }
+    await client.ask("POST", _path(namespace), body=body)
+    return signing
+
+
+async def _keep(client: KubeClient, namespace: str, membership: Membership) -> None:
+    document = {
+        "url": membership.url,
+        "pin": None if membership.pin is None else base64url(membership.pin),
+        "mesh": membership.mesh,
+        "registry": membership.registry,
+        "tokenID": membership.token_id,
+    }
+    text = base64.b64encode(json.dumps(document).encode()).decode()
+    await client.ask(
+        "PATCH", _path(namespace, SECRET), body={"data": {"joined.json": text}}, content_type=MERGE
+    )
+
+
+def _path(namespace: str, name: str = "") -> str:
+    path = f"/api/v1/namespaces/{quote(namespace, safe='')}/secrets"
+    return f"{path}/{name}" if name else path
