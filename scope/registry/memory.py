@@ -32,6 +32,7 @@ from scope.model import (
     kind_of,
 )
 from scope.registry.port import AlreadyExists, Conflict, Deleted, Gone, Listed, NotFound, Put, Refused
+from scope.resources import forbidden_changes
 
 # A thousand peers that join at once make about four changes each: who missed all that still resumes.
 BACKLOG = 4096
@@ -134,6 +135,9 @@ def _require(stored: Resource, *, uid: str, if_revision: int | None) -> None:
 def _with_spec(stored: Resource, asked: Resource) -> Resource:
     if stored.spec == asked.spec:
         return stored
+    problems = forbidden_changes(stored, asked)
+    if problems:
+        raise Refused("\n".join(map(str, problems)))
     meta = replace(stored.meta, generation=stored.meta.generation + 1)
     match stored, asked:
         case Mesh(), Mesh():

@@ -118,7 +118,7 @@ class Registry(Protocol):
         """Replace the spec of the resource of that kind, name and uid; its status stays.
 
         `generation` rises when the spec differs; an equal spec writes nothing. Raises NotFound, Conflict (the
-        uid is another, or `if_revision` is not the stored revision).
+        uid is another, or `if_revision` is not the stored revision), Refused (mesh or Node of a peer is another).
         """
         ...
 

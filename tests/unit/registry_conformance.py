@@ -293,6 +293,20 @@ class RegistryConformance:
 
         self.on(body)
 
+    def test_whom_a_peer_is_cannot_change(self) -> None:
+        async def body(registry: Registry) -> None:
+            await created(registry, MESH)
+            member = await created(registry, peer(1))
+            for spec in (
+                replace(member.spec, mesh="other"),
+                replace(member.spec, cluster="fra", node_name="n1", node_uid="0d3f"),
+            ):
+                with pytest.raises(Refused, match="delete this ScopePeer and create another"):
+                    await registry.update(replace(member, spec=spec))
+            assert await registry.get(Kind.PEER, member.meta.name) == member
+
+        self.on(body)
+
     def test_a_part_of_another_kinds_status_is_refused(self) -> None:
         async def body(registry: Registry) -> None:
             mesh = await created(registry, MESH)
