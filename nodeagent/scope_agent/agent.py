@@ -155,6 +155,7 @@ class Agent:
         self._agreed: DesiredDevice | None = None
         self._drift = 0
         self._device_busy = False
+        self._holding: set[PublicKey] = set()  # whose holds are in the batch in flight
         self._observing_since: float | None = now
         self._observe_at: float | None = None
         self._observe_floor = now
@@ -497,6 +498,7 @@ class Agent:
         if self._plan_all:
             self._agreed = None
         self._device_busy = True
+        self._holding = {action.key for action in batch if isinstance(action, HoldEndpoint)}
         self._out.append(DeviceBatch(batch, desired))
         for action in batch:
             if isinstance(action, SetEndpoint | AddPeer | HoldEndpoint):
@@ -570,6 +572,8 @@ class Agent:
                 self._device_busy = False
                 self._device_error, self._device_retry = "", RETRY_MIN
                 self._observing_since = now  # the shell looks after each batch
+                for key in self._holding:
+                    self._paths.held(key, now)
             case Target.REGISTRY:
                 self._written, self._writing = self._writing, None
                 self._report_due = True

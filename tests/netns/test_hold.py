@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 from scope_agent.wireguard.device import HoldEndpoint, SetEndpoint
 from scope_agent.wireguard.hold_rules import Divert, load
-from scope_agent.wireguard.shell import EndpointHolds
+from scope_agent.wireguard.shell import EndpointHolds, SendResult
 from scope_agent.wireguard.shell.nft import run_nft
+from scope_agent.wireguard.shell.probe_socket import RawProbeSocket
 
 from scope.model import Endpoint
 from tests.netns.device_fixture import (
@@ -34,10 +35,12 @@ from tests.netns.device_fixture import (
 )
 
 A, B = make_keys(1), make_keys(2)
-A_PORT, B_PORT, ECHO_PORT = 47001, 47002, 7007
+A_PORT = B_PORT = 47001  # as where the mesh names the port
+ECHO_PORT = 7007
 A_MESH, B_MESH = ip_address("10.9.0.1"), ip_address("10.9.0.2")
 LONG, SHORT = 3 * PATIENCE, 0.4  # seconds of a hold: none ends during a test unless it is to
 COUNT = 300
+_SO_RCVBUFFORCE = 33
 
 # Three paths between two machines on one wire: two of IPv4, which end at one address here and two there.
 OLD = Endpoint.parse(f"192.0.2.2:{B_PORT}")
@@ -45,6 +48,13 @@ NEW = {
     "one family": Endpoint.parse(f"198.51.100.2:{B_PORT}"),
     "two families": Endpoint.parse(f"[2001:db8::2]:{B_PORT}"),
 }
+ONLY_ANSWERS = """
+table inet host { chain in { type filter hook input priority 0; policy drop;
+  ct state established,related accept
+  icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert } accept
+  iifname != { "lo", "up0" } accept; }
+}
+"""
 both_kinds = pytest.mark.parametrize("kind", NEW)
 
 
@@ -71,6 +81,7 @@ class Pair:
         """Where A's machine gets them."""
         with self.a.namespace.entered():
             opened = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        opened.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 1 << 22)  # all COUNT of them, read late
         opened.bind((str(A_MESH), ECHO_PORT))
         opened.settimeout(PATIENCE)
         return opened
@@ -174,6 +185,25 @@ def test_wireguard_answers_by_the_path_that_is_held(pair: Pair, kind: str) -> No
         ),
         "the far side does not see the new path",
     )
+
+
+@both_kinds
+def test_a_machine_whose_firewall_lets_in_answers_only_loses_nothing(pair: Pair, kind: str) -> None:
+    """What is put back in belongs to the connection that probes have opened on the path that is held."""
+
+    async def change() -> None:
+        with contextlib.closing(EndpointHolds()) as holds:
+            await holds.set(hold(pair, NEW[kind], OLD), port=A_PORT)
+            await asyncio.to_thread(pair.send, 1)
+            await asyncio.to_thread(listener.recv, 64)
+        assert (await pair.a.device.observe()).peers[B.public].endpoint == NEW[kind]
+
+    with pair.listen() as listener, pair.a.namespace.entered():
+        subprocess.run(["nft", "-f", "-"], input=ONLY_ANSWERS, text=True, check=True)
+        with contextlib.closing(RawProbeSocket(A_PORT)) as probes:
+            for endpoint in (OLD, NEW[kind]):
+                assert probes.send(endpoint, b"SCop" + bytes(60)) is SendResult.SENT
+        asyncio.run(change())
 
 
 @both_kinds

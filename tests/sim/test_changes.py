@@ -29,19 +29,19 @@ class Change:
     better: list[Link]
     is_better_used: bool = False
 
-    def run(self, *, rate: float, back: float) -> tuple[int, int]:
+    def run(self, *, rate: float, back: float, within: float = REACHED) -> tuple[int, int]:
         """Heal the better path under traffic, and wait until it is taken; how often each endpoint changed."""
         world, ends = self.world, (self.a, self.b)
-        self.a.stream(self.b, rate=rate, seconds=2 * REACHED, answer=False)
+        self.a.stream(self.b, rate=rate, seconds=2 * within, answer=False)
         if back:
-            self.b.stream(self.a, rate=back, seconds=2 * REACHED, answer=False)
+            self.b.stream(self.a, rate=back, seconds=2 * within, answer=False)
         world.run(2.0)
         before = [end.device.endpoint_changes for end in ends]
         olds = self.endpoints()
         for link in self.better:
             link.cut = False
         world.until(
-            lambda: all(now != old for now, old in zip(self.endpoints(), olds, strict=True)), within=REACHED
+            lambda: all(now != old for now, old in zip(self.endpoints(), olds, strict=True)), within=within
         )
         world.run(3.0)
         after = [end.device.endpoint_changes for end in ends]
@@ -164,7 +164,7 @@ def test_offers_and_answers_that_get_lost_still_end_in_one_path(seed: int, loss:
     change = prepare(seed, "IPv6", left=0.1, taken=0.04, jitter=0.01)
     for link in change.better:
         link.loss = loss
-    change.run(rate=200.0, back=200.0)
+    change.run(rate=200.0, back=200.0, within=4 * REACHED)
 
 
 @pytest.mark.parametrize("seed", range(1, 6))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from scope_agent.paths.nomination import OFFERS
 from scope_agent.paths.pair import CallPeer, CheckMapping, Due, Pair, PairView, SendTo
 
 from scope.model import Endpoint, Family, Mapping, PathKind, PublicKey, Timers
@@ -480,7 +481,8 @@ def test_a_path_that_carries_data_is_left_only_once_the_peer_has_left_it() -> No
     assert loop.view().endpoint == V4
     assert loop.nominations() == []
     loop.pair.settled()
-    loop.run(0.05)
+    loop.pair.held(loop.now)
+    loop.run(0.01)
     (offer,) = loop.nominations()
     assert (offer.there, loop.view().endpoint) == (V6, V4)
     loop.pair.receive(Nominated(offer.sequence), V6, loop.now)
@@ -502,9 +504,9 @@ def test_a_path_that_carries_nothing_is_left_at_once() -> None:
 def test_an_offer_that_is_never_answered_is_taken_back() -> None:
     loop = _offering()
     loop.follows = False
-    loop.run(4.0)
+    loop.run(5.0)
     offers = [n for n in loop.nominations() if n.there == V6]
-    assert len(offers) == 5  # and no more for some seconds
+    assert len(offers) == OFFERS  # and no more for some seconds
     assert loop.nominations()[-1].there == V4  # the peer may have followed unheard
     assert loop.view().endpoint == V4
 
@@ -512,8 +514,11 @@ def test_an_offer_that_is_never_answered_is_taken_back() -> None:
 def test_a_path_that_dies_while_another_is_offered_is_left_at_once() -> None:
     loop = _offering()
     loop.follows = False
-    loop.run(2 * RTT + 0.06)
+    loop.run(2 * RTT + 0.01)
+    loop.pair.held(loop.now)
+    loop.run(0.05)
     assert loop.view().endpoint == V4
+    assert loop.nominations()
     loop.pair.network_changed(loop.now, lost=True)
     loop.run(2 * RTT)
     assert loop.view().endpoint == V6
@@ -525,10 +530,22 @@ def test_the_peer_holds_its_endpoint_too_and_again_where_its_answer_was_lost() -
     loop.device(sent=5000, got=5000, endpoint=V4)
     loop.pair.set_candidates(frozenset({V4, V6}), Mapping.NONE, loop.now)
     loop.run(2 * RTT)
-    for _ in range(2):
-        assert isinstance(loop.hear(Nominate(2, there=HERE, here=V6), V6)[-1], SendTo)
+    nominate, answer = Nominate(2, there=HERE, here=V6), SendTo(Nominated(2), V6)
+    for is_repeated in (False, True):
+        said = loop.hear(nominate, V6)
+        assert said == ([answer] if is_repeated else [])
         hold = loop.view().hold
         assert hold is not None
         assert (hold.endpoint, set(hold.against)) == (V6, {V4})
+        assert loop.hear(nominate, V6) == said
         loop.pair.settled()
+        loop.pair.held(loop.now)
+        loop.run(0.0)
+        assert answer in [due for _, due in loop.log]
+    assert loop.view().endpoint == V6
+
+
+def test_a_hold_that_is_never_set_keeps_nobody_waiting_for_long() -> None:
+    loop = _offering()
+    loop.run(2.0)
     assert loop.view().endpoint == V6

@@ -469,6 +469,13 @@ class Paths:
             pair.settled()
             self._touch(key, now)
 
+    def held(self, key: PublicKey, now: float) -> None:
+        """The device holds the endpoint of `key` now."""
+        pair = self._pairs.get(key)
+        if pair is not None:
+            pair.held(now)
+            self._touch(key, now)
+
     def last_good(self) -> MappingOf[PublicKey, Endpoint]:
         """What to try first after a restart, by WireGuard key; good until the next input."""
         return MappingProxyType(self._last_good)

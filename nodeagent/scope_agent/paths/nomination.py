@@ -20,8 +20,9 @@ from scope.model import Endpoint
 
 SETTLE_TIMES = 5  # settings of an endpoint after a nomination: measured to end the chase within 50 ms
 SETTLE_MIN_STEP = 0.02  # on one LAN the RTT is too short to space settings by
-OFFERS = 5  # unanswered offers of a living route, each an RTT or more after the last, before it is let be
-OFFER_AFTER = 0.05  # our own hold is set first; the packet filter's program takes some 10 ms for it
+OFFERS = 8  # unanswered offers of a living route before it is let be: one second, and a third may be lost
+OFFER_MIN_STEP = 0.1  # the peer sets its hold before it answers; the packet filter's program needs its time
+HOLD_PATIENCE = 1.0  # what waits for a hold to be set is said without it then: the device may not answer
 # An end that changed gets what the other sent before it changed, too: one RTT after an answer that arrived,
 # two after one that was lost. Then two machines' time to set a hold, and jitter.
 HOLD_RTTS, HOLD_MARGIN = 2.0, 0.2
@@ -69,7 +70,7 @@ class Offer:
     def step(self, now: float, *, rtt: float | None, random: Callable[[], float]) -> None:
         """Say it; the next time comes an RTT later, stretched by a draw from [0, 1)."""
         self.left -= 1
-        self.next = now + max(rtt or 0.0, SETTLE_MIN_STEP) * (1.0 + 0.5 * random())
+        self.next = now + max(rtt or 0.0, OFFER_MIN_STEP) * (1.0 + 0.5 * random())
 
 
 @dataclass(slots=True)

@@ -40,7 +40,7 @@ from scope_agent.paths import schedule
 from scope_agent.paths.counters import SUSPECT_AFTER, Counters, Flow
 from scope_agent.paths.doubt import Doubt, Ruling
 from scope_agent.paths.gate import Gate
-from scope_agent.paths.nomination import OFFER_AFTER, Nomination, Offer, Settling, hold_for
+from scope_agent.paths.nomination import HOLD_PATIENCE, OFFERS, Nomination, Offer, Settling, hold_for
 from scope_agent.paths.route import FRESH, NEVER, RECENT, VERIFIED, Route
 from scope_agent.paths.routes import Routes
 from scope_agent.paths.search import MEETING, Search, Step
@@ -114,6 +114,7 @@ class Pair:
         self._settling = Settling()
         self._offer: Offer | None = None
         self._offer_after = NEVER  # an offer that nobody answers is not repeated without pause
+        self._answer: tuple[float, SendTo] | None = None  # once our endpoint is held, at the latest then
         self._hold: HoldEndpoint | None = None  # until it was handed to the device
         self._held: tuple[HoldEndpoint, float] | None = None  # the last one, and when it ends
         self._gate = Gate(lower=lower)
@@ -325,6 +326,8 @@ class Pair:
         if self._lower or nominate.sequence < self._nomination.sequence:
             return []  # a peer that takes itself for the lower one, or an old nomination that came late
         if nominate.sequence == self._nomination.sequence and self._in_use == nominate.here:
+            if self._answer is not None:
+                return []
             if self._held is not None and now < self._held[1]:
                 self._set_hold(self._held[0], now)  # our answer was lost: the peer is still to change
             return [SendTo(Nominated(nominate.sequence), nominate.here)]
@@ -337,7 +340,11 @@ class Pair:
             route.next = now
             return []
         self._follow(nominate.sequence, route, now)
-        return [SendTo(Nominated(nominate.sequence), route.endpoint)]
+        answer = SendTo(Nominated(nominate.sequence), route.endpoint)
+        if self._hold is None:
+            return [answer]
+        self._answer = (now + HOLD_PATIENCE, answer)
+        return []
 
     # --- the device ----------------------------------------------------------------------------------------
 
@@ -392,6 +399,7 @@ class Pair:
             self._search.get_timer(searching=not self._alive), self._decide_at, self._settling.next,
             self._gate.until, self._restore_at, self._doubt_due(),
             self._offer.next if self._offer is not None else None,
+            self._answer[0] if self._answer is not None else None,
         ]  # fmt: skip
         return min((t for t in times if t is not None), default=None)
 
@@ -414,6 +422,9 @@ class Pair:
             due += self._settle(now)
         if self._offer is not None and now >= self._offer.next:
             due += self._make_offer(self._offer, now)
+        if self._answer is not None and now >= self._answer[0]:
+            due.append(self._answer[1])
+            self._answer = None
         for route in self._routes:
             if route.next is not None and now >= route.next:
                 due.append(self._ping(route, now, transactions, can_call=can_call))
@@ -425,6 +436,13 @@ class Pair:
         """Endpoint and hold were handed to the device."""
         self._settling.is_due = False
         self._hold = None
+
+    def held(self, now: float) -> None:
+        """The device's endpoint is held now: what waited for it may be said."""
+        if self._offer is not None and self._offer.left == OFFERS:
+            self._offer.next = now
+        if self._answer is not None:
+            self._answer = (now, self._answer[1])
 
     # --- the view ------------------------------------------------------------------------------------------
 
@@ -638,7 +656,7 @@ class Pair:
             route.lost = now
         self._check_mapping = True
         self._alive = False
-        self._offer = None
+        self._offer = self._answer = None
         self._since = self._lost_at = now
         self._reason = reason
         self._last_good = self._in_use
@@ -663,7 +681,7 @@ class Pair:
                 return
             if self._is_flowing(now):
                 self._nomination.name(best.here)
-                self._offer = Offer(best.endpoint, next=now + OFFER_AFTER)
+                self._offer = Offer(best.endpoint, next=now + HOLD_PATIENCE)
                 self._hold_at(in_use, {best.endpoint}, now)
                 return
         elif in_use is not None and in_use.is_usable(now) and not best.beats(in_use):

@@ -2,14 +2,15 @@
 
 WireGuard sends to where the last packet came from, so packets under way on the one path lead it back there.
 While a hold lasts they look as if they came from the endpoint that is held. Where both paths are of one
-address family and lead to one address of ours, the packet filter itself writes the other source, whatever the
-rate. It cannot make an IPv4 packet an IPv6 one: then it diverts the datagram to a socket of ours, and we send
-it to WireGuard over loopback, from a socket that is bound to the endpoint held. That is the peer's, but a
-transparent socket may.
+address family and lead to one address of ours, the packet filter itself writes the other source, whatever
+the rate. It cannot make an IPv4 packet an IPv6 one: then it diverts the datagram to a socket of ours, and we
+send it to WireGuard over loopback as if from the endpoint held. An ordinary socket could not have that one,
+since its port may be WireGuard's own, so it is a raw one; and a transparent one, since the address is the
+peer's.
 
-A hold ends by itself, also when this process is gone. Where it cannot be set, for want of `nft` or of
-CAP_NET_ADMIN, paths change as they would without it: no packet is lost, but the ends may take longer to
-agree.
+A hold ends by itself, also when this process is gone. Where it cannot be set, for want of `nft`,
+CAP_NET_ADMIN or CAP_NET_RAW, paths change as they would without it: no packet is lost, but the ends may take
+longer to agree.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import struct
 import time
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -36,6 +38,36 @@ TIDY_AFTER = 0.5  # after its end a hold's last datagrams have been read
 _DATAGRAM_BYTES = 65535
 _SO_RCVBUFFORCE = 33
 _IP_TRANSPARENT, _IPV6_TRANSPARENT = 19, 75
+_IPV6_CHECKSUM, _UDP_CHECKSUM_OFFSET, _UDP_HEADER = 7, 6, 8
+
+
+class _BackIn:
+    """Speaks to our WireGuard at `own` and `port` as if from `shown`."""
+
+    def __init__(self, shown: Endpoint, own: IPAddress, port: int) -> None:
+        """Raises OSError."""
+        self._ports = struct.pack("!HH", shown.port, port)
+        self._socket = _open(shown.family, socket.SOCK_RAW)
+        try:
+            if shown.family is Family.IPV4:
+                self._socket.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
+            else:
+                self._socket.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
+                self._socket.setsockopt(socket.IPPROTO_IPV6, _IPV6_CHECKSUM, _UDP_CHECKSUM_OFFSET)
+            self._socket.bind((str(shown.address), 0))  # so nothing arrives here: no datagram is for the peer
+            self._socket.connect((str(own), 0))
+        except OSError:
+            self._socket.close()
+            raise
+
+    def send(self, data: bytes) -> None:
+        """Send one datagram. Raises OSError."""
+        # No checksum: IPv4 allows that, and for IPv6 the kernel fills it in.
+        self._socket.send(self._ports + struct.pack("!HH", _UDP_HEADER + len(data), 0) + data)
+
+    def close(self) -> None:
+        """Give the socket back."""
+        self._socket.close()
 
 
 @dataclass(slots=True)
@@ -45,7 +77,7 @@ class _Held:
     hold: HoldEndpoint
     until: float
     own: IPAddress  # where the peer's datagrams arrive by the path that is held
-    back_in: socket.socket  # bound to the endpoint held, connected to WireGuard
+    back_in: _BackIn
 
 
 class EndpointHolds:
@@ -53,7 +85,7 @@ class EndpointHolds:
 
     def __init__(self) -> None:
         self._held: dict[PublicKey, _Held] = {}
-        self._ways: dict[Endpoint, socket.socket] = {}  # by source: how a diverted datagram comes back in
+        self._ways: dict[Endpoint, _BackIn] = {}  # by source: how a diverted datagram comes back in
         self._diverts: dict[Family, socket.socket] = {}
         self._port = 0  # WireGuard's, with which the table was loaded; 0 without a table
         self._lock = asyncio.Lock()
@@ -94,7 +126,7 @@ class EndpointHolds:
         if last is not None and (last.hold.endpoint, last.own, self._port) == (hold.endpoint, own, port):
             back_in = last.back_in
         else:
-            back_in = _open_back_in(hold.endpoint, own, port)
+            back_in = _BackIn(hold.endpoint, own, port)
         held = _Held(hold, time.monotonic() + hold.seconds, own, back_in)
         # The new rules divert before we hear that they are loaded, and the last hold's until then: each must
         # find its own way. What the last ones diverted was of other endpoints.
@@ -113,7 +145,7 @@ class EndpointHolds:
         if last is not None and last.back_in is not back_in:
             self._close_way(last.back_in)
 
-    def _close_way(self, back_in: socket.socket) -> None:
+    def _close_way(self, back_in: _BackIn) -> None:
         self._ways = {seen: way for seen, way in self._ways.items() if way is not back_in}
         back_in.close()
 
@@ -178,9 +210,9 @@ class EndpointHolds:
             log.warning("hold.unavailable error=%s; two ends may take longer to agree on a new path", error)
 
 
-def _open(family: Family) -> socket.socket:
-    kind = socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
-    opened = socket.socket(kind, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+def _open(family: Family, kind: int = socket.SOCK_DGRAM) -> socket.socket:
+    number = socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
+    opened = socket.socket(number, kind | socket.SOCK_CLOEXEC, socket.IPPROTO_UDP)
     opened.setblocking(False)
     return opened
 
@@ -193,22 +225,6 @@ def _own_address_towards(endpoint: Endpoint) -> IPAddress:
     with _open(endpoint.family) as trial:
         trial.connect((str(endpoint.address), endpoint.port))
         return ip_address(trial.getsockname()[0].partition("%")[0])
-
-
-def _open_back_in(shown: Endpoint, own: IPAddress, port: int) -> socket.socket:
-    """A socket that speaks to our WireGuard as if from `shown`. Raises OSError."""
-    opened = _open(shown.family)
-    try:
-        if shown.family is Family.IPV4:
-            opened.setsockopt(socket.IPPROTO_IP, _IP_TRANSPARENT, 1)
-        else:
-            opened.setsockopt(socket.IPPROTO_IPV6, _IPV6_TRANSPARENT, 1)
-        opened.bind((str(shown.address), shown.port))
-        opened.connect((str(own), port))
-    except OSError:
-        opened.close()
-        raise
-    return opened
 
 
 def _widen(target: socket.socket) -> None:

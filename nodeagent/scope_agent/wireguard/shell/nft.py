@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-PATIENCE_S = 10  # a table of ours takes some 10 ms
+PATIENCE_S = 5  # a table of ours takes some 10 ms; what else the device needs may wait for it
 
 
 class NftError(Exception):
