@@ -118,7 +118,8 @@ class Registry(Protocol):
         """Replace the spec of the resource of that kind, name and uid; its status stays.
 
         `generation` rises when the spec differs; an equal spec writes nothing. Raises NotFound, Conflict (the
-        uid is another, or `if_revision` is not the stored revision), Refused (mesh or Node of a peer is another).
+        uid is another, or `if_revision` is not the stored revision), Refused (a peer would get another mesh
+        or Node).
         """
         ...
 
