@@ -108,7 +108,7 @@ REPORT_LATENCY = 30.0  # latencies alone
 # are gathered. What is missing from it after a crash the registry tells again; a removal must not wait.
 SAVE_AFTER, SAVE_PER_PEER, SAVE_LONGEST = 1.0, 0.05, 30.0
 RETRY_MIN, RETRY_MAX = 1.0, 30.0  # after a failed batch
-REPORT_RETRY_MAX = 6.0  # jittered by half: what we report is known ten seconds after an outage of the registry
+REPORT_RETRY_MAX = 6.0  # jittered by half: a report is known ten seconds after an outage of the registry
 GOSSIP_AGAIN = 1.0  # a tombstone is passed on twice: the first datagram may be lost
 FORWARD_PER_SECOND = 50.0  # datagrams passed on for one asker: call-me-maybe for a large mesh
 FORWARD_BURST = 100.0
