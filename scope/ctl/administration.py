@@ -1,4 +1,4 @@
-"""The commands that ask a registry as its administrator: apply, get, token, peer, mesh."""
+"""The commands that ask a registry as its administrator: apply, get, token, peer, cluster, mesh."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ async def _administer(args: argparse.Namespace, admin: files.Admin, wanted: Sequ
                 print(f"token/{args.name} deleted: nobody joins with it any more")
             case "peer", "remove":
                 print(await remote.remove_peer(registry, args.name))
+            case "cluster", "remove":
+                print(await remote.remove_cluster(registry, args.name, mesh=args.mesh))
             case "mesh", "delete":
                 print(await remote.delete_mesh(registry, args.name))
             case command:

@@ -56,6 +56,15 @@ def build_parser() -> argparse.ArgumentParser:
     delete = mesh.add_parser("delete", parents=[admin], help="delete a mesh")
     delete.add_argument("name", metavar="NAME")
 
+    cluster = commands.add_parser("cluster", help="take Kubernetes clusters out of a mesh").add_subparsers(
+        dest="action", required=True, metavar="ACTION"
+    )
+    take_out = cluster.add_parser(
+        "remove", parents=[admin], help="trust a joined cluster no longer, and delete the peers of its Nodes"
+    )
+    take_out.add_argument("name", metavar="NAME")
+    take_out.add_argument("--mesh", required=True, metavar="MESH")
+
     status = commands.add_parser("status", parents=[local], help="what this machine's agent sees")
     _add_format(status, ("table", "json"))
 

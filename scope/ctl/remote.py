@@ -78,6 +78,17 @@ async def remove_peer(registry: HttpRegistry, name: str) -> str:
     )
 
 
+async def remove_cluster(registry: HttpRegistry, name: str, *, mesh: str) -> str:
+    """Take a joined cluster out of a mesh. Raises CommandError, RegistryError."""
+    found = await find(registry, Kind.MESH, mesh)
+    joined = [each.name for each in found.status.clusters] if isinstance(found, Mesh) else []
+    if name not in joined:
+        there = ", ".join(joined) or "none"
+        raise CommandError(f"there is no cluster {name!r} in mesh {mesh}; there is {there}")
+    await registry.remove_cluster(mesh, name)
+    return f"cluster/{name} removed from mesh {mesh}: to come back it joins with a new token"
+
+
 async def delete_mesh(registry: Registry, name: str) -> str:
     """Delete a mesh. Raises CommandError, RegistryError."""
     mesh = await find(registry, Kind.MESH, name)

@@ -150,6 +150,10 @@ def test_agents_are_known_by_the_tokens_of_their_own_api_server(
                 assert peer["status"]["keys"]["wireGuard"] == str(report.keys.wireguard)
                 assert peer["metadata"]["uid"] == own.meta.uid
                 assert peer["status"]["addresses"]
+            (event,) = await two.east.events("KeysReplaced")
+            assert event["regarding"]["name"] == own.meta.name
+            first, second = (machine_keys(number).wireguard for number in (1, 2))
+            assert f"Node n1 has new keys (WireGuard {second} in place of {first})" in event["note"]
             with pytest.raises(Refused, match="a peer writes its own status alone"):
                 await agent.update_status(Kind.PEER, other.meta.name, report, uid=other.meta.uid)
             await agent.heartbeat(own.meta.name)

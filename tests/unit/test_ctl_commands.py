@@ -12,7 +12,9 @@ import pytest
 from scope.ctl.__main__ import main
 from scope.join import JoinString
 from scope.model import Kind, Mesh, Peer
-from tests.unit.gateway_fixture import ADMIN, Running, enrolled, gateway
+from scope.registry.http import HttpRegistry
+from tests.unit.cluster_fixture import JoiningCluster, invite
+from tests.unit.gateway_fixture import ADMIN, REGISTRY_KEY, Running, enrolled, gateway
 
 MESH = """
 apiVersion: scope.ltgc.cc/v1alpha1
@@ -76,6 +78,30 @@ def test_a_mesh_is_created_once_changed_and_deleted(play: Play) -> None:
         assert (stored.spec.listen_port, stored.meta.generation) == (51820, 2)
         assert await terminal.run("mesh", "delete", "home") == (0, "scopemesh/home deleted\n", "")
         assert (await terminal.running.registry.list(Kind.MESH)).resources == ()
+
+    play(scene)
+
+
+def test_a_joined_cluster_is_taken_out_of_its_mesh(play: Play) -> None:
+    async def scene(terminal: Terminal) -> None:
+        running, west = terminal.running, JoiningCluster()
+        await terminal.apply(MESH)
+        await invite(running.registry, wall=running.clock())
+        async with HttpRegistry(running.url, pin=None, credential=None) as client:
+            await client.join_cluster(west.document(registry=REGISTRY_KEY))
+        await running.registry.create(west.peer("n1"))
+        code, _, err = await terminal.run("cluster", "remove", "--mesh", "home", "east")
+        assert code == 1
+        assert "there is no cluster 'east' in mesh home; there is west" in err
+        code, out, _ = await terminal.run("cluster", "remove", "--mesh", "home", "west")
+        assert (code, out) == (
+            0,
+            "cluster/west removed from mesh home: to come back it joins with a new token\n",
+        )
+        stored = await running.registry.get(Kind.MESH, "home")
+        assert isinstance(stored, Mesh)
+        assert stored.status.clusters == ()
+        assert (await running.registry.list(Kind.PEER)).resources == ()
 
     play(scene)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from scope_operator.kube.news import SHOWN, News, news_of, together
+from scope_operator.kube.news import SHOWN, KeysSeen, News, news_of, together
 from scope_operator.plan.planner import Action, CreatePeer, DeletePeer, Why, WriteAssignment, WriteMeshStatus
 from scope_operator.reconcile import Done
 
-from scope.model import Assignment, Condition, Mesh, Meta, Peer, PeerSpec
-from scope.registry.port import Conflict
-from tests.unit.registry_conformance import MESH
+from scope.model import Assignment, Condition, Mesh, Meta, Peer, PeerReport, PeerSpec, Revision
+from scope.registry.port import Conflict, Deleted, Put
+from tests.unit.registry_conformance import MESH, keys
 
 HOME = replace(MESH, meta=Meta("home", uid="mesh-uid"))
 NODE_PEER = Peer(
@@ -46,6 +46,31 @@ def test_a_cluster_whose_name_is_taken_is_told_once() -> None:
     refused = with_condition(HOME, "Ready", "False", "ClusterNameTaken")
     assert reasons(WriteMeshStatus(HOME, refused.status)) == ["ClusterNameTaken"]
     assert reasons(WriteMeshStatus(refused, refused.status)) == []
+
+
+def test_a_machine_that_comes_back_with_other_keys_is_told_once() -> None:
+    seen = KeysSeen()
+    first, again = (replace(NODE_PEER, report=PeerReport(keys(seed))) for seed in (1, 2))
+    facts = [first, replace(first, assignment=GIVEN), again, again]
+    told = [seen.take(Put(peer, Revision("r", number))) for number, peer in enumerate((NODE_PEER, *facts))]
+    assert [news is not None for news in told] == [False, False, False, True, False]
+    news = told[3]
+    assert news is not None
+    assert (news.about.name, news.reason, news.is_warning) == ("home.east.n1", "KeysReplaced", True)
+    assert (
+        f"Node n1 has new keys (WireGuard {keys(2).wireguard} in place of {keys(1).wireguard})" in news.note
+    )
+
+
+def test_a_peer_made_anew_and_one_off_the_cluster_are_no_news_of_keys() -> None:
+    seen, external = KeysSeen(), replace(NODE_PEER, spec=PeerSpec("home"))
+    for number, peer in enumerate((NODE_PEER, external)):
+        before = replace(peer, report=PeerReport(keys(1)))
+        after = replace(peer, report=PeerReport(keys(2)))
+        assert seen.take(Put(before, Revision("r", 2 * number))) is None
+        if peer is NODE_PEER:
+            assert seen.take(Deleted(before, Revision("r", 1))) is None
+        assert seen.take(Put(after, Revision("r", 2 * number + 1))) is None
 
 
 def test_a_peers_conflict_of_routes_is_told_and_its_end_too() -> None:

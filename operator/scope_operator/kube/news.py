@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from scope import resources
-from scope.model import Assignment, Condition, Kind, Mesh, Peer, Resource, kind_of
+from scope.model import Assignment, Condition, Kind, Mesh, Peer, PeerKeys, PeerReport, Resource, kind_of
 from scope.registry.kube.client import KubeClient, Object
-from scope.registry.port import RegistryError, Unavailable
+from scope.registry.port import Deleted, Put, RegistryError, Unavailable
 from scope_operator.plan.conditions import (
     ADDRESS_CONFLICT,
     ADDRESSES_EXHAUSTED,
@@ -25,6 +25,7 @@ from scope_operator.plan.conditions import (
     READY,
     ROUTE_CONFLICT,
 )
+from scope_operator.plan.nodes import NodeDeleted, NodePut
 from scope_operator.plan.planner import CreatePeer, DeletePeer, Why, WriteAssignment, WriteMeshStatus
 from scope_operator.reconcile import Done
 
@@ -132,6 +133,29 @@ def _about(resource: Resource) -> About:
     return About(kind_of(resource), resource.meta.name, resource.meta.uid)
 
 
+class KeysSeen:
+    """The keys of every Node's peer, as a watch tells them: a machine that comes back with others is news."""
+
+    def __init__(self) -> None:
+        self._keys: dict[str, PeerKeys] = {}
+
+    def take(self, fact: Put | Deleted | NodePut | NodeDeleted) -> News | None:
+        """Take a fact; what it brought."""
+        match fact:
+            case Deleted(Peer(meta=meta)):
+                self._keys.pop(meta.uid, None)
+            case Put(Peer(meta=meta, spec=spec, report=PeerReport(keys=keys)) as peer) if spec.node_name:
+                before = self._keys.get(meta.uid)
+                self._keys[meta.uid] = keys
+                if before is not None and before != keys:
+                    note = (
+                        f"Node {spec.node_name} has new keys (WireGuard {keys.wireguard} in place of "
+                        f"{before.wireguard}): its machine was imaged anew, or its agent lost its state"
+                    )
+                    return News(_about(peer), "KeysReplaced", note, is_warning=True)
+        return None
+
+
 class Newsroom:
     """Posts Events; `identity` is the replica's. `wall` is the wall clock."""
 
@@ -144,7 +168,10 @@ class Newsroom:
 
     def tell(self, done: Done) -> None:
         """Take what a write brought."""
-        news = news_of(done)
+        self.post(*news_of(done))
+
+    def post(self, *news: News) -> None:
+        """Have it told."""
         if news:
             self._waiting = [*self._waiting, *news]
             self._wake.set()
