@@ -140,6 +140,11 @@ class Reconciler:
             error_age=None if self._error_at is None else now - self._error_at,
         )
 
+    @property
+    def revision(self) -> int:
+        """The newest revision of the registry that was heard of."""
+        return self._planner.revision
+
     def announce(self, *, reflectors: tuple[Reflector, ...], signing_key: PublicKey | None = None) -> None:
         """Let every mesh name these reflectors, and this key where there is one, from now on."""
         self._signing_key = signing_key or self._signing_key

@@ -39,12 +39,12 @@ class LeaseLost(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """The Lease as it stands. `holder` "": nobody holds it; `renewed` is not read, only compared."""
+    """The Lease as it stands. `holder` "": nobody holds it; `renewed` is RFC 3339, by the holder's clock."""
 
     holder: str
     renewed: str
     lasts: float
-    revision: str
+    revision: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,14 @@ class Wait:
 
 
 def see(record: Record, before: Seen | None, *, now: float) -> Seen:
-    """What is known after a look."""
-    if before is not None and (before.record.holder, before.record.renewed) == (
-        record.holder,
-        record.renewed,
-    ):
+    """What is known after a look.
+
+    What a restored cluster shows of the same holder is no renewal, but one that was seen long ago.
+    """
+    if before is None or before.record.holder != record.holder:
+        return Seen(record, now)
+    was = before.record
+    if was.renewed == record.renewed or (was.renewed > record.renewed and was.revision > record.revision):
         return Seen(record, before.since)
     return Seen(record, now)
 
@@ -100,7 +103,7 @@ Work: TypeAlias = Callable[[], Awaitable[None]]
 class Election:
     """One replica's part in it. `identity` is of this process alone; `now` is monotonic, `wall` for people.
 
-    `heard` is told the revision of every answer: one that goes backwards is of a cluster that was restored.
+    `heard` is told the cluster's revision after each write: one that goes backwards was restored.
     """
 
     def __init__(
@@ -171,7 +174,7 @@ class Election:
             except (AlreadyExists, Conflict):
                 log.debug("leader.outrun identity=%s", self._identity)
             except (RegistryError, TimeoutError) as error:
-                log.warning("leader.unknown error=%s", error or "the API server did not answer in time")
+                log.warning("leader.unknown error=%s", str(error) or "the API server did not answer in time")
             await asyncio.sleep(wait)
 
     async def _renew(self) -> None:
@@ -193,7 +196,9 @@ class Election:
             except NotFound:
                 raise LeaseLost(f"the Lease {self._name} was deleted, so this replica stops") from None
             except (RegistryError, TimeoutError) as error:
-                log.warning("leader.unrenewed error=%s", error or "the API server did not answer in time")
+                log.warning(
+                    "leader.unrenewed error=%s", str(error) or "the API server did not answer in time"
+                )
 
     async def _require_ours(self) -> None:
         """A renewal whose answer was lost made the revision another: then the Lease is still ours."""
@@ -212,7 +217,7 @@ class Election:
                 await self._write(self._record, holder="")
             log.info("leader.handed_back identity=%s", self._identity)
         except (RegistryError, TimeoutError) as error:
-            log.warning("leader.kept error=%s", error or "the API server did not answer in time")
+            log.warning("leader.kept error=%s", str(error) or "the API server did not answer in time")
 
     async def _read(self) -> Record | None:
         try:
@@ -227,7 +232,7 @@ class Election:
             self._transitions += 1
         metadata: Object = {"name": self._name, "namespace": self._namespace}
         if over is not None:
-            metadata["resourceVersion"] = over.revision
+            metadata["resourceVersion"] = str(over.revision)
         body = {
             "apiVersion": "coordination.k8s.io/v1",
             "kind": "Lease",
@@ -240,14 +245,16 @@ class Election:
             },
         }
         if over is None:
-            return self._taken(await self._client.ask("POST", self._path(), body=body))
-        return self._taken(await self._client.ask("PUT", self._path(self._name), body=body))
+            answer = await self._client.ask("POST", self._path(), body=body)
+        else:
+            answer = await self._client.ask("PUT", self._path(self._name), body=body)
+        record = self._taken(answer)
+        self._heard(record.revision)
+        return record
 
     def _taken(self, document: Object) -> Record:
         metadata, spec = document.get("metadata", {}), document.get("spec", {})
-        revision = str(metadata.get("resourceVersion", ""))
-        if revision.isdigit():
-            self._heard(int(revision))
+        revision = int(metadata["resourceVersion"])
         self._transitions = int(spec.get("leaseTransitions") or 0)
         return Record(
             holder=str(spec.get("holderIdentity") or ""),

@@ -40,9 +40,9 @@ from scope_operator.kube.gateway import (
     tell_administrator,
 )
 from scope_operator.kube.lease import Election
-from scope_operator.kube.news import Newsroom
+from scope_operator.kube.news import KeysSeen, Newsroom
 from scope_operator.kube.report import Report, site
-from scope_operator.kube.watching import watch
+from scope_operator.kube.watching import Fact, watch
 from scope_operator.plan.nodes import NodePeers, NodesListed
 from scope_operator.reconcile import Done, Reconciler
 
@@ -128,6 +128,7 @@ class Operator:
         self._registry = KubeRegistry(client, namespace=config.namespace, registry_id=uid)
         self._face: asyncio.Future[Face] = asyncio.get_running_loop().create_future()
         self._nodes = NodePeers(cluster=config.cluster, uid=uid)
+        self._keys_seen = KeysSeen()
         self._newsroom = Newsroom(client, identity=self._identity, wall=time.time)
         self._reconciler = Reconciler(
             self._registry,
@@ -148,7 +149,6 @@ class Operator:
             wall=time.time,
             heard=self._hear,
         )
-        self._revision = 0
         self._restored = asyncio.Event()
         self._relisted = asyncio.Event()
         self._report = report
@@ -251,7 +251,7 @@ class Operator:
                 watch(
                     self._access,
                     registry_id=self._uid,
-                    take=self._reconciler.take,
+                    take=self._take,
                     relisted=self._relisted.set,
                 )
             )
@@ -265,8 +265,8 @@ class Operator:
                 error = None if watching.cancelled() else watching.exception()
                 log.warning("watch.ended reason=%r", error)
                 await asyncio.sleep(REWATCH_SECONDS)
-            self._restored.clear()
             await self._list_all()
+            self._restored.clear()
 
     async def _sweep(self) -> None:
         """List everything now and then, and after the watch did: what it missed is found."""
@@ -281,7 +281,10 @@ class Operator:
             self._relisted.clear()
 
     async def _list_all(self) -> None:
+        before = self._reconciler.revision
         await self._persist(self._reconciler.list_all)
+        if self._reconciler.revision < before:
+            self._restored.set()
 
     async def _persist(self, ask: Callable[[], Awaitable[T]]) -> T:
         """The answer of an API server that may be away for a while."""
@@ -299,10 +302,16 @@ class Operator:
 
     def _hear(self, revision: int) -> None:
         """An API server whose revisions go backwards was restored: watches would wait for what is gone."""
-        if revision < self._revision:
-            log.warning("cluster.restored revision=%d before=%d", revision, self._revision)
+        before = self._reconciler.revision
+        if revision < before:
+            log.warning("cluster.restored revision=%d before=%d", revision, before)
             self._restored.set()
-        self._revision = revision
+
+    def _take(self, fact: Fact) -> None:
+        self._reconciler.take(fact)
+        news = self._keys_seen.take(fact)
+        if news is not None and self._election.is_leader:
+            self._newsroom.post(news)
 
     def _tell(self, done: Done) -> None:
         self._report.tell(done)

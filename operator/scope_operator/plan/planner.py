@@ -169,6 +169,12 @@ class Planner:
 
     # --- what is known ------------------------------------------------------------------------------------
 
+    @property
+    def revision(self) -> int:
+        """The number of the newest revision that a fact told, of whatever kind."""
+        told = [revision.number for revision in self._seen.values()]
+        return max((*told, self._nodes.revision if self._nodes is not None else 0), default=0)
+
     def seen(self, kind: Kind) -> Revision | None:
         """The newest revision that a fact told: what a list that is asked for now is compared with."""
         return self._seen.get(kind)
