@@ -597,6 +597,18 @@ def test_the_heartbeat_of_a_nodes_peers_is_one_lease_that_they_own(control_plane
     on(control_plane, body)
 
 
+def test_a_peer_without_a_node_has_a_lease_of_its_own(control_plane: ControlPlane) -> None:
+    async def body(registry: KubeRegistry) -> None:
+        member = await created(registry, bare(1))
+        await registry.heartbeat(member.meta.name)
+        lease = await control_plane.request("GET", f"{LEASES}/agent.{member.meta.name}")
+        assert [owner["uid"] for owner in lease["metadata"]["ownerReferences"]] == [member.meta.uid]
+        await await_lease(control_plane, registry.leases, member.meta.name)
+        assert registry.seconds_since_heartbeat().keys() == {member.meta.name}
+
+    on(control_plane, body)
+
+
 def test_a_peer_that_was_made_anew_owns_the_lease_from_its_next_heartbeat(
     control_plane: ControlPlane,
 ) -> None:

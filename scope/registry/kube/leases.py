@@ -1,4 +1,4 @@
-"""Heartbeats as Leases: one for each Node, renewed by its agent, listed and never watched.
+"""Heartbeats as Leases: one for each Node, or peer without one, renewed by its agent, listed, never watched.
 
 A thousand Leases renewed every minute are seventeen writes a second that nobody is told of. Whoever wants to
 know lists them now and then from the API server's cache.
@@ -40,29 +40,32 @@ class Leases:
         self._namespace = namespace
         self._now = now
         self._wall = wall
-        self._owners: dict[str, dict[str, str]] = {}  # node -> name -> uid of the peers that beat here
+        self._owners: dict[str, dict[str, str]] = {}  # holder -> name -> uid of the peers that beat here
         self._renewed: dict[str, float] = {}
         self._heard: dict[str, tuple[str, float]] = {}  # peer -> time of renewal as written, when we saw it
 
-    async def renew(self, node: str, *, peer: str, uid: str) -> None:
-        """The agent of `node` is alive, and so is its ScopePeer `peer`. Raises RegistryError."""
-        owners = self._owners.setdefault(node, {})
+    async def renew(self, holder: str, *, peer: str, uid: str) -> None:
+        """The agent of `holder` is alive, a Node or a peer without one, and so is its ScopePeer `peer`.
+
+        Raises RegistryError.
+        """
+        owners = self._owners.setdefault(holder, {})
         now = self._now()
-        if owners.get(peer) == uid and now - self._renewed.get(node, float("-inf")) < RENEWED_SECONDS:
+        if owners.get(peer) == uid and now - self._renewed.get(holder, float("-inf")) < RENEWED_SECONDS:
             return
         owners[peer] = uid
         await self._client.ask(
             "PATCH",
-            lease_path(node, self._namespace),
+            lease_path(holder, self._namespace),
             query={"fieldManager": AGENT, "force": "true"},
-            body=lease(node, namespace=self._namespace, owners=owners, wall=self._wall()),
+            body=lease(holder, namespace=self._namespace, owners=owners, wall=self._wall()),
             content_type=APPLY,
         )
-        self._renewed[node] = now
+        self._renewed[holder] = now
 
-    def forget(self, node: str, *, peer: str) -> None:
+    def forget(self, holder: str, *, peer: str) -> None:
         """`peer` beats no more: the Lease is no longer its own, from the next renewal on."""
-        self._owners.get(node, {}).pop(peer, None)
+        self._owners.get(holder, {}).pop(peer, None)
 
     async def listen(self) -> None:
         """List all Leases again and again, until cancelled; what fails is tried again at the next time."""

@@ -11,8 +11,8 @@ can write one by hand with `stringData`:
     singleUse   true or false
     usedBy      the machines that joined with it, one a line
 
-The heartbeat of a Node's agent is a Lease in the release namespace, named `agent.NODE` and owned by that
-Node's ScopePeers, so that it goes with the last of them.
+The heartbeat of an agent is a Lease in the release namespace, named `agent.NODE`, or `agent.PEER` for a peer
+without a Node, and owned by the ScopePeers that it speaks for, so that it goes with the last of them.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def object_path(kind: Kind, name: str, namespace: str) -> str:
     return f"{collection(kind, namespace)}/{quote(stored, safe='')}"
 
 
-def lease_path(node: str, namespace: str) -> str:
-    """The path of the Lease of a Node's agent."""
-    return f"{leases_path(namespace)}/{quote(LEASE_PREFIX + node, safe='')}"
+def lease_path(holder: str, namespace: str) -> str:
+    """The path of the Lease of an agent."""
+    return f"{leases_path(namespace)}/{quote(LEASE_PREFIX + holder, safe='')}"
 
 
 def leases_path(namespace: str) -> str:
@@ -162,20 +162,20 @@ def _token_document(secret: Mapping[str, Any]) -> Object:
 # --- leases ------------------------------------------------------------------------------------------------
 
 
-def lease(node: str, *, namespace: str, owners: Mapping[str, str], wall: float) -> Object:
-    """The whole heartbeat of a Node's agent; `owners` are the UIDs of its ScopePeers, by name."""
+def lease(holder: str, *, namespace: str, owners: Mapping[str, str], wall: float) -> Object:
+    """The whole heartbeat of an agent; `owners` are the UIDs of its ScopePeers, by name."""
     return {
         "apiVersion": "coordination.k8s.io/v1",
         "kind": "Lease",
         "metadata": {
-            "name": LEASE_PREFIX + node,
+            "name": LEASE_PREFIX + holder,
             "namespace": namespace,
             "ownerReferences": [
                 owner_reference(Kind.PEER, name, uid) for name, uid in sorted(owners.items())
             ],
         },
         "spec": {
-            "holderIdentity": node,
+            "holderIdentity": holder,
             "leaseDurationSeconds": LEASE_SECONDS,
             # MicroTime: always six digits.
             "renewTime": datetime.fromtimestamp(wall, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),

@@ -99,12 +99,11 @@ class KubeRegistry:
         self._now = now
         self._leases = leases if leases is not None else Leases(client, namespace, now=now)
         self._seen: dict[Kind, int] = {}  # the newest revision that a list or watch of ours told
-        self._beating: dict[str, tuple[str, str]] = {}  # peer -> (uid, node): whose heartbeat we are
-        self._heartbeats: dict[str, float] = {}  # of peers without a Node, in this process
+        self._beating: dict[str, tuple[str, str]] = {}  # peer -> (uid, holder): whose heartbeat we are
 
     @property
     def leases(self) -> Leases:
-        """Heartbeats: `listen` must run where `seconds_since_heartbeat` is to tell of Nodes' peers."""
+        """Heartbeats: `listen` must run where `seconds_since_heartbeat` is to tell of any."""
         return self._leases
 
     async def close(self) -> None:
@@ -259,35 +258,31 @@ class KubeRegistry:
     # --- heartbeats ---------------------------------------------------------------------------------------
 
     async def heartbeat(self, name: str) -> None:
-        """The peer `name` is alive now: its Node's Lease is renewed, and one without a Node is remembered by
-        this process. Raises NotFound, Refused, Unavailable.
+        """The peer `name` is alive now: the Lease of its Node is renewed, or its own where it has no Node.
+
+        Raises NotFound, Refused, Unavailable.
         """
         known = self._beating.get(name)
         if known is None:
             peer = await self.get(Kind.PEER, name)
             node = peer.spec.node_name if isinstance(peer, Peer) else ""
-            known = self._beating[name] = (peer.meta.uid, node)
-        uid, node = known
-        if node:
-            await self._leases.renew(node, peer=name, uid=uid)
-        else:
-            self._heartbeats[name] = self._now()
+            known = self._beating[name] = (peer.meta.uid, node or name)
+        uid, holder = known
+        await self._leases.renew(holder, peer=name, uid=uid)
 
     def seconds_since_heartbeat(self) -> dict[str, float]:
-        """Age of the last heartbeat of every peer with a Lease, or that sent one to this process."""
-        now = self._now()
-        return self._leases.ages() | {name: now - at for name, at in self._heartbeats.items()}
+        """Age of the last heartbeat of every peer with a Lease."""
+        return self._leases.ages()
 
     def _note(self, fact: Put | Deleted) -> None:
         """A peer that is gone, or was made anew, is asked for again before it beats."""
         resource = fact.last if isinstance(fact, Deleted) else fact.resource
         name = resource.meta.name
         if isinstance(resource, Peer) and name in self._beating:
-            uid, node = self._beating[name]
+            uid, holder = self._beating[name]
             if isinstance(fact, Deleted) or uid != resource.meta.uid:
                 del self._beating[name]
-                self._heartbeats.pop(name, None)
-                self._leases.forget(node, peer=name)
+                self._leases.forget(holder, peer=name)
 
     # --- requests -----------------------------------------------------------------------------------------
 
