@@ -70,6 +70,8 @@ REMOVED_GRACE = 2.0  # for a device to lose its peers before the agent of a remo
 COURIERS = 16  # datagrams on their way to the gateway at once; more are dropped
 COMMAND_LINE = 4096  # bytes of one request on the local socket
 PORT_ATTEMPTS = 20
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt(3): blocks from this size on are maps of their own
+LARGE_BLOCK = 128 * 1024  # bytes; its initial value, set so that it stays
 SLOW_LOOP = 0.1  # an input that held the loop for so long is worth a line in the log
 
 
@@ -385,6 +387,7 @@ class Runner:
     async def _follow_registry(self) -> None:
         """List, then watch; whatever ends the watch, list again after a while."""
         await self._first_pings()
+        _return_large_blocks()
         if self._connect is not None:
             registry = await self._connect()
         else:
@@ -569,6 +572,18 @@ def _is_free(port: int) -> bool:
             if error.errno != errno.EAFNOSUPPORT:  # a machine without IPv6 has no port of it to take
                 return False
     return True
+
+
+def _return_large_blocks() -> None:
+    """Have the C library return what a reading or a file of thousands of peers took, once it is done with.
+
+    Left to itself glibc learns from the first such block to keep the next ones, in an arena for each thread.
+    """
+    import ctypes  # of no use before the first ping
+
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 def _import_http() -> HttpModule:
