@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
-from scope_operator.__main__ import PORT, REFLECTOR_PORTS
+from scope_operator.gateway.options import PORT, REFLECTOR_PORTS
 
 from scope import resources
 from scope.model import Addressing, Mesh, MeshSpec, Meta
