@@ -148,8 +148,8 @@ class JoinedOperator:
             return membership
         if invitation is None:
             raise ConfigError(
-                f"this cluster has not joined a mesh, and there is no {self._config.join_string}: put there "
-                "what `scopectl token create --mesh MESH --single-use` prints"
+                f"this cluster has not joined a mesh, and {self._config.join_string} has no join string: put "
+                "there what `scopectl token create --mesh MESH --single-use` prints"
             )
         if signing is None:
             signing = await _new_key(self._client, self._config.namespace)

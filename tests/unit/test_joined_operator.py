@@ -1,0 +1,182 @@
+"""What the operator of a joined cluster keeps, and what it tells the gateway of its API server's keys."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from scope_operator.kube import joined
+from scope_operator.kube.joined import JoinedConfig, JoinedOperator, Membership, read_secret
+from scope_operator.kube.report import Report
+
+from scope.model import AgentTokens, ConfigError, Secret
+from scope.registry.port import NotFound, Refused, Unavailable
+from scope.resources import tokens_to_dict
+from tests.unit.cluster_fixture import ACCOUNT, ISSUER, ApiServer, JoiningCluster
+
+SEED = bytes(range(32))
+JOINED = {"url": "https://east:7443", "pin": None, "mesh": "home", "registry": "r", "tokenID": "tk-1"}
+OLD, NEW = ApiServer(1, "old"), ApiServer(2, "new", None)
+
+
+def encoded(value: object) -> str:
+    raw = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return base64.b64encode(raw).decode()
+
+
+def secret(**data: str) -> dict[str, object]:
+    return {"data": {"signing": encoded(base64.b64encode(SEED)), **data}}
+
+
+def test_a_secret_without_a_join_has_the_key_alone() -> None:
+    signing, membership = read_secret(secret())
+    assert (signing.raw, membership) == (SEED, None)
+
+
+def test_a_secret_after_a_join_says_where() -> None:
+    signing, membership = read_secret(secret(**{"joined.json": encoded(JOINED)}))
+    assert membership == Membership("https://east:7443", None, "home", "r", "tk-1", signing)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {},
+        {"data": None},
+        {"data": {"signing": "%%"}},
+        {"data": {"signing": encoded(b"not base64")}},
+        {"data": {"signing": encoded(base64.b64encode(b"short"))}},
+        secret(**{"joined.json": encoded(b"{")}),
+        secret(**{"joined.json": encoded([])}),
+        secret(**{"joined.json": encoded({**JOINED, "pin": 7})}),
+        secret(**{"joined.json": encoded({"url": "https://east:7443"})}),
+    ],
+)
+def test_a_damaged_secret_is_refused_and_its_key_not_shown(damaged: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="the Secret scope-cluster is damaged") as refused:
+        read_secret(damaged)
+    assert encoded(SEED) not in str(refused.value)
+
+
+class ApiServerStub:
+    """An API server that shows its keys, each time the next ones; `None` is one that does not answer."""
+
+    def __init__(self, *keys: ApiServer | None) -> None:
+        self._keys: Iterator[ApiServer | None] = iter(keys)
+        self._last: ApiServer | None = None
+
+    async def ask(self, method: str, path: str, **_: object) -> dict[str, Any]:
+        if path == joined.DISCOVERY:
+            return {"issuer": ISSUER}
+        assert (method, path) == ("GET", joined.JWKS)
+        self._last = next(self._keys, self._last)
+        if self._last is None:
+            raise Unavailable("away")
+        tokens = tokens_to_dict(JoiningCluster(api=self._last).tokens)
+        return {"keys": tokens["keys"]}
+
+
+class GatewayStub:
+    """A gateway that is told keys; it does not answer the first `failures` times."""
+
+    def __init__(self, failures: int = 0) -> None:
+        self.told: list[tuple[str, AgentTokens]] = []
+        self._failures = failures
+
+    async def replace_cluster_tokens(self, cluster: str, tokens: AgentTokens) -> None:
+        if self._failures:
+            self._failures -= 1
+            raise Refused("not now")
+        self.told.append((cluster, tokens))
+
+
+def operator(client: ApiServerStub, directory: Path) -> JoinedOperator:
+    config = JoinedConfig(
+        cluster="west",
+        namespace=ACCOUNT.namespace,
+        join_string=directory / "join-string",
+        agents=ACCOUNT.name,
+        metrics_address="127.0.0.1",
+        metrics_port=0,
+    )
+    access: Any = SimpleNamespace()
+    kube: Any = client
+    return JoinedOperator(kube, access, config, uid="u", report=Report())
+
+
+def registered(
+    client: ApiServerStub, gateway: GatewayStub, directory: Path, *, count: int
+) -> list[tuple[str, AgentTokens]]:
+    """What the gateway was told until there were `count` messages."""
+
+    async def run() -> None:
+        west = operator(client, directory)
+        http: Any = gateway
+        task = asyncio.create_task(west._register(http, await west._tokens()))
+        async with asyncio.timeout(20):
+            while len(gateway.told) < count:  # noqa: ASYNC110 - a stub has no event
+                await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+
+    asyncio.run(run())
+    return gateway.told
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joined, "KEYS_SECONDS", 0.0)
+    monkeypatch.setattr(joined, "backoff", lambda failures, *, uniform: 0.0)
+
+
+@pytest.mark.usefixtures("hurried")
+def test_keys_are_told_at_the_start_and_when_they_change(tmp_path: Path) -> None:
+    told = registered(ApiServerStub(OLD, OLD, OLD, NEW, NEW), GatewayStub(), tmp_path, count=2)
+    assert told == [("west", JoiningCluster(api=api).tokens) for api in (OLD, NEW)]
+
+
+@pytest.mark.usefixtures("hurried")
+def test_keys_are_told_once_whoever_was_away_is_back(tmp_path: Path) -> None:
+    told = registered(ApiServerStub(OLD, None, None, NEW), GatewayStub(failures=3), tmp_path, count=2)
+    assert [tokens.keys for _, tokens in told] == [(OLD.public,), (NEW.public,)]
+
+
+def test_an_api_server_whose_keys_cannot_be_used_is_refused(tmp_path: Path) -> None:
+    class Odd(ApiServerStub):
+        async def ask(self, method: str, path: str, **_: object) -> dict[str, Any]:
+            return {"keys": [{"kty": "OKP", "kid": "k"}]}
+
+    with pytest.raises(Refused, match="cannot use the keys that the API server signs tokens with"):
+        asyncio.run(operator(Odd(), tmp_path)._tokens())
+
+
+class NoSecret(ApiServerStub):
+    """An API server without the Secret."""
+
+    async def ask(self, method: str, path: str, **_: object) -> dict[str, Any]:
+        raise NotFound("there is none")
+
+
+def test_without_a_join_string_a_cluster_that_never_joined_says_what_to_do(tmp_path: Path) -> None:
+    west = operator(NoSecret(), tmp_path)
+    for text in (None, "", "\n"):
+        if text is not None:
+            (tmp_path / "join-string").write_text(text)
+        with pytest.raises(ConfigError, match=r"has no join string: .*scopectl token create"):
+            asyncio.run(west._member(JoiningCluster().tokens))
+
+
+def test_a_damaged_join_string_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "join-string").write_text("https://east:7443/home")
+    with pytest.raises(ConfigError, match="after # is missing"):
+        asyncio.run(operator(NoSecret(), tmp_path)._member(JoiningCluster().tokens))
+
+
+def test_a_membership_shows_no_key() -> None:
+    assert SEED.hex() not in repr(Membership("u", None, "home", "r", "t", Secret(SEED)))
