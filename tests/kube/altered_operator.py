@@ -1,8 +1,8 @@
-"""The operator as a program whose time runs ahead, or that dies at a certain write.
+"""The operator as a program whose time runs ahead, that hears more often, or that dies at a certain write.
 
-altered_operator.py ahead SECONDS -- OPTIONS       its wall clock is ahead; who is silent is offline after
-1 s altered_operator.py dies before|after N -- OPTIONS  it kills itself around its Nth write that is no
-Lease's
+altered_operator.py ahead SECONDS -- OPTIONS        its wall clock is; who is silent is offline after 1 s
+altered_operator.py hears SECONDS -- OPTIONS        it lists heartbeats that often
+altered_operator.py dies before|after N -- OPTIONS  it kills itself around its Nth write that is no Lease's
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from scope_operator import reconcile
 from scope_operator.kube import __main__ as program
 from scope_operator.plan import planner
 
+from scope.registry.kube import leases
 from scope.registry.kube.client import KubeClient
 
 
@@ -54,6 +55,8 @@ if __name__ == "__main__":
     match sys.argv[1:split]:
         case ["ahead", ahead]:
             run_ahead(float(ahead))
+        case ["hears", often]:
+            patch.multiple(leases, LIST_SECONDS=float(often)).start()
         case ["dies", when, number]:
             die(int(number), after=when == "after")
         case other:

@@ -16,6 +16,7 @@ from kubelab import ApiError, ControlPlane
 SCOPE = "/apis/scope.ltgc.cc/v1alpha1"
 PEERS, MESHES = f"{SCOPE}/scopepeers", f"{SCOPE}/scopemeshes"
 NAMESPACE = "scope-system"
+RIGHTS = Path(__file__).parents[2] / "charts" / "manifests" / "30-operator-rights.yaml"
 LEASE = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases/scope-operator"
 T = TypeVar("T")
 
@@ -85,7 +86,7 @@ class Cluster:
         user: str = "",
         gateway: bool = False,
     ) -> Replica:
-        """Start a replica; as `user`, a ServiceAccount with every right, or as the administrator."""
+        """Start a replica; as `user`, who has the operator's rights, or as administrator."""
         token = await self._token(user) if user else None
         self._number += 1
         log = self.plane.logs / f"operator-{self._number}.log"
@@ -113,18 +114,23 @@ class Cluster:
             "kind": "ServiceAccount",
             "metadata": {"name": user, "namespace": NAMESPACE},
         }
-        binding = {
-            "apiVersion": "rbac.authorization.k8s.io/v1",
-            "kind": "ClusterRoleBinding",
-            "metadata": {"name": user},
-            "roleRef": {
-                "apiGroup": "rbac.authorization.k8s.io",
-                "kind": "ClusterRole",
-                "name": "cluster-admin",
-            },
-            "subjects": [{"kind": "ServiceAccount", "name": user, "namespace": NAMESPACE}],
-        }
-        await self.plane.apply(account, binding)
+        await self.plane.apply(account, RIGHTS)
+        subject = {"kind": "ServiceAccount", "name": user, "namespace": NAMESPACE}
+        for kind, role, namespace in (
+            ("ClusterRole", "scope-operator", None),
+            ("Role", "scope-operator", NAMESPACE),
+            ("Role", "scope-operator-events", "default"),
+        ):
+            place = {} if namespace is None else {"namespace": namespace}
+            await self.plane.apply(
+                {
+                    "apiVersion": "rbac.authorization.k8s.io/v1",
+                    "kind": "ClusterRoleBinding" if namespace is None else "RoleBinding",
+                    "metadata": {"name": f"{role}-{user}", **place},
+                    "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": kind, "name": role},
+                    "subjects": [subject],
+                }
+            )
         return await self.plane.token(user, namespace=NAMESPACE)
 
     async def peers(self) -> dict[str, dict[str, Any]]:

@@ -16,12 +16,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from kubelab import ControlPlane
 
+from scope.credentials import PeerCredential
 from scope.enrolment import Enrolment, enrolment_to_dict, sign_enrolment
 from scope.join import JoinString
 from scope.model import PeerKeys, PublicKey, Secret
-from tests.kube.operator_fixture import NAMESPACE, Cluster, Replica, addresses, eventually, mesh, run
+from scope.registry.http import HttpRegistry
+from tests.kube.operator_fixture import NAMESPACE, PEERS, Cluster, Replica, addresses, eventually, mesh, run
 
 SECRET = f"/api/v1/namespaces/{NAMESPACE}/secrets/scope-gateway"
+ALTERED = str(Path(__file__).with_name("altered_operator.py"))
 GATEWAY = ("--listen=127.0.0.1:0", "--reflector-ports=0,0", "--advertise=127.0.0.1")
 
 
@@ -69,9 +72,14 @@ async def scopectl(*arguments: str, admin: Path) -> str:
     return said.decode()
 
 
+def seeds_of(number: int) -> list[Secret]:
+    """The WireGuard, probe and signing keys of a machine of that number."""
+    return [Secret(bytes([number + 1, kind]) * 16) for kind in range(3)]
+
+
 def enrolment(number: int, join: JoinString) -> dict[str, object]:
     """The request of a machine of that number."""
-    seeds = [Secret(bytes([number + 1, kind]) * 16) for kind in range(3)]
+    seeds = seeds_of(number)
     signing = Ed25519PrivateKey.from_private_bytes(seeds[2].raw).public_key().public_bytes_raw()
     wireguard, probe = (
         X25519PrivateKey.from_private_bytes(seed.raw).public_key().public_bytes_raw() for seed in seeds[:2]
@@ -91,6 +99,13 @@ async def joined(session: aiohttp.ClientSession, url: str, request: Mapping[str,
             return answer.status
 
 
+async def token_of(admin: Path, *options: str) -> JoinString:
+    """The join string of a fresh token."""
+    said = await scopectl("token", "create", "--mesh", "home", *options, admin=admin)
+    (line,) = [line for line in said.split() if line.strip("'").startswith("https://")]
+    return JoinString.parse(line.strip("'"))
+
+
 def test_of_fifty_joins_at_two_replicas_with_a_one_time_token_one_succeeds(
     control_plane: ControlPlane, tmp_path: Path
 ) -> None:
@@ -99,9 +114,7 @@ def test_of_fifty_joins_at_two_replicas_with_a_one_time_token_one_succeeds(
         replicas = [await east.operator(*GATEWAY, gateway=True) for _ in range(2)]
         urls = [await served_by(replica) for replica in replicas]
         admin = await administrator_file(east, tmp_path, url=urls[0])
-        said = await scopectl("token", "create", "--mesh", "home", "--single-use", admin=admin)
-        (line,) = [line for line in said.split() if line.strip("'").startswith("https://")]
-        join = JoinString.parse(line.strip("'"))
+        join = await token_of(admin, "--single-use")
         connector = aiohttp.TCPConnector(ssl=False, limit=0)
         async with aiohttp.ClientSession(connector=connector) as session:
             answers = await asyncio.gather(
@@ -137,6 +150,33 @@ def test_replicas_share_their_keys_and_the_mesh_names_them(
         for url in urls:  # scopectl checks the pin: both replicas have the key that it names
             admin = await administrator_file(east, tmp_path, url=url)
             assert "home" in await scopectl("get", "meshes", admin=admin)
+
+    run(control_plane, body)
+
+
+def test_the_leader_knows_who_is_alive_at_another_replica(
+    control_plane: ControlPlane, tmp_path: Path
+) -> None:
+    async def body(east: Cluster) -> None:
+        await east.plane.apply(mesh())
+        hears = (ALTERED, "hears", "1", "--")
+        leader = await east.operator(*GATEWAY, gateway=True, program=hears)
+        await served_by(leader)
+        other = await east.operator(*GATEWAY, gateway=True, program=hears)
+        url = await served_by(other)
+        assert "leader.elected" not in other.text
+        join = await token_of(await administrator_file(east, tmp_path, url=url))
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=False)) as session:
+            assert await joined(session, url, enrolment(1, join)) == 201
+        (name,) = await east.peers()
+        peer = (await east.addressed(name))[name]
+        assert not peer["status"]["online"]
+        identity = (await east.plane.request("GET", "/api/v1/namespaces/kube-system"))["metadata"]["uid"]
+        credential = PeerCredential(name, peer["metadata"]["uid"], identity, seeds_of(1)[2])
+        async with HttpRegistry(url, pin=join.pin, credential=credential) as registry:
+            await registry.heartbeat(name)
+        await east.condition(name, "Ready", path=PEERS, status="True")
+        assert (await east.peers())[name]["status"]["online"]
 
     run(control_plane, body)
 

@@ -148,8 +148,8 @@ async def tell_administrator(
 class GatewayRegistry(KubeRegistry):
     """The registry as the gateway's peers see it: each of their heartbeats renews a Lease of that peer's own.
 
-    So every replica knows who is alive, through whichever replica they speak. `uid_of` tells a ScopePeer's
-    UID by its name, "" where there is none.
+    Among them are Nodes of other clusters, whose names may be those of Nodes of this one. `uid_of` tells a
+    ScopePeer's UID by its name, "" where there is none.
     """
 
     uid_of: Callable[[str], str]

@@ -52,6 +52,8 @@ log = logging.getLogger(__name__)
 
 LEASE = "scope-operator"
 SWEEP_SECONDS = (300.0, 600.0)  # between lists of everything, drawn anew each time, so replicas do not meet
+# TLS takes its key from a file: this one is in memory, and writable where a container's root is not.
+MEMORY = "/dev/shm"  # noqa: S108 - the directory made there is nobody else's
 KEYS_SECONDS = 0.5  # between looks of a replica that waits for the leader to make the gateway's keys
 RELIST_SECONDS = 2.0  # what the watch lists of three kinds is followed by one list of ours
 REWATCH_SECONDS = 1.0  # between a watch that failed and the next
@@ -214,7 +216,7 @@ class Operator:
         keys = await self._await_keys()
         registry = GatewayRegistry(self._client, namespace=namespace, registry_id=self._uid)
         works = Works()
-        with tempfile.TemporaryDirectory(prefix="scope-gateway-") as directory:
+        with tempfile.TemporaryDirectory(prefix="scope-gateway-", dir=MEMORY) as directory:
             data = Path(directory)
             tls.write_private(data / tls.KEY_FILE, keys.tls_key.raw)
             opened = face.opened(
