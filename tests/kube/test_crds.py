@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from random import Random
 from typing import Any
 
 import pytest
@@ -103,6 +104,62 @@ def test_the_api_server_refuses_what_the_parser_refuses_at_the_same_field_with_a
         if case.fault not in said or not SENTENCES.search(said)
     ]
     assert not odd, "\n".join(odd)
+
+
+ROUTES = (
+    *("10.0.0.0/8", "192.168.7.0/24", "0.0.0.0/8", "127.0.0.1/32", "224.0.0.0/8", "169.254.0.0/16"),
+    *("fd5c:be1:7a30::/64", "2001:db8::/32", "fe80::/64", "ff02::1/128", "::1/128", "1:2:3:4:5:6:7::/112"),
+    *("::ffff:1.2.3.4/128", "64:ff9b::1.2.3.4/128"),
+)
+ENDPOINTS = (
+    *("192.0.2.1:51820", "255.255.255.255:9", "0.0.0.0:1", "127.0.0.1:1", "[2001:db8::1]:51820", "[::]:1"),
+    *("[::1.2.3.4]:1", "[fe80::1]:65535", "[ff0e::1]:3", "[::ffff:1.2.3.4]:5", "[1:2:3:4:5:6:7::]:80"),
+)
+
+
+def test_thousands_of_spellings_are_judged_alike(control_plane: ControlPlane) -> None:
+    """One refusal names every wrong item of a list, so a request judges eighty spellings."""
+    random = Random(1)
+    refused_at = re.compile(r"spec\.(?:routes|endpoints)\[\d+\]")
+
+    def spelling(right: tuple[str, ...], *, longest: int) -> str:
+        text = list(random.choice(right))
+        for _ in range(random.choice((0, 1, 1, 2, 3))):
+            at = random.randrange(len(text))
+            text[at : at + random.choice((0, 1))] = random.choice(("", *"0123456789abcdfAF:./[]%- \n\u0660"))
+        return "".join(text)[:longest]
+
+    async def differences() -> list[str]:
+        judge = Judge(control_plane)
+        odd: list[str] = []
+        for _ in range(40):
+            routes = [spelling(ROUTES, longest=resources.MAX_CIDR) for _ in range(resources.MAX_ROUTES)]
+            endpoints = [spelling(ENDPOINTS, longest=resources.MAX_ENDPOINT) for _ in range(16)]
+            theirs = set(
+                refused_at.findall(await judge.refusal(corpus.peer(routes=routes, endpoints=endpoints)))
+            )
+            # Each by itself: the parser ends a long list of problems early.
+            ours = {
+                f"spec.routes[{i}]" for i, each in enumerate(routes) if is_refused(corpus.peer(routes=[each]))
+            }
+            ours |= {
+                f"spec.endpoints[{i}]"
+                for i, each in enumerate(endpoints)
+                if is_refused(corpus.peer(endpoints=[each]))
+            }
+            assert 0 < len(ours) < len(routes) + len(endpoints)
+            odd.extend(f"{at} of {routes} {endpoints}" for at in theirs ^ ours)
+        return odd
+
+    assert asyncio.run(differences()) == []
+
+
+def is_refused(document: Document) -> bool:
+    try:
+        resources.parse(document)
+    except resources.InvalidResource:
+        return True
+    return False
 
 
 def test_the_api_server_fills_in_the_parsers_defaults(control_plane: ControlPlane) -> None:
