@@ -77,19 +77,24 @@ def test_every_locked_package_comes_from_the_public_index_with_a_hash() -> None:
 
 def test_every_package_that_an_extra_brings_is_imported_by_the_product() -> None:
     declared = {
-        re.split(r"[\[<>=;~! ]", requirement)[0].lower()
+        normalised(re.split(r"[\[<>=;~! ]", requirement)[0])
         for extra in PROJECT["project"]["optional-dependencies"].values()
         for requirement in extra
     }
     distributions = packages_distributions()
     imported = {
-        distribution.lower()
+        normalised(distribution)
         for folder in PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
         for path in (ROOT / folder).rglob("*.py")
         for name in imported_roots(path)
         for distribution in distributions.get(name, [])
     }
     assert not declared - imported
+
+
+def normalised(distribution: str) -> str:
+    """A distribution's name in the one spelling of PyPA's name normalisation (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def imported_roots(path: Path) -> set[str]:
