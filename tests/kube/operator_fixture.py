@@ -66,9 +66,9 @@ class Replica:
         """Send a signal to it alone."""
         self.process.send_signal(number)
 
-    async def ended(self) -> int:
-        """Its exit status."""
-        return await asyncio.wait_for(self.process.wait(), SOON)
+    async def ended(self, *, within: float = SOON) -> int:
+        """Its exit status. Raises TimeoutError."""
+        return await asyncio.wait_for(self.process.wait(), within)
 
 
 class Cluster:
