@@ -178,5 +178,12 @@ def test_a_damaged_join_string_is_refused(tmp_path: Path) -> None:
         asyncio.run(operator(NoSecret(), tmp_path)._member(JoiningCluster().tokens))
 
 
+def test_a_replica_that_waits_is_ready_and_one_that_joins_is_not_yet(tmp_path: Path) -> None:
+    west = operator(ApiServerStub(OLD), tmp_path)
+    assert west._health().listed
+    west._election.is_leader = True
+    assert not west._health().listed
+
+
 def test_a_membership_shows_no_key() -> None:
     assert SEED.hex() not in repr(Membership("u", None, "home", "r", "t", Secret(SEED)))

@@ -25,7 +25,7 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -238,7 +238,10 @@ class JoinedOperator:
         return await list_nodes(self._client, asked_at=time.monotonic(), after=self._nodes.revision)
 
     def _health(self) -> ReconcileHealth:
-        return self._reconciler.health if self._reconciler is not None else STARTING
+        if self._reconciler is not None:
+            return self._reconciler.health
+        # Who waits for the Lease has nothing to list, and takes over at once.
+        return replace(STARTING, listed=not self._election.is_leader)
 
 
 async def operate(access: Access, config: JoinedConfig) -> None:
