@@ -218,6 +218,8 @@ class KubeClient:
                 )
             case TimeoutError():
                 return Unavailable(f"{self.url} did not answer in time")
+            case aiohttp.ClientPayloadError() | aiohttp.ServerDisconnectedError():
+                return Unavailable(f"the API server {self.url} was cut off in the middle of an answer")
             case aiohttp.ClientConnectorError():
                 reason = error.os_error.strerror or str(error.os_error)
                 return Unavailable(f"cannot reach the API server {self.url}: {reason}")
@@ -232,7 +234,10 @@ def error_of(status: Mapping[str, object], *, url: str, retry_after: float | Non
     message = str(status.get("message") or f"{url} answered HTTP {code}")
     match code:
         case 401:
-            return Unavailable(f"{url} does not take our token (401): it expired, or is another cluster's")
+            return Unavailable(
+                f"{url} does not take our token (401): it expired, its pod or Node is gone, or it is another "
+                "cluster's"
+            )
         case 404:
             return NotFound(message)
         case 409:
