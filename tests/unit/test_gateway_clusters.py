@@ -23,6 +23,7 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from scope_operator.gateway import app
 from scope_operator.gateway.limits import Limits, Rate
 
 from scope import resources
@@ -354,6 +355,19 @@ def test_an_operator_creates_no_peer_but_those_of_its_nodes(peer: Peer, sentence
             with pytest.raises(Refused, match=sentence):
                 await operator.create(peer)
         assert at.running.registry.store.revision == before
+
+    joined(body)
+
+
+def test_an_operator_fills_no_mesh_beyond_what_it_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "MAX_PEERS", 2)
+
+    async def body(at: Joined) -> None:
+        own = await at.node()
+        await until(partial(_has, at, own))
+        async with at.operator() as operator:
+            with pytest.raises(Refused, match="mesh 'home' has 2 peers, the most it may have: select fewer"):
+                await operator.create(WEST.peer("n2"))
 
     joined(body)
 

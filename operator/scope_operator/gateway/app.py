@@ -36,7 +36,7 @@ from scope.projection import projected
 from scope.registry.http import AGENT, AGENT_VIEW, API, OPERATOR, REGISTRY_HEADER
 from scope.registry.port import Conflict, Listed, NotFound, Registry, RegistryError
 from scope.wire import MAX_DATAGRAM
-from scope_operator.enrolment import require_bindable
+from scope_operator.enrolment import MAX_PEERS, require_bindable
 from scope_operator.gateway.authorisation import (
     Administrator,
     Authority,
@@ -339,6 +339,8 @@ class Gateway:
             resource = _parsed(asked, kind)
             if isinstance(resource, Peer):
                 _require_own(author, resource)
+                if author is not None:
+                    self._require_room(author.mesh)
                 await self._require_mesh(resource)
             else:
                 await self._require_free_prefixes(resource)
@@ -411,6 +413,17 @@ class Gateway:
             raise Refusal(
                 422, "Invalid", f"spec.mesh: there is no ScopeMesh {peer.spec.mesh!r}: create it first"
             ) from None
+
+    def _require_room(self, mesh: str) -> None:
+        """Raises Refusal when a mesh has as many peers as it may have."""
+        members = sum(peer.spec.mesh == mesh for peer in self._feed.peers.values())
+        if members >= MAX_PEERS:
+            raise Refusal(
+                422,
+                "Invalid",
+                f"mesh {mesh!r} has {members} peers, the most it may have: select fewer Nodes, or "
+                "`scopectl peer remove` those that are gone",
+            )
 
     async def _require_no_members(self, mesh: Mesh) -> None:
         """A mesh that goes leaves its peers running with nobody to remove one of them."""
