@@ -65,6 +65,7 @@ MAX_INBOX = 4096  # datagrams beyond this are dropped and counted: a flood must 
 TRAFFIC_INTERVAL = 0.25  # how soon the device's counters tell that someone uses the mesh
 HTTP_AFTER = 0.4  # the HTTP client's import waits for the first pings, or for so long
 HEARTBEAT = 60.0
+HEARTBEAT_AGAIN = 10.0  # after one that failed: a few are tried before those who listen give us up
 LASTING = 30.0  # seconds: a watch that held for so long was no failure
 REMOVED_GRACE = 2.0  # for a device to lose its peers before the agent of a removed peer ends
 COURIERS = 16  # datagrams on their way to the gateway at once; more are dropped
@@ -455,8 +456,15 @@ class Runner:
 
         async def beat() -> None:
             while True:
-                await registry.heartbeat(self._enrolment.peer_name)
-                await asyncio.sleep(HEARTBEAT * (0.9 + 0.2 * secrets.SystemRandom().random()))
+                delay = HEARTBEAT
+                try:
+                    await registry.heartbeat(self._enrolment.peer_name)
+                except PeerRemoved:
+                    raise
+                except RegistryError as error:  # what the watch brings is worth no less for it
+                    log.warning("heartbeat.failed error=%s", error)
+                    delay = HEARTBEAT_AGAIN
+                await asyncio.sleep(delay * (0.9 + 0.2 * secrets.SystemRandom().random()))
 
         async def list_again() -> None:
             while True:
