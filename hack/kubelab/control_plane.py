@@ -13,6 +13,7 @@ Nothing here belongs to an event loop: what one `asyncio.run` starts, the next m
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -59,6 +60,7 @@ _TOOL_S = 60.0  # kubectl and etcdctl do seconds of work; the machine may be bus
 # A probe that is given up amid its TLS handshake leaves a transport unclosed (asyncio in Python 3.11), so it
 # waits longer than any answer takes.
 _PROBE_S = 30.0
+_CLOSING_ROUNDS = 1000  # of a millisecond: a connection that was shut down is closed in the loop's next few
 _MANAGER = "kubelab"  # the field manager of what is applied here
 # Certificates are nobody's business here, and Nodes have no kubelet that would say it is alive.
 _CONTROLLERS = (
@@ -188,12 +190,7 @@ class ControlPlane:
 
     def session(self, *, as_admin: bool = True) -> aiohttp.ClientSession:
         """A session that connects from where the control plane runs; use it with `async with`."""
-        connector = aiohttp.TCPConnector(
-            ssl=self.tls(as_admin=as_admin),
-            limit=0,
-            socket_factory=lambda info: _non_blocking(self.socket(info[0], info[1])),
-        )
-        return aiohttp.ClientSession(connector=connector)
+        return aiohttp.ClientSession(connector=_Connector(self.socket, tls=self.tls(as_admin=as_admin)))
 
     def socket(self, family: int, kind: int) -> sockets.socket:
         """A socket of the network that the control plane runs in, for use in this very process."""
@@ -476,6 +473,36 @@ class ControlPlane:
         return out
 
 
+class _Connector(aiohttp.TCPConnector):
+    """Makes its sockets in some network, and is closed only when every one of them is.
+
+    A connection that is given up amid an answer says goodbye in TLS and waits for the other side's; an event
+    loop that ends before that leaves its socket open.
+    """
+
+    def __init__(self, make: Callable[[int, int], sockets.socket], *, tls: SSLContext) -> None:
+        super().__init__(ssl=tls, limit=0, socket_factory=self._socket)
+        self._make = make
+        self._open: list[sockets.socket] = []
+
+    def _socket(self, info: Sequence[Any]) -> sockets.socket:
+        sock = self._make(info[0], info[1])
+        sock.setblocking(False)
+        self._open = [known for known in self._open if known.fileno() != -1]
+        self._open.append(sock)
+        return sock
+
+    async def close(self, *, abort_ssl: bool = False) -> None:
+        await super().close(abort_ssl=abort_ssl)
+        for sock in self._open:
+            with contextlib.suppress(OSError):
+                sock.shutdown(sockets.SHUT_RDWR)
+        for _ in range(_CLOSING_ROUNDS):
+            if all(sock.fileno() == -1 for sock in self._open):
+                return
+            await asyncio.sleep(0.001)
+
+
 _ETCD_ENV = {"ETCDCTL_API": "3", "PATH": os.defpath}
 
 
@@ -502,11 +529,6 @@ def _is_free(where: Where, address: str, port: int) -> bool:
         except OSError:
             return False
         return True
-
-
-def _non_blocking(sock: sockets.socket) -> sockets.socket:
-    sock.setblocking(False)
-    return sock
 
 
 def _is_established(definition: Mapping[str, Any]) -> bool:
