@@ -32,7 +32,8 @@ def run_ahead(seconds: float) -> None:
 
 
 def die(at: int, *, after: bool) -> None:
-    """Kill this process before, or after, its `at`th write."""
+    """Kill this process before, or after, its `at`th write; it does one at a time."""
+    patch.multiple(planner, MAX_IN_FLIGHT=1).start()
     asked = KubeClient.ask
     count = 0
 
