@@ -263,6 +263,24 @@ def test_an_operator_keeps_the_peers_of_its_nodes() -> None:
     joined(body)
 
 
+def test_an_operator_changes_the_spec_of_a_peer_and_leaves_its_status() -> None:
+    async def body(at: Joined) -> None:
+        registry, own = at.running.registry, await at.node()
+        await registry.update_status(Kind.PEER, own.meta.name, report_of(1), uid=own.meta.uid)
+        assigned = Assignment(role=Role.HUB, online=True)
+        await registry.update_status(Kind.PEER, own.meta.name, assigned, uid=own.meta.uid)
+        async with at.operator() as operator:
+            stored = await operator.get(Kind.PEER, own.meta.name)
+            assert isinstance(stored, Peer)
+            spec = replace(stored.spec, role=Role.HUB)
+            asked = replace(stored, spec=spec, assignment=Assignment(), report=report_of(2))
+            updated = await operator.update(asked, if_revision=stored.meta.revision)
+        assert isinstance(updated, Peer)
+        assert (updated.spec, updated.report, updated.assignment) == (spec, report_of(1), assigned)
+
+    joined(body)
+
+
 def test_an_operator_sees_its_mesh_and_its_own_peers_alone() -> None:
     async def body(at: Joined) -> None:
         await enrolled(at.running.registry, 2, mesh="other")

@@ -350,12 +350,11 @@ class Gateway:
 
     def _update(self, kind: Kind) -> Handler:
         async def handle(asked: Asked) -> web.Response:
-            author = asked.author(kind)
+            asked.author(kind)
             resource = _parsed(asked, kind)
             if isinstance(resource, Mesh):
                 await self._require_free_prefixes(resource)
             else:
-                _require_own(author, resource)
                 _require_unchanged(await self._visible(asked, kind), resource)
             if_revision = resource.meta.revision or None
             return _resource(await self._registry.update(resource, if_revision=if_revision))
