@@ -235,6 +235,22 @@ def test_peers_of_other_clusters_and_external_ones_are_left_alone_and_addressed(
         assert found.assignment.addresses
 
 
+def test_a_peer_made_by_hand_under_the_name_of_a_nodes_says_so_and_stays() -> None:
+    world = World()
+    world.mesh()
+    world.store.write(Create(Peer(Meta("home.east.n1"), PeerSpec("home"))))
+    world.node("n1")
+    world.start()
+    found = world.peer("n1")
+    assert found.spec == PeerSpec("home")
+    (ready,) = [each for each in found.assignment.conditions if each.type == "Ready"]
+    assert ready.reason == "NameOfNode"
+    assert "Node n1 is no peer" in ready.message
+    world.store.write(Delete(Kind.PEER, found.meta.name, found.meta.uid))
+    world.settle()
+    assert world.peer("n1").spec.node_name == "n1"
+
+
 def test_a_second_peer_of_a_node_under_another_name_goes() -> None:
     world = cluster_of(1)
     twin = replace(world.peer("n000").spec)

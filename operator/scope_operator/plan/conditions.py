@@ -108,6 +108,7 @@ def peer_conditions(
     online: bool,
     wall: float,
     moved: AddressConflict | None = None,
+    displaced: str = "",
 ) -> tuple[Condition, ...]:
     """The conditions of a peer that is not removed; what is no problem is left out, for the sake of etcd.
 
@@ -116,6 +117,7 @@ def peer_conditions(
     """
     chain = (
         None if mesh else _no_mesh(peer),
+        _displaces(displaced) if displaced else None,
         Failure("NoKeys", "its agent has not reported keys: start scope-agent there")
         if not peer.report
         else None,
@@ -138,6 +140,14 @@ def peer_conditions(
     else:
         told.extend(each for each in earlier if each.type == ADDRESS_CONFLICT)
     return tuple(told)
+
+
+def _displaces(node: str) -> Failure:
+    return Failure(
+        "NameOfNode",
+        f"Node {node} is no peer, because this ScopePeer has the name of its: make this one anew under "
+        "another name",
+    )
 
 
 def _impostor(cluster: str) -> Failure:

@@ -258,6 +258,11 @@ class NodePeers:
                 return PortConflict(port, holder=rival.meta.name, nodes=tuple(both))
         return None
 
+    def displaced(self, peer: Peer) -> str:
+        """The Node that is no peer because this one has the name of its; "" where there is none."""
+        wanted = None if self._is_own(peer) else self._wanted(peer.meta.name)
+        return wanted.spec.node_name if wanted is not None else ""
+
     # --- steps --------------------------------------------------------------------------------------------
 
     def _take_list(self, listed: NodesListed) -> None:

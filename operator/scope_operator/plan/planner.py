@@ -342,6 +342,7 @@ class Planner:
             conflict=members.conflicts.get(name),
             online=self._is_online(peer),
             wall=wall,
+            displaced=nodes.displaced(peer) if nodes is not None else "",
         )
         self._note_lack(members, peer, part)
         if part == peer.assignment:

@@ -37,8 +37,12 @@ def plan_assignment(
     conflict: RouteConflict | None,
     online: bool,
     wall: float,
+    displaced: str = "",
 ) -> Assignment:
-    """The registry side's part of a peer's status, equal to the present one when nothing is to be written."""
+    """The registry side's part of a peer's status, equal to the present one when nothing is to be written.
+
+    `displaced` is the Node that lacks a peer because this one has its name.
+    """
     now = peer.assignment
     if now.tombstone is not None:
         gone = replace(now, online=False, last_seen=wall) if now.online else now
@@ -57,6 +61,7 @@ def plan_assignment(
             conflict=conflict,
             online=online,
             wall=wall,
+            displaced=displaced,
             moved=_moved(now.addresses, assigned.addresses, taken=taken, name=peer.meta.name),
         ),
     )
