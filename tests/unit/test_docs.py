@@ -23,12 +23,14 @@ from scope.model import Addressing, Mesh, MeshSpec, Meta
 from tests.docs_fixture import PROGRAMS, ROOT, blocks, commands, pages, prose, shell_lines, spans
 
 INSTALL = ROOT / "docs" / "install.md"
+KUBERNETES = ROOT / "docs" / "kubernetes.md"
+MANIFESTS = ROOT / "charts" / "manifests"
 UNITS = sorted((ROOT / "docs" / "systemd").glob("*.service"))
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 SOURCES = ("scope", "operator/scope_operator", "nodeagent/scope_agent", "nodeagent/scope_dataplane")
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-TREE_PATH = re.compile(r"(?:scope|operator|nodeagent|docs|hack|tests)/[\w./@-]*")
+TREE_PATH = re.compile(r"(?:scope|operator|nodeagent|docs|hack|tests|crds|charts)/[\w./@-]*")
 BOUNDARY = "\0"
 
 
@@ -212,20 +214,126 @@ def source_texts() -> list[str]:
                             str(v.value) if isinstance(v, ast.Constant) else BOUNDARY for v in node.values
                         )
                     )
+    # What the API server says for us: a sentence, or an expression with its parts in quotes.
+    for policy in documents("40-policies"):
+        texts += [
+            rule.get("message", rule.get("messageExpression"))
+            for rule in policy["spec"].get("validations", ())
+        ]
     return texts
 
 
-def symptoms() -> list[str]:
-    table = INSTALL.read_text().partition("## When something is wrong")[2]
-    return re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+def documents(manifest: str) -> list[dict[str, Any]]:
+    """The objects of one of the plain manifests."""
+    return list(yaml.safe_load_all((MANIFESTS / f"{manifest}.yaml").read_text()))
 
 
-@pytest.mark.parametrize("symptom", symptoms())
+def symptoms(page: Path = INSTALL) -> list[str]:
+    """What a page's tables of troubles quote, a message for each row: the first that is no single word."""
+    table = page.read_text().partition("## When something is wrong")[2]
+    rows = re.findall(r"^\| .*\|$", table, re.MULTILINE)
+    quoted = [re.findall(r"`([^`]+)`", row) for row in rows if row.startswith("| `")]
+    return [next((text for text in texts if " " in text), texts[0]) for texts in quoted]
+
+
+@pytest.mark.parametrize("symptom", [*symptoms(), *symptoms(KUBERNETES)])
 def test_every_message_in_the_table_of_troubles_is_one_that_the_programs_say(symptom: str) -> None:
     texts = source_texts()
     for part in symptom.split("…"):
         wanted = part.strip(" :;,.")
         assert not wanted or any(wanted in text.replace("`", "") for text in texts), f"nobody says {wanted!r}"
+
+
+def constants(module: str) -> set[str]:
+    """The texts of a module that are one word in capitals and small letters, as reasons are."""
+    tree = ast.parse((ROOT / "operator" / "scope_operator" / module).read_text())
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.fullmatch(r"[A-Z][a-z]+(?:[A-Z][a-z]+)+", node.value)
+    } - {"WireGuard"}  # a name
+
+
+def test_every_reason_of_a_pair_without_a_path_is_in_the_table_of_troubles() -> None:
+    tree = ast.parse((ROOT / "nodeagent" / "scope_agent" / "paths" / "core.py").read_text())
+    (why,) = [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "_why_not"
+    ]
+    said = {
+        part.value.strip()
+        for statement in why.body[1:]
+        for part in ast.walk(statement)
+        if isinstance(part, ast.Constant) and isinstance(part.value, str) and " " in part.value.strip(" ,:")
+    }
+    assert len(said) > 10
+    explained = " ".join(symptoms())
+    missing = {text for text in said if text.partition(": a NAT")[0].strip(" ,:") not in explained}
+    assert not missing
+
+
+# --- what kubernetes.md promises ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module", ["plan/conditions.py", "kube/news.py", "enrolment.py"])
+def test_every_condition_reason_and_event_of_the_operator_is_explained(module: str) -> None:
+    page = KUBERNETES.read_text()
+    assert constants(module)
+    assert not {word for word in constants(module) if f"`{word}`" not in page}
+
+
+@pytest.mark.parametrize("plural", ["scopemeshes", "scopepeers"])
+def test_every_column_that_kubectl_shows_is_explained(plural: str) -> None:
+    definition = yaml.safe_load((ROOT / "crds" / f"{plural}.yaml").read_text())
+    (version,) = definition["spec"]["versions"]
+    columns = {column["name"].upper() for column in version["additionalPrinterColumns"]}
+    kind = definition["spec"]["names"]["kind"]
+    section = (
+        KUBERNETES.read_text().partition(f"\nA {kind}")[2].partition("\n\nA ")[0].partition("\n\nWhy")[0]
+    )
+    told = {
+        name
+        for cell in re.findall(r"^\| (`[A-Z].*?) \|", section, re.MULTILINE)
+        for name in re.findall(r"`([^`]+)`", cell)
+    }
+    assert told == columns
+
+
+@pytest.mark.parametrize("manifest", ["30-operator-rights", "31-agent-rights"])
+def test_every_right_that_the_manifests_give_is_explained(manifest: str) -> None:
+    rows = re.findall(r"^\| ([a-z, ]+) \| (.*?) \|", KUBERNETES.read_text(), re.MULTILINE)
+    for role in documents(manifest):
+        for rule in role.get("rules", ()):
+            verbs = ", ".join(rule["verbs"])
+            named = rule.get("resourceNames") or rule.get("resources") or rule["nonResourceURLs"]
+            told = [on for may, on in rows if may == verbs]
+            assert any(all(f"`{each}`" in on for each in named) for on in told), f"{verbs} {named}"
+
+
+def test_every_policy_of_the_manifests_is_explained() -> None:
+    page = KUBERNETES.read_text()
+    assert not {each["metadata"]["name"] for each in documents("40-policies")} - set(spans(KUBERNETES))
+    for field in ("addresses", "role", "conditions", "online", "lastSeen", "tombstone"):
+        assert field in page.partition("## Permissions")[2].partition("\n## ")[0]
+
+
+def test_operators_are_started_as_their_program_understands(understand: Callable[[list[str]], None]) -> None:
+    (written,) = (block.text for block in blocks(KUBERNETES) if "joining.yaml" in block.places)
+    shipped = [each for each in documents("50-operator") if each["kind"] == "Deployment"]
+    for workload in (yaml.safe_load(written), *shipped):
+        (container,) = workload["spec"]["template"]["spec"]["containers"]
+        understand(
+            ["scope-operator", *(each.replace("$(SCOPE_CLUSTER)", "fra") for each in container["args"])]
+        )
+
+
+def test_the_ports_of_the_gateway_are_those_that_the_page_opens() -> None:
+    (service,) = [each for each in documents("50-operator") if each["kind"] == "Service"]
+    ports = {port["port"] for port in service["spec"]["ports"]}
+    assert ports == {PORT, *REFLECTOR_PORTS}
+    sentence = next(line for line in KUBERNETES.read_text().split("\n\n") if "`scope-gateway` opens" in line)
+    assert {int(port) for port in re.findall(r"\b\d{4}\b", sentence)} == ports
 
 
 # --- services -----------------------------------------------------------------------------------------------
