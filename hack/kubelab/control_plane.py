@@ -2,8 +2,8 @@
 
 What differs from a cluster in earnest, and why:
 
-- etcd's data is in memory (a tmpfs): a write is not flushed to a disk, so a start and a write take a tenth of
-  the time. What survives here is the end of a process, not of the machine.
+- etcd's data is in memory (a tmpfs), or where the lab is kept in a file: a write is not flushed to a disk, so a
+  start and a write take a tenth of the time. What survives here is the end of a process, not of the machine.
 - etcd has no TLS and listens on loopback alone, for whoever is on this machine or in that host of the lab.
 - The controllers for Nodes' health do not run: Nodes are objects that no kubelet renews.
 
@@ -83,23 +83,32 @@ class ControlPlane:
 
     With a `host` of the lab it runs there, on the host's own address; otherwise on loopback. With
     `controllers` the controller manager runs as well: ServiceAccounts appear in namespaces, and what belongs
-    to a deleted object is deleted. `pods` is the CIDR from which it gives each Node its own.
+    to a deleted object is deleted. `pods` is the CIDR from which it gives each Node its own. With `kept`,
+    which needs a host, it stays as long as the lab, also after this process, its files in the host's directory.
 
     `etcd`, `api_server` and `controllers` are programs to stop, kill, freeze and start again, on the same
     data and ports.
     """
 
     def __init__(
-        self, *, host: Host | None = None, controllers: bool = False, pods: str = "10.244.0.0/16"
+        self,
+        *,
+        host: Host | None = None,
+        controllers: bool = False,
+        pods: str = "10.244.0.0/16",
+        kept: bool = False,
     ) -> None:
         programs = {name: kubernetes_program(name) for name in ("kube-apiserver", "kube-controller-manager")}
         self._kubectl, self._etcdctl = kubernetes_program("kubectl"), system_program("etcdctl")
         self._where: Where = host or ThisMachine()
         self.address = _LOOPBACK if host is None else str(host.ipv4)
         self.name = f"control-plane-{os.getpid()}-{next(_numbers)}"
-        self.directory = _fresh_directory(self.name)
+        if kept and host is None:
+            raise ValueError("a control plane is kept with a lab, which ends it: give it a host")
+        self._kept = kept
+        self.directory = host.directory / self.name if kept and host else _fresh_directory(self.name)
         self.logs = self.directory / "logs"
-        self.logs.mkdir()
+        self.logs.mkdir(parents=True)
         self._files = itertools.count(1)
         self._etcd_data = self.directory / "etcd"
 
@@ -332,7 +341,14 @@ class ControlPlane:
         return [program for program in present if isinstance(program, Program)]
 
     def _program(self, name: str, argv: Sequence[str], *, is_ready: Callable[[], Any]) -> Program:
-        return Program(name, argv, where=self._where, log=self.logs / f"{name}.log", is_ready=is_ready)
+        return Program(
+            name,
+            argv,
+            where=self._where,
+            log=self.logs / f"{name}.log",
+            is_ready=is_ready,
+            outlives=self._kept,
+        )
 
     def _etcd_argv(self, program: str) -> list[str]:
         return [
@@ -344,6 +360,7 @@ class ControlPlane:
             # A member alone waits out an election before it leads: a second by default.
             "--heartbeat-interval=10",
             "--election-timeout=100",
+            "--unsafe-no-fsync",
             "--log-level=warn",
             "--logger=zap",
         ]

@@ -91,8 +91,9 @@ def tail(log: Path) -> str:
 
 
 class Program:
-    """One process: started, ended in every way, started again. It ends with the thread that started it.
+    """One process: started, ended in every way, started again.
 
+    It ends with the thread that started it, unless it `outlives` that and is ended with its host of the lab.
     `is_ready` is asked until it says yes, after each start. The log holds all of its starts.
     """
 
@@ -105,6 +106,7 @@ class Program:
         log: Path,
         is_ready: Callable[[], Awaitable[bool]],
         env: Mapping[str, str] | None = None,
+        outlives: bool = False,
     ) -> None:
         self.name = name
         self.log = log
@@ -112,6 +114,7 @@ class Program:
         self._where = where
         self._is_ready = is_ready
         self._env = env
+        self._outlives = outlives
         self._child: subprocess.Popen[str] | None = None
 
     @property
@@ -133,7 +136,8 @@ class Program:
         started = time.monotonic()
         with self.log.open("a") as log:
             # Should this process be killed, its programs go with it.
-            argv = ["setpriv", "--pdeathsig", "KILL", "--", *self._argv]
+            bound = [] if self._outlives else ["setpriv", "--pdeathsig", "KILL", "--"]
+            argv = [*bound, *self._argv]
             self._child = self._where.popen(argv, env=self._env, stdout=log, stderr=log)
         while not await self._is_ready():
             if (code := self._child.poll()) is not None:
