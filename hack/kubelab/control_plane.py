@@ -2,8 +2,8 @@
 
 What differs from a cluster in earnest, and why:
 
-- etcd's data is in memory (a tmpfs), or where the lab is kept in a file: a write is not flushed to a disk, so a
-  start and a write take a tenth of the time. What survives here is the end of a process, not of the machine.
+- etcd's data is in memory (a tmpfs), or with a kept lab in files: a write is not flushed to a disk, so a start
+  and a write take a tenth of the time. What survives here is the end of a process, not of the machine.
 - etcd has no TLS and listens on loopback alone, for whoever is on this machine or in that host of the lab.
 - The controllers for Nodes' health do not run: Nodes are objects that no kubelet renews.
 
@@ -84,7 +84,8 @@ class ControlPlane:
     With a `host` of the lab it runs there, on the host's own address; otherwise on loopback. With
     `controllers` the controller manager runs as well: ServiceAccounts appear in namespaces, and what belongs
     to a deleted object is deleted. `pods` is the CIDR from which it gives each Node its own. With `kept`,
-    which needs a host, it stays as long as the lab, also after this process, its files in the host's directory.
+    which needs a host, it stays as long as the lab, also after this process, with its files in the host's
+    directory.
 
     `etcd`, `api_server` and `controllers` are programs to stop, kill, freeze and start again, on the same
     data and ports.
