@@ -2,7 +2,7 @@
 
 What differs from a cluster in earnest, and why:
 
-- etcd's data is in memory (a tmpfs), or with a kept lab in files: a write is not flushed to a disk, so a start
+- etcd's data is in memory (a tmpfs), or with a kept lab in files: no write is flushed to a disk, so a start
   and a write take a tenth of the time. What survives here is the end of a process, not of the machine.
 - etcd has no TLS and listens on loopback alone, for whoever is on this machine or in that host of the lab.
 - The controllers for Nodes' health do not run: Nodes are objects that no kubelet renews.
