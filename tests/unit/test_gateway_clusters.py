@@ -24,6 +24,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from scope_operator.gateway import app
+from scope_operator.gateway.authorisation import Authority, Claimed
+from scope_operator.gateway.errors import Refusal
 from scope_operator.gateway.limits import Limits, Rate
 
 from scope import resources
@@ -31,6 +33,7 @@ from scope.credentials import (
     CLUSTER_HEADER,
     CLUSTER_TYPE,
     MESH_HEADER,
+    PEER_TYPE,
     ClusterCredential,
     PeerCredential,
     ProjectedToken,
@@ -57,6 +60,7 @@ from scope.model import (
     Secret,
 )
 from scope.registry.http import HttpRegistry
+from scope.registry.memory import MemoryRegistry
 from scope.registry.port import (
     AlreadyExists,
     Conflict,
@@ -584,6 +588,33 @@ def test_a_token_of_an_unknown_type_is_refused(kind: object) -> None:
     joined(body)
 
 
+@pytest.mark.parametrize("name", ["", "..", "a/b", "A", "?watch=1", 7, None, ["west"], "a" * 254])
+@pytest.mark.parametrize("kind", [PEER_TYPE, CLUSTER_TYPE])
+def test_what_is_no_name_is_not_asked_of_the_registry(name: object, kind: str) -> None:
+    class Asked(MemoryRegistry):
+        async def get(self, kind: Kind, name: str) -> Resource:
+            raise AssertionError(name)
+
+    async def run() -> None:
+        registry = Asked.__new__(Asked)
+        authority = Authority(
+            registry,
+            registry_id=REGISTRY,
+            administrator=bytes(32),
+            wall=lambda: 0.0,
+            replays_per_peer=1,
+            replays_per_cluster=1,
+        )
+        claims = {"iss": name, "mesh": name, "sub": "u"}
+        parts = [base64url(json.dumps(part).encode()) for part in ({"alg": "EdDSA", "typ": kind}, claims)]
+        claimed = Claimed(f"Bearer {'.'.join(parts)}.AAAA")
+        with pytest.raises(Refusal) as refused:
+            await authority.caller(claimed, method="GET", target=PEERS, body=b"")
+        assert refused.value.code == 401
+
+    asyncio.run(run())
+
+
 def test_an_operators_claims_without_its_mesh_are_nobodys() -> None:
     async def body(at: Joined) -> None:
         now = at.running.clock()
@@ -812,6 +843,8 @@ def test_issuers_are_alike_in_all_clusters_and_nobody_trusts_them() -> None:
         ("home", "nowhere", "no cluster 'nowhere' has joined"),
         ("other", "west", "has joined mesh 'other'"),
         ("home", "west/../east", "has joined mesh 'home'"),
+        ("..", "west", "has joined mesh '..'"),
+        ("", "west", "has joined mesh ''"),
     ],
 )
 def test_a_token_holds_for_the_cluster_that_is_named(

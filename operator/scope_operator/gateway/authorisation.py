@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from scope.model import (
     Mesh,
     Peer,
     PublicKey,
+    Resource,
 )
 from scope.registry.port import NotFound, Registry
 from scope_operator.clusters import find_cluster, verifying_key
@@ -50,6 +52,8 @@ LEEWAY = (
 # long before it expires.
 TOKEN_LEEWAY = 60.0
 JTI_CHARACTERS = 64  # a nonce of 16 bytes needs 22
+
+NAME = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")  # of what a registry holds
 
 CLAIMS = ("iss", "sub", "aud", "iat", "exp", "jti", "req")
 TOKEN_CLAIMS = ("iss", "sub", "aud", "exp")
@@ -154,11 +158,17 @@ class Authority:
         )
         return Member(peer)
 
-    async def _peer(self, name: object, uid: object) -> Peer:
+    async def _find(self, kind: Kind, name: object) -> Resource | None:
+        """A resource that a stranger names: what cannot be a name is not asked for."""
+        if not isinstance(name, str) or not NAME.fullmatch(name):
+            return None
         try:
-            found = await self._registry.get(Kind.PEER, str(name))
+            return await self._registry.get(kind, name)
         except NotFound:
-            found = None
+            return None
+
+    async def _peer(self, name: object, uid: object) -> Peer:
+        found = await self._find(Kind.PEER, name)
         if not isinstance(found, Peer) or found.meta.uid != uid or found.report is None:
             raise _unauthorized(
                 f"this registry knows no ScopePeer {name!r} of that uid: join again with a token"
@@ -167,7 +177,8 @@ class Authority:
 
     async def _operator(self, token: str, digest: str) -> ClusterOperator:
         claimed = _unverified(token)
-        mesh, name = str(claimed.get("mesh")), str(claimed.get("iss"))
+        named = (claimed.get("mesh"), claimed.get("iss"))
+        mesh, name = (each if isinstance(each, str) else "" for each in named)
         cluster, trust = await self._joined(mesh, name)
         if cluster.uid != claimed.get("sub"):
             raise _unauthorized(
@@ -184,10 +195,7 @@ class Authority:
         return ClusterOperator(mesh, cluster)
 
     async def _joined(self, mesh: str, name: str) -> tuple[Cluster, ClusterTrust]:
-        try:
-            found = await self._registry.get(Kind.MESH, mesh)
-        except NotFound:
-            found = None
+        found = await self._find(Kind.MESH, mesh)
         cluster = find_cluster(found, name) if isinstance(found, Mesh) else None
         if cluster is None or cluster.trust is None:
             raise _unauthorized(
@@ -294,10 +302,7 @@ class Authority:
         return claims
 
     async def _peer_of(self, mesh: str, cluster: Cluster, node: str, uid: str) -> Peer:
-        try:
-            peer = await self._registry.get(Kind.PEER, peer_name(mesh, cluster.name, node))
-        except NotFound:
-            peer = None
+        peer = await self._find(Kind.PEER, peer_name(mesh, cluster.name, node))
         if not isinstance(peer, Peer) or (peer.spec.mesh, peer.spec.cluster, peer.spec.node_name) != (
             mesh,
             cluster.name,
