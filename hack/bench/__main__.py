@@ -11,17 +11,31 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kubelab import KubeLabError
 from lab import LabError
 from meshlab import WatchError
 from rich.console import Console
 from rich.table import Table
 
-from bench import agents, cold, crowd, moves, nat_grid, outage, size, start, throughput, traffic
+from bench import (
+    agents,
+    cold,
+    crowd,
+    kube,
+    moves,
+    nat_grid,
+    outage,
+    plan,
+    size,
+    start,
+    throughput,
+    traffic,
+)
 from bench.machine import describe
-from bench.result import Benchmark, Result, Sample
+from bench.result import Benchmark, Result, Row, Sample
 
 OUTPUT = Path("build/bench")
 BENCHMARKS: tuple[Benchmark, ...] = (
@@ -34,6 +48,8 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     *size.BENCHMARKS,
     *traffic.BENCHMARKS,
     *throughput.BENCHMARKS,
+    *plan.BENCHMARKS,
+    *kube.BENCHMARKS,
 )
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -49,13 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = [b for b in BENCHMARKS if not options.names or b.name in options.names]
     os.environ.setdefault("TERM", "dumb")
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    machine = describe()
     results = []
     failed = False
     for benchmark in wanted:
+        machine = describe()
         try:
             result = _run(benchmark, options.attempts or benchmark.attempts)
-        except (agents.BenchError, LabError, WatchError) as error:
+        except (agents.BenchError, KubeLabError, LabError, WatchError) as error:
             console.print(f"{benchmark.name}: could not be measured: {error}", style="red", markup=False)
             failed = True
             continue
@@ -63,7 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = OUTPUT / f"{benchmark.name}.json"
         path.write_text(json.dumps(result.as_dict(machine), indent=1, ensure_ascii=False) + "\n")
     if results:
-        Console(width=None if sys.stdout.isatty() else 110).print(_table(results))
+        shown = Console(width=None if sys.stdout.isatty() else 110)
+        for result in results:
+            if result.rows:
+                shown.print(_growth(result))
+        shown.print(_table(results))
     return 1 if failed else 0
 
 
@@ -84,11 +104,34 @@ def _run(benchmark: Benchmark, attempts: int) -> Result:
     console.print(f"{benchmark.name}: {benchmark.what}", style="bold", markup=False)
     started = time.monotonic()
     samples: list[Sample] = []
+    rows: list[Row] = []
     for sample in benchmark.run(attempts):
+        if isinstance(sample, Mapping):
+            rows.append(sample)
+            continue
         samples.append(sample)
         console.print(f"  {len(samples):3}  {_text(sample, benchmark.unit)}", markup=False)
     console.print(f"  took {time.monotonic() - started:.0f} s", style="dim")
-    return Result(benchmark, tuple(samples))
+    return Result(benchmark, tuple(samples), tuple(rows))
+
+
+def _growth(result: Result) -> Table:
+    """The rows of a result, side by side: what grows, and how."""
+    headings = list(dict.fromkeys(heading for row in result.rows for heading in row))
+    table = Table(title=result.benchmark.name, show_header=False)
+    table.add_column()
+    for _ in result.rows:
+        table.add_column(justify="right")
+    for heading in headings:
+        table.add_row(heading, *(_figure(row, heading) for row in result.rows))
+    return table
+
+
+def _figure(row: Row, heading: str) -> str:
+    if heading not in row:
+        return ""
+    figure = row[heading]
+    return "never" if figure is None else f"{figure:.4g}"
 
 
 def _table(results: Sequence[Result]) -> Table:

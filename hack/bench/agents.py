@@ -186,11 +186,13 @@ def pair(
         yield here, first, second
 
 
-def prepare_programs() -> None:
-    """Have bytecode compiled before anything is timed, and let every child use it."""
+AGENT_MODULES = "scope_agent.__main__, scope.registry.http, scope_dataplane.wireguard, pyroute2"
+
+
+def prepare_programs(modules: str = AGENT_MODULES) -> None:
+    """Have the bytecode of what runs compiled before anything is timed, and let every child use it."""
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = str(BYTECODE)
-    modules = "scope_agent.__main__, scope.registry.http, scope_dataplane.wireguard, pyroute2"
     subprocess.run([sys.executable, "-c", f"import {modules}"], check=True)
 
 

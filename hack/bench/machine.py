@@ -11,7 +11,7 @@ from typing import Any
 
 
 def describe() -> dict[str, Any]:
-    """CPU, memory, kernel, Python, and the WireGuard that carries the packets."""
+    """CPU, memory, kernel, Python, the WireGuard that carries the packets, and the load before."""
     return {
         "cpu": _field(Path("/proc/cpuinfo"), "model name") or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
@@ -19,6 +19,7 @@ def describe() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "wireguard": _wireguard(),
+        "load": round(os.getloadavg()[0], 2),
     }
 
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 Sample = float | None
+# Figures that are measured besides, under headings with their units: one line of a benchmark's table, which
+# shows how they grow.
+Row: TypeAlias = Mapping[str, Sample]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ class Benchmark:
     """One thing to measure.
 
     `run` takes how many samples are wanted and yields each as soon as it is there; it may yield more where
-    one attempt gives several (`attempts` is then the number of attempts).
+    one attempt gives several (`attempts` is then the number of attempts), and rows of a table in between.
     """
 
     name: str
@@ -83,7 +86,7 @@ class Benchmark:
     what: str
     target: Target
     attempts: int
-    run: Callable[[int], Iterator[Sample]]
+    run: Callable[[int], Iterator[Sample] | Iterator[Sample | Row]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ class Result:
 
     benchmark: Benchmark
     samples: tuple[Sample, ...]
+    rows: tuple[Row, ...] = ()
 
     @property
     def median(self) -> Sample:
@@ -115,5 +119,10 @@ class Result:
             "p99": None if self.p99 is None else round(self.p99, 6),
             "target": self.benchmark.target.as_dict(),
             "holds": self.holds,
+            **({"table": [_rounded(row) for row in self.rows]} if self.rows else {}),
             "machine": machine,
         }
+
+
+def _rounded(row: Row) -> dict[str, Sample]:
+    return {heading: None if figure is None else round(figure, 6) for heading, figure in row.items()}
