@@ -16,6 +16,7 @@ from ipaddress import ip_address
 import pytest
 from lab import Lab, Machine, Nat
 from meshlab import PRIVATE, Member, PairRecord, Pinger, Registry, Watch, mesh_document
+from scope_agent.__main__ import REMOVED
 
 pytestmark = pytest.mark.timeout(240)
 MESH = "life"
@@ -175,9 +176,9 @@ def test_a_removed_peer_is_cut_off_from_the_data_path_and_stays_so(life: Life) -
         assert way.flow.last - removed < CUT_OFF_S, (way.source.name, way.target.name)
     # Its own agent ends, and one that is started again gets no further.
     assert member.process is not None
-    assert member.process.wait(PATIENCE_S) == 1
+    assert member.process.wait(PATIENCE_S) == REMOVED
     member.run()
-    assert member.process.wait(PATIENCE_S) == 1
+    assert member.process.wait(PATIENCE_S) == REMOVED
     member.hang_up()
     way = life.watch.pairs["server", "victim"]
     assert way.flow is not None
