@@ -5,8 +5,8 @@
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: ## show a mesh come up through real NATs; KEEP=1 leaves the lab standing
-	@KEEP=$(KEEP) hack/demo.sh
+demo: ## show a mesh come up through real NATs; REGISTRY=kubernetes in a cluster, KEEP=1 leaves the lab standing
+	@KEEP=$(KEEP) REGISTRY='$(REGISTRY)' hack/demo.sh
 
 test: ## run every test, or a part: make test ARGS="tests/unit -k wire"
 	@hack/test.sh $(ARGS)

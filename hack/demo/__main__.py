@@ -17,9 +17,11 @@ from rich.padding import Padding
 from rich.text import Text
 
 from demo import summary
+from demo.cast import MESH
 from demo.frame import Mood, rows_of, tally_of
+from demo.origin import REGISTRIES, Origin, origin_of
 from demo.screen import MOOD_STYLES, choose_screen, console, table
-from demo.story import MESH, Story
+from demo.story import Story
 
 OUTPUT = Path(__file__).parents[2] / "build" / "demo.json"
 DONE, FAILED, INTERRUPTED = 0, 1, 130
@@ -29,6 +31,12 @@ DELAY_MS = 10.0
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo", description="A mesh comes up through real NATs.")
+    parser.add_argument(
+        "--registry",
+        choices=REGISTRIES,
+        default=REGISTRIES[0],
+        help="what keeps the mesh (default: %(default)s)",
+    )
     parser.add_argument(
         "--keep", action="store_true", help="leave the lab up at the end, and say how to look around"
     )
@@ -49,6 +57,7 @@ def main() -> int:
 def _perform(options: argparse.Namespace) -> int:
     started = time.monotonic()
     out = console()
+    origin = origin_of(options.registry)
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(Lab(delay_ms=DELAY_MS, private=PRIVATE))
         pinger = stack.enter_context(Pinger())
@@ -56,6 +65,7 @@ def _perform(options: argparse.Namespace) -> int:
             screen := choose_screen(out, plain=options.plain),
             lab,
             pinger,
+            origin=origin,
             started=started,
             verbose=options.logs is not None,
         )
@@ -70,7 +80,7 @@ def _perform(options: argparse.Namespace) -> int:
                 _save_logs(lab, options.logs)
         _sum_up(out, story, options.output)
         if options.keep:
-            print(f"\n{lab.keep()}\n\n{_tour(lab)}")
+            print(f"\n{lab.keep()}\n\n{_tour(lab, origin)}")
     return FAILED if story.failures else DONE
 
 
@@ -99,11 +109,11 @@ def _sum_up(out: Console, story: Story, path: Path) -> None:
 def _save_logs(lab: Lab, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     for host in lab.hosts():
-        for log in host.directory.glob("*.log"):
+        for log in host.directory.rglob("*.log"):
             shutil.copyfile(log, target / f"{host.name}-{log.name}")
 
 
-def _tour(lab: Lab) -> str:
+def _tour(lab: Lab, origin: Origin) -> str:
     programs = Path(program("scopectl")).parent
     setting = f'PATH="{programs}:$PATH" PYTHONPATH={Path(__file__).parents[1]}'
     return "\n".join(
@@ -111,8 +121,8 @@ def _tour(lab: Lab) -> str:
             "Look around, for instance, after this line:",
             f'  enter() {{ sudo env {setting} {sys.executable} -m lab enter "$@"; }}',
             "  enter web scopectl status                 # what one agent sees",
-            f"  enter web scopectl ping {MESH}.external.book  # through the mesh, and by which path",
-            "  enter registry scopectl get peers         # what the registry holds",
+            f"  enter web scopectl ping {MESH}.external.six   # through the mesh, and by which path",
+            *(f"  {line}" for line in origin.tour()),
             f"  enter {lab.prefix}-oslo nft list ruleset    # a NAT",
             f"  enter {lab.prefix}-oslo tcpdump -ni wan udp # what leaves it",
         )

@@ -1,4 +1,4 @@
-"""The sites and machines of the demo.
+"""The mesh, sites and machines of the demo.
 
 Chosen so that every kind of NAT is there, two machines share a LAN, IPv4 and IPv6 both carry paths, and some
 pairs cannot be direct: behind a symmetric NAT towards a port-restricted one, without a family in common,
@@ -29,6 +29,7 @@ class Scene:
     ipv6: bool | None = None
 
 
+MESH = "demo"
 # Names of machines are at most five characters: they head the columns of the table.
 SCENES = (
     Scene("frankfurt", Nat.NONE),
@@ -57,3 +58,6 @@ ROAMER, ROAMS_TO = "book", "berlin"
 REBOOTS = "oslo"
 LEAVER = "tv"
 NEWCOMER = Role("pad", "lyon")
+# Where the registry is a cluster, all others are its Nodes: one of these is carried about, the other has no
+# IPv4, by which alone the lab's API server is reached.
+OFF_CLUSTER = frozenset({"phone", "six"})

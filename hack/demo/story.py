@@ -10,19 +10,18 @@ import time
 from collections.abc import Callable, Iterable
 
 from lab import Lab
-from meshlab import Member, PairRecord, Pinger, Registry, Watch, WatchError, mesh_document
+from meshlab import Member, PairRecord, Pinger, Watch, WatchError
 
-from demo.cast import LEAVER, NEWCOMER, REBOOTS, ROAMER, ROAMS_TO, ROLES, SCENES
+from demo.cast import LEAVER, NEWCOMER, REBOOTS, ROAMER, ROAMS_TO, ROLES, SCENES, Role
 from demo.frame import Event, Frame, Mood, Spread, Tally, rows_of, tally_of
+from demo.origin import Origin
 from demo.screen import Screen
 
-MESH = "demo"
 STAGES = ("internet", "registry", "join", "roam", "reboot", "leave", "newcomer", "done")
 # Far above what is seen, so that only what does not work at all runs into it; all of them together stay
 # below a minute and a half on an idle machine, because none of them is then reached.
 ALL_JOINED_S = 40.0
 HEALED_S = 25.0
-GONE_S = 10.0
 # To be seen by a person before the next thing happens.
 PAUSE_S = 2.0
 _LOOK_S = 0.1
@@ -31,16 +30,24 @@ _LOOK_S = 0.1
 class Story:
     """One performance. `failures` is empty when everything came true."""
 
-    def __init__(self, screen: Screen, lab: Lab, pinger: Pinger, *, started: float, verbose: bool) -> None:
+    def __init__(
+        self,
+        screen: Screen,
+        lab: Lab,
+        pinger: Pinger,
+        *,
+        origin: Origin,
+        started: float,
+        verbose: bool,
+    ) -> None:
         self._screen = screen
         self._lab = lab
+        self._origin = origin
         self._started = started
         self._stage = 0
         self._events: list[Event] = []
         self._members: dict[str, Member] = {}
-        self._token = ""
         self._options = ("--verbose",) if verbose else ()
-        self._registry: Registry | None = None
         self.watch = Watch([], pinger)
         self.failures: list[str] = []
 
@@ -72,17 +79,13 @@ class Story:
         )
 
     def _serve(self) -> None:
-        self._registry = Registry(self._lab.server("registry"))
-        self._registry.apply(mesh_document(MESH))
-        self._token = self._registry.token(MESH)
-        self._tell("the registry serves on the internet; one token is made, for everybody")
+        self._origin.serve(self._lab)
+        self._tell(self._origin.served)
 
     def _join(self) -> None:
-        members = [self._member(role.name, role.site) for role in ROLES]
         asked = time.monotonic()
-        for member in members:
-            member.join(self._token, arguments=self._options)
-        self._tell(f"{len(members)} machines run `scope-agent join` at once")
+        members = [self._member(role) for role in ROLES]
+        self._tell(self._origin.joining)
         joined: set[str] = set()
 
         def complete() -> bool:
@@ -124,25 +127,25 @@ class Story:
         status = self.watch.statuses.get(LEAVER)
         name = status.peer if status is not None else ""
         others = [other for other in self._members.values() if other is not member]
-        self._tell(f"{LEAVER} leaves the mesh")
+        self._tell(f"{LEAVER} {self._origin.leaving}")
         asked = time.monotonic()
         self.watch.drop(member)
-        member.leave()
+        self._origin.leave(member)
 
         def forgotten() -> bool:
             known = [self.watch.statuses.get(other.name) for other in others]
             return all(status is not None and name not in status.peers for status in known)
 
-        if self._until(forgotten, within_s=GONE_S, missing=lambda: f"somebody still knows {LEAVER}"):
+        within_s = self._origin.gone_within_s
+        if self._until(forgotten, within_s=within_s, missing=lambda: f"somebody still knows {LEAVER}"):
             self._tell(f"nobody knows {LEAVER} any more, {time.monotonic() - asked:.1f} s after", Mood.GOOD)
         self._pause()
 
     def _join_late(self) -> None:
         asked = time.monotonic()
         self._lab.sites[NEWCOMER.site].machine(NEWCOMER.name)
-        member = self._member(NEWCOMER.name, NEWCOMER.site)
-        self._tell(f"{NEWCOMER.name}, behind {NEWCOMER.site}'s NAT, joins with the same token")
-        member.join(self._token, arguments=self._options)
+        member = self._member(NEWCOMER)
+        self._tell(f"{NEWCOMER.name}, behind {NEWCOMER.site}'s NAT, {self._origin.joins_late}")
         if not self._until(self.watch.is_complete, within_s=ALL_JOINED_S):
             return
         pairs = self._possible(member)
@@ -158,10 +161,10 @@ class Story:
 
     # --- inside ---------------------------------------------------------------------------------------------
 
-    def _member(self, name: str, site: str) -> Member:
-        assert self._registry is not None
-        member = Member(self._lab.sites[site].machines[name], mesh=MESH, registry=self._registry)
-        self._members[name] = member
+    def _member(self, role: Role) -> Member:
+        machine = self._lab.sites[role.site].machines[role.name]
+        member = self._origin.join(machine, arguments=self._options)
+        self._members[role.name] = member
         self.watch.add(member)
         return member
 

@@ -13,7 +13,9 @@
 Everything runs as it does for users: the installed programs, each in its own namespaces. Demo, tests and
 benchmarks build on it alike.
 
+    names     the name under which a registry is found
     registry  `scope-registry serve` on a server of the lab, and scopectl beside it
+    cluster   a Kubernetes cluster instead: its API server, the operator and its gateway
     member    one machine's agent: join, run, kill, leave, and its status
     pinger    ICMP echo through the mesh, from within this process
     watch     every ordered pair of members: path, family, RTT, and when each thing first happened

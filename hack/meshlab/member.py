@@ -15,8 +15,8 @@ from pathlib import Path
 from lab import LabError, Machine
 from lab.hosts import end
 
+from meshlab.names import Introduces
 from meshlab.programs import await_line, program, tail
-from meshlab.registry import Registry
 
 _JOIN_S = 30.0
 _LEAVE_S = 30.0
@@ -74,7 +74,7 @@ class Status:
 class Member:
     """The agent of one machine in one mesh."""
 
-    def __init__(self, machine: Machine, *, mesh: str, registry: Registry) -> None:
+    def __init__(self, machine: Machine, *, mesh: str, registry: Introduces) -> None:
         self.machine = machine
         self.mesh = mesh
         self.log = machine.directory / "agent.log"
@@ -101,7 +101,7 @@ class Member:
         await_line(self.process, self.log, "Joined ", within_s=_JOIN_S)
 
     def run(self, *arguments: str) -> None:
-        """Start the agent of a machine that has joined."""
+        """Start the agent of a machine that has joined, or is a Node."""
         self._start("run", *arguments)
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:

@@ -1,8 +1,4 @@
-"""`scope-registry serve` on a server of the lab, and scopectl beside it.
-
-Its name is `registry.example`, with an address of each family, so that one join string serves machines
-with IPv4 alone and with IPv6 alone. The lab has no DNS: each host gets a hosts file of its own.
-"""
+"""`scope-registry serve` on a server of the lab, and scopectl beside it."""
 
 from __future__ import annotations
 
@@ -13,11 +9,11 @@ import subprocess
 from lab import Host, Server
 from lab.hosts import end
 
+from meshlab.names import NAME, Names
 from meshlab.programs import await_line, program
 
 # What programs of the mesh share machine-wide: each host of the lab needs its own.
 PRIVATE = ("/var/run/wireguard", "/run/scope", "/var/lib/scope", "/var/lib/scope-registry")
-NAME = "registry.example"
 _START_S = 20.0  # imports, keys and a certificate, on a machine that does ten other things
 
 
@@ -27,15 +23,13 @@ class Registry:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.log = server.directory / "registry.log"
-        self._hosts = server.directory / "hosts"
-        names = [f"{address} {NAME}" for address in server.addresses()]
-        self._hosts.write_text("\n".join(["127.0.0.1 localhost", "::1 localhost", *names, ""]))
+        self._names = Names(server)
         self.introduce(server)
         self.process = self._serve()
 
     def introduce(self, host: Host) -> None:
         """Let a host find the registry by its name."""
-        host.run(["mount", "--bind", str(self._hosts), "/etc/hosts"])
+        self._names.introduce(host)
 
     def start(self) -> None:
         """Serve again after `kill`."""
