@@ -1,4 +1,4 @@
-"""The demo with a cluster as its registry: the same story and file, and the cluster stays if that is wanted."""
+"""The demo with a cluster as its registry: the same story and file, and a cluster that stays if wanted."""
 
 from __future__ import annotations
 
