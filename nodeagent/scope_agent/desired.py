@@ -22,7 +22,7 @@ from scope.model import (
 from scope.resources import fit_report
 from scope.topology import Topology
 from scope_agent.paths.core import PathsView
-from scope_agent.paths.pair import PairView
+from scope_agent.paths.view import PairView
 from scope_agent.wireguard.device import DesiredDevice, DesiredPeer
 
 KEEPALIVE = 20  # seconds; AWS security groups forget one-way UDP after 30 s

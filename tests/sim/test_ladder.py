@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from lab.nat import Nat
 from scope_agent.inputs import Courier, Socket
-from scope_agent.paths.pair import PairView
+from scope_agent.paths.view import PairView
 
 from scope.model import Endpoint, Family, PathKind, Timers
 from scope.wire import CallMeMaybe, Ping

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 from lab.nat import Nat
-from scope_agent.paths.pair import NOWHERE
+from scope_agent.paths.path import NOWHERE
 
 from scope.model import Mapping
 from tests.sim.world import World

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 
-from scope_agent.paths.nomination import HOLD_MARGIN, HOLD_MAX, hold_for
+from scope_agent.paths.changeover import HOLD_MARGIN, HOLD_MAX, hold_for
 from scope_agent.wireguard.hold_rules import Divert, Relabel, delete, load
 
 from scope.model import Endpoint

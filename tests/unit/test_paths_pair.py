@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from scope_agent.paths.nomination import OFFERS
-from scope_agent.paths.pair import CallPeer, CheckMapping, Due, Pair, PairView, SendTo
+from scope_agent.paths.changeover import OFFERS
+from scope_agent.paths.due import CallPeer, CheckMapping, Due, SendTo
+from scope_agent.paths.pair import Pair
+from scope_agent.paths.view import PairView
 
 from scope.model import Endpoint, Family, Mapping, PathKind, PublicKey, Timers
 from scope.wire import Nominate, Nominated, Ping, Pong

@@ -32,8 +32,10 @@ from scope.model import (
 )
 from scope.wire import MAX_CANDIDATES, CallMeMaybe, Message, Nominate, Nominated, Ping, Pong
 from scope_agent.paths.candidates import is_private, misplacement, own_candidates, refusal
-from scope_agent.paths.pair import CallPeer, CheckMapping, Pair, PairView, SendTo
+from scope_agent.paths.due import CallPeer, CheckMapping, SendTo
+from scope_agent.paths.pair import Pair
 from scope_agent.paths.reflexive import MAX_TARGETS, ReflectorTarget, Reflexive
+from scope_agent.paths.view import PairView
 
 # A ping is about 150 bytes on the wire. A thousand peers that are searched at once are spread over seconds, a
 # hundred are not held up; home routers take this rate of new sessions. Peers that are there already make no

@@ -6,90 +6,52 @@ The algorithm, for the pair of ourselves and one peer, and in brackets the part 
    *route* (`route`, `routes`). A search pings all routes at 0, 100, 200, 400, 800 and 1600 ms (the less
    preferred family 250 ms later, RFC 8305) and then every probe interval (`schedule`). Towards an endpoint
    behind a NAT these are *openers*, which die after our own NAT, until the peer was heard or says in a call
-   that it has opened towards us. They open our side without leaving, in the other side's NAT, the entry of an
-   unsolicited packet, which some NATs answer by moving the other side's port.
+   that it has opened towards us (`openers`). They open our side without leaving, in the other side's NAT, the
+   entry of an unsolicited packet, which some NATs answer by moving the other side's port.
 2. An inbound ping makes its source a route and is answered with an echo and a ping of our own.
 3. The peer with the lower key decides. After its first verified echo it waits min(200 ms, one RTT) for
    better ones, then *nominates* the best route: both sides set it, five times, an RTT apart (`nomination`).
    A nomination away from a path that carries data is an *offer*: the peer changes first, and each side holds
-   its endpoint against what is still under way. WireGuard is given a first path on one side before the
-   other, so that handshakes do not cross (`gate`).
-4. A path in use is judged by WireGuard's own counters: bytes out and none back for 300 ms make it *suspect*;
-   three pings in 200 ms, none answered, make it dead (`doubt`). A peer's receive counter that stands still
-   while ours goes on sending is a dead data path although probes pass (`counters`). An idle path is left to
-   WireGuard's keepalive.
+   its endpoint against what is still under way (`changeover`). WireGuard is given a first path on one side
+   before the other, so that handshakes do not cross (`gate`).
+4. A path in use (`path`) is judged by WireGuard's own counters: bytes out and none back for 300 ms make it
+   *suspect*; three pings in 200 ms, none answered, make it dead (`liveness`, `doubt`). A peer's receive
+   counter that stands still while ours goes on sending is a dead data path although probes pass (`counters`).
+   An idle path is left to WireGuard's keepalive.
 5. A dead path starts a new search; the last good endpoint is asked every 1.5 s for ten minutes. After
    `hub_fallback` without a path the peer is declared unreachable, with the reason, and tried again after
    60 s growing to 10 min (`search`). A pair that both sides have opened and that stays silent rests for
    longer than a NAT remembers, because a packet that came too early may have moved a port.
 
 The parts know nothing of each other's state; what one means for another is said here, and only here.
-Time is monotonic seconds. Nothing here sends: `take` returns what is due.
+Time is monotonic seconds. Nothing here sends: `take` returns what is due, and `view` what the rest may know.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from ipaddress import IPv4Address
-from typing import TypeAlias, assert_never
+from typing import assert_never
 
 from scope.model import Endpoint, Family, Mapping, PathKind, PublicKey, Timers
-from scope.wire import Message, Nominate, Nominated, Ping, Pong
+from scope.wire import Nominate, Nominated, Ping, Pong
 from scope_agent.paths import schedule
-from scope_agent.paths.counters import SUSPECT_AFTER, Counters, Flow
-from scope_agent.paths.doubt import Doubt, Ruling
+from scope_agent.paths.changeover import Changeover, Offer
+from scope_agent.paths.counters import SUSPECT_AFTER, Flow
+from scope_agent.paths.doubt import Ruling
+from scope_agent.paths.due import CallPeer, CheckMapping, Due, SendTo
 from scope_agent.paths.gate import Gate
-from scope_agent.paths.nomination import HOLD_PATIENCE, OFFERS, Nomination, Offer, Settling, hold_for
+from scope_agent.paths.liveness import Liveness
+from scope_agent.paths.nomination import Nomination, Settling
+from scope_agent.paths.openers import Openers
+from scope_agent.paths.path import Path
 from scope_agent.paths.route import FRESH, NEVER, RECENT, VERIFIED, Route
 from scope_agent.paths.routes import Routes
 from scope_agent.paths.search import MEETING, Search, Step
-from scope_agent.wireguard.device import HoldEndpoint
+from scope_agent.paths.view import PairView
 
-NOWHERE = Endpoint(IPv4Address("127.0.0.1"), 9)  # discard (RFC 863): WireGuard cannot be told to be silent
 DECIDE_MAX = 0.2  # what waiting for a better first route may cost
 SWITCH_HOLD = 5.0  # between two switches among living routes
-RESTORE_AFTER = 1.0  # an echo is better, but a session that still lives needs no search
 HANDSHAKE_PATIENCE = 6.0  # WireGuard's own retry of a lost initiation, and a little
-
-
-@dataclass(frozen=True, slots=True)
-class SendTo:
-    """A message due to an endpoint of the peer."""
-
-    message: Message
-    endpoint: Endpoint
-    ttl: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CallPeer:
-    """A call-me-maybe is due, over whatever carries it."""
-
-
-@dataclass(frozen=True, slots=True)
-class CheckMapping:
-    """A path is in doubt: perhaps it is our own mapping that moved."""
-
-
-Due: TypeAlias = SendTo | CallPeer | CheckMapping
-
-
-@dataclass(frozen=True, slots=True)
-class PairView:
-    """What the rest of the agent needs to know of a pair."""
-
-    endpoint: Endpoint | None  # to program; None: leave what the device has
-    ready: bool  # the peer may have endpoint, keepalive and allowed IPs
-    settling: bool  # set the endpoint again whatever the device says
-    hold: HoldEndpoint | None  # to be set, once
-    verified: frozenset[Endpoint]
-    path: PathKind
-    rtt: float | None
-    observed: Endpoint | None  # where the peer was last seen to send from
-    declared: bool  # the ladder's last bound has passed without a path
-    reason: str  # why not direct; "" when direct
-    since: float  # of the present `path`
 
 
 class Pair:
@@ -105,32 +67,19 @@ class Pair:
         prefer: Family,
         now: float,
     ) -> None:
-        self.key = key
         self._lower = lower
         self._random = random
         self._routes = Routes(prefer)
+        self._openers = Openers()
         self._search = Search(timers=timers, random=random, now=now)
+        self._path = Path(now)
         self._nomination = Nomination()
         self._settling = Settling()
-        self._offer: Offer | None = None
-        self._offer_after = NEVER  # an offer that nobody answers is not repeated without pause
-        self._answer: tuple[float, SendTo] | None = None  # once our endpoint is held, at the latest then
-        self._hold: HoldEndpoint | None = None  # until it was handed to the device
-        self._held: tuple[HoldEndpoint, float] | None = None  # the last one, and when it ends
+        self._changeover = Changeover(key)
         self._gate = Gate(lower=lower)
-        self._counters = Counters()
-        self._doubt = Doubt()
-        self._mapping = Mapping.UNKNOWN  # the peer's
-        self._in_use: Endpoint | None = None
-        self._alive = False
-        self._since = now  # of `_alive`
-        self._taken_at = NEVER  # when the path in use was agreed on
+        self._liveness = Liveness()
+        self._counters = self._liveness.counters
         self._decide_at: float | None = None
-        self._last_good: Endpoint | None = None
-        self._restore_at: float | None = None
-        self._lost_at = NEVER
-        self._reason = ""
-        self._check_mapping = False
         self._heard_at = NEVER  # when the peer last spoke, over anything
         self._reading: tuple[int, int, Endpoint | None, bool] | None = None
         self._device_endpoint: Endpoint | None = None
@@ -144,7 +93,7 @@ class Pair:
 
     def set_candidates(self, endpoints: frozenset[Endpoint], mapping: Mapping, now: float) -> None:
         """The endpoints that may work now; new ones are tried at once where they could help."""
-        self._mapping = mapping
+        self._openers.mapping = mapping
         for endpoint in sorted(endpoints, key=self._routes.order):
             route = self._open(endpoint)
             if route is None:
@@ -152,36 +101,33 @@ class Pair:
             if route.listed:
                 continue
             route.listed = True
-            route.opener = self._wants_opener(route)
+            self._openers.list(route, last_good=self._path.last_good)
             if route.echoed == NEVER:
                 self._routes.punch(route, now)
-        self._routes.unlist_others(endpoints, in_use=self._in_use, now=now)
+        self._routes.unlist_others(endpoints, in_use=self._path.endpoint, now=now)
 
     def restore(self, endpoint: Endpoint, now: float) -> None:
         """The last good endpoint from disk: asked first, and programmed after a second without an echo."""
-        self._last_good = endpoint
-        self._lost_at = now
+        self._path.restore(endpoint, now)
         self._ask_in_full(endpoint, now)
-        self._restore_at = now + RESTORE_AFTER
 
     def adopt(self, endpoint: Endpoint, *, session: bool, now: float) -> None:
         """The device, which outlived the last agent, already reaches the peer there: leave it as it is."""
-        self._in_use = self._last_good = endpoint
+        self._path.adopt(endpoint)
         self._gate.session = session
         self._gate.force()
-        self._restore_at = None
         self._ask_in_full(endpoint, now)
 
     def search(self, now: float, *, call: bool = True) -> None:
         """Start the ladder again: a new peer, a network change, a call from the peer, a lost path."""
-        self._search.start(now, had_path=self._taken_at > NEVER)
+        self._search.start(now, had_path=self._path.taken_at > NEVER)
         self._punch(now, call=call)
 
     def network_changed(self, now: float, *, lost: bool) -> None:
         """Our own addresses changed; `lost`: one of them is gone, so the path in use is doubtful at once."""
-        if lost and self._alive:
+        if lost and self._path.is_alive:
             self._lose("our network changed", now)
-        elif self._alive:
+        elif self._path.is_alive:
             self._suspect(now)
             self._punch(now, call=True)
         else:
@@ -197,9 +143,8 @@ class Pair:
         """
         for endpoint in sorted(endpoints, key=self._routes.order):
             self._open(endpoint)
-        for route in self._routes:
-            route.opener = route.endpoint.family not in opened and self._wants_opener(route)
-        if self._alive:
+        self._openers.called(self._routes, opened, last_good=self._path.last_good)
+        if self._path.is_alive:
             self._suspect(now)
         else:
             self._search.called(now)
@@ -210,7 +155,7 @@ class Pair:
 
     def mapping_known(self, now: float) -> None:
         """We learned where reflectors see us: worth telling the peer, once, while it is being searched."""
-        if not self._alive:
+        if not self._path.is_alive:
             self._search.call_again(now)
 
     def origin_changed(self, now: float) -> None:
@@ -220,7 +165,7 @@ class Pair:
         route = self._route_in_use
         if not self._lower:
             self._nomination.sequence = 0
-        elif self._alive and route is not None:
+        elif self._path.is_alive and route is not None:
             self._nominate(route, now)
 
     def confirmed(self, source: Endpoint | None, now: float) -> None:
@@ -232,13 +177,13 @@ class Pair:
         route = self._open(source) if source is not None else None
         if route is not None:
             route.opener = False
-        if not self._alive:
+        if not self._path.is_alive:
             self._punch(now, call=source is None or self._search.is_calling)
 
     def explain(self, reason: str) -> None:
         """The agent knows better why there is no path (mappings, families, reflectors)."""
-        if not self._alive:
-            self._reason = reason
+        if not self._path.is_alive:
+            self._path.reason = reason
 
     # --- datagrams -----------------------------------------------------------------------------------------
 
@@ -278,7 +223,12 @@ class Pair:
         if route.silence(now) > RECENT and not route.is_asked(now):
             route.punch(now)
         in_use = self._route_in_use
-        if self._alive and in_use is not None and route is not in_use and in_use.silence(now) > RECENT:
+        if (
+            self._path.is_alive
+            and in_use is not None
+            and route is not in_use
+            and in_use.silence(now) > RECENT
+        ):
             self._suspect(now)
         return [answer]
 
@@ -289,7 +239,10 @@ class Pair:
             return
         self._compare_counters(pong.received, now)
         self._echoed(route, now)
-        if not (self._lower and self._alive and route.endpoint == self._in_use) or self._offer is not None:
+        if (
+            not (self._lower and self._path.is_alive and route.endpoint == self._path.endpoint)
+            or self._changeover.is_offering
+        ):
             return
         if route.here != self._nomination.here:
             self._nominate(route, now)  # our mapping moved: the peer is to follow
@@ -297,40 +250,36 @@ class Pair:
             self._settling.start(now, times=1)
 
     def _echoed(self, route: Route, now: float) -> None:
-        if route.endpoint == self._in_use:
-            self._counters.forgive()
-            self._doubt.close()
+        if route.endpoint == self._path.endpoint:
+            self._liveness.clear()
         awaited = self._nomination.awaited
         if awaited is not None and awaited[1] == route.endpoint:
             self._follow(awaited[0], route, now)
         if self._lower:
             self._consider(route, now)
-        elif not self._alive and route.is_usable(now):
+        elif not self._path.is_alive and route.is_usable(now):
             self._revive(route, now)
         route.next = self._next_ping(route, now)
 
     def _consider(self, route: Route, now: float) -> None:
         """Decide soon, unless that is due already or the echo changes nothing."""
-        is_news = route.endpoint != self._in_use if self._alive else route.is_usable(now)
+        is_news = route.endpoint != self._path.endpoint if self._path.is_alive else route.is_usable(now)
         if is_news and self._decide_at is None:
             self._decide_at = now + min(DECIDE_MAX, route.rtt or DECIDE_MAX)
 
     def _revive(self, route: Route, now: float) -> None:
         """Without a nomination: the path in use answers again, or is where the peer's data came from."""
         if route.endpoint == self._device_endpoint:
-            self._in_use = self._last_good = route.endpoint
-        if route.endpoint == self._in_use:
+            self._path.move(route.endpoint)
+        if route.endpoint == self._path.endpoint:
             self._live(now)
 
     def _receive_nominate(self, nominate: Nominate, now: float) -> list[Due]:
         if self._lower or nominate.sequence < self._nomination.sequence:
             return []  # a peer that takes itself for the lower one, or an old nomination that came late
-        if nominate.sequence == self._nomination.sequence and self._in_use == nominate.here:
-            if self._answer is not None:
-                return []
-            if self._held is not None and now < self._held[1]:
-                self._set_hold(self._held[0], now)  # our answer was lost: the peer is still to change
-            return [SendTo(Nominated(nominate.sequence), nominate.here)]
+        if nominate.sequence == self._nomination.sequence and self._path.endpoint == nominate.here:
+            again = SendTo(Nominated(nominate.sequence), nominate.here)
+            return list(self._changeover.answer_again(again, now))
         route = self._open(nominate.here)
         if route is None:
             return []
@@ -341,16 +290,13 @@ class Pair:
             return []
         self._follow(nominate.sequence, route, now)
         answer = SendTo(Nominated(nominate.sequence), route.endpoint)
-        if self._hold is None:
-            return [answer]
-        self._answer = (now + HOLD_PATIENCE, answer)
-        return []
+        return list(self._changeover.answer(answer, now))
 
     # --- the device ----------------------------------------------------------------------------------------
 
     def has_read(self, *, tx: int, rx: int, endpoint: Endpoint | None, session: bool) -> bool:
         """Whether the device said just this last time, of the path in use: nothing comes of it."""
-        return (tx, rx, endpoint, session) == self._reading and endpoint in (None, self._in_use)
+        return (tx, rx, endpoint, session) == self._reading and endpoint in (None, self._path.endpoint)
 
     def observe(
         self, *, tx: int, rx: int, endpoint: Endpoint | None, handshake: bool, session: bool, now: float
@@ -366,10 +312,11 @@ class Pair:
         if handshake:
             self._gate.handshake_seen(now)
         if self._counters.read(tx=tx, rx=rx, now=now):
+            situation = self._situation(now)
             for route in self._routes:
                 if route.next is None:
-                    route.next = self._next_ping(route, now)
-        if endpoint is not None and endpoint != self._in_use and self._gate.is_given:
+                    route.next = schedule.next_ping(route, now, situation)
+        if endpoint is not None and endpoint != self._path.endpoint and self._gate.is_given:
             self._device_roamed(endpoint, now)
         return True
 
@@ -382,7 +329,7 @@ class Pair:
             route.probation = now
             route.opener = False
             route.punch(now)
-        if not self._alive or now - self._taken_at < SWITCH_HOLD or self._offer is not None:
+        if not self._path.is_alive or now - self._path.taken_at < SWITCH_HOLD or self._changeover.is_offering:
             return
         in_use = self._route_in_use
         if route.silence(now) > VERIFIED:
@@ -396,23 +343,25 @@ class Pair:
         """When `take` wants to run next."""
         times = [route.next for route in self._routes]  # at most MAX_ROUTES
         times += [
-            self._search.get_timer(searching=not self._alive), self._decide_at, self._settling.next,
-            self._gate.until, self._restore_at, self._doubt_due(),
-            self._offer.next if self._offer is not None else None,
-            self._answer[0] if self._answer is not None else None,
-        ]  # fmt: skip
+            self._search.get_timer(searching=not self._path.is_alive),
+            self._path.get_timer(),
+            self._gate.until,
+            self._liveness.get_timer(rtt=self._rtt) if self._path.is_alive else None,
+            self._decide_at,
+            self._settling.next,
+            self._changeover.get_timer(),
+        ]
         return min((t for t in times if t is not None), default=None)
 
     def take(self, now: float, transactions: Callable[[], int], *, can_call: bool) -> list[Due]:
         """Everything due at `now`. `can_call`: something carries our calls to the peer."""
         due: list[Due] = []
-        if self._check_mapping:
-            self._check_mapping = False
+        if self._liveness.take_check():
             due.append(CheckMapping())
-        if not self._alive:
+        if not self._path.is_alive:
             self._climb(now)
-        if self._restore_at is not None and now >= self._restore_at:
-            self._program_last_good()
+        if self._path.handle_timer(now):
+            self._gate.force()
         self._gate.take(now)
         self._judge(now)
         if self._decide_at is not None and now >= self._decide_at:
@@ -420,29 +369,25 @@ class Pair:
             self._decide(now)
         if self._settling.next is not None and now >= self._settling.next:
             due += self._settle(now)
-        if self._offer is not None and now >= self._offer.next:
-            due += self._make_offer(self._offer, now)
-        if self._answer is not None and now >= self._answer[0]:
-            due.append(self._answer[1])
-            self._answer = None
+        offer = self._changeover.due_offer(now)
+        if offer is not None:
+            due += self._make_offer(offer, now)
+        due += self._changeover.take_answer(now)
         for route in self._routes:
             if route.next is not None and now >= route.next:
                 due.append(self._ping(route, now, transactions, can_call=can_call))
-        if self._search.take_call(now, searching=not self._alive):
+        if self._search.take_call(now, searching=not self._path.is_alive):
             due.append(CallPeer())
         return due
 
     def settled(self) -> None:
         """Endpoint and hold were handed to the device."""
         self._settling.is_due = False
-        self._hold = None
+        self._changeover.settled()
 
     def held(self, now: float) -> None:
         """The device's endpoint is held now: what waited for it may be said."""
-        if self._offer is not None and self._offer.left == OFFERS:
-            self._offer.next = now
-        if self._answer is not None:
-            self._answer = (now, self._answer[1])
+        self._changeover.held(now)
 
     # --- the view ------------------------------------------------------------------------------------------
 
@@ -451,23 +396,23 @@ class Pair:
         in_use = self._route_in_use
         verified = self._routes.verified(now)
         return PairView(
-            endpoint=self._in_use,
+            endpoint=self._path.endpoint,
             ready=self._gate.is_open,
             settling=self._settling.is_due,
-            hold=self._hold,
+            hold=self._changeover.hold,
             verified=verified | {in_use.endpoint} if in_use is not None else verified,
-            path=PathKind.DIRECT if self._alive else PathKind.NONE,
-            rtt=in_use.rtt if in_use is not None else None,
+            path=PathKind.DIRECT if self._path.is_alive else PathKind.NONE,
+            rtt=self._rtt,
             observed=self._routes.last_heard(),
             declared=self._search.declared,
-            reason="" if self._alive else self._reason,
-            since=self._since,
+            reason="" if self._path.is_alive else self._path.reason,
+            since=self._path.since,
         )
 
     @property
     def alive(self) -> bool:
         """Whether the path in use is believed to work."""
-        return self._alive
+        return self._path.is_alive
 
     def opened(self, now: float) -> tuple[Endpoint, ...]:
         """The peer's public endpoints that we have lately sent towards."""
@@ -475,7 +420,7 @@ class Pair:
 
     def is_answering(self, now: float) -> bool:
         """Whether the peer is there now: what is due towards it is no shot in the dark, and grows stale."""
-        return self._alive or now - self._heard_at < FRESH
+        return self._path.is_alive or now - self._heard_at < FRESH
 
     def is_punching(self, now: float) -> bool:
         """Whether the search began so lately that the two sides' pings are still to meet."""
@@ -484,7 +429,7 @@ class Pair:
     @property
     def last_good(self) -> Endpoint | None:
         """The endpoint to try first after a restart."""
-        return self._last_good
+        return self._path.last_good
 
     def knows(self, endpoint: Endpoint) -> bool:
         """Whether the endpoint is one of the pair's routes."""
@@ -502,26 +447,25 @@ class Pair:
 
     def busy_until(self, now: float) -> float | None:
         """Until when a fresh look at the device would help: a handshake is awaited, or a doubt is open."""
-        if self._gate.until is not None or self._doubt.is_open:
+        if self._gate.until is not None or self._liveness.is_in_doubt:
             return now + SUSPECT_AFTER
-        if self._alive and not self._gate.session and now < self._taken_at + HANDSHAKE_PATIENCE:
-            return self._taken_at + HANDSHAKE_PATIENCE
+        if self._path.is_alive and not self._gate.session and now < self._path.taken_at + HANDSHAKE_PATIENCE:
+            return self._path.taken_at + HANDSHAKE_PATIENCE
         return None
 
     # --- searching -----------------------------------------------------------------------------------------
 
     @property
     def _route_in_use(self) -> Route | None:
-        return self._routes.get(self._in_use)
+        return self._routes.get(self._path.endpoint)
+
+    @property
+    def _rtt(self) -> float | None:
+        route = self._route_in_use
+        return route.rtt if route is not None else None
 
     def _open(self, endpoint: Endpoint) -> Route | None:
-        return self._routes.open(endpoint, in_use=self._in_use)
-
-    def _wants_opener(self, route: Route) -> bool:
-        return self._is_behind_nat(route) and route.endpoint != self._last_good
-
-    def _is_behind_nat(self, route: Route) -> bool:
-        return self._mapping is not Mapping.NONE and route.rank[0] > 0
+        return self._routes.open(endpoint, in_use=self._path.endpoint)
 
     def _ask_in_full(self, endpoint: Endpoint, now: float) -> None:
         """Punch towards an endpoint that worked: the other side's NAT knows us."""
@@ -541,9 +485,9 @@ class Pair:
                 case Step.CONNECT_BACK | Step.RETRY:
                     self._punch(now, call=True)
                 case Step.DECLARE:
-                    self._since = now
+                    self._path.since = now
                 case Step.REST:
-                    if self._search.is_met and self._mapping is not Mapping.NONE:
+                    if self._search.is_met and self._openers.mapping is not Mapping.NONE:
                         self._rest(now)
                 case Step.WAKE:
                     self._wake(now)
@@ -556,25 +500,16 @@ class Pair:
         for route in self._routes:
             if route.attempt >= len(schedule.PUNCH):
                 route.next = None
-        if self._in_use is not None:
-            self._in_use = NOWHERE
+        self._path.rest()
 
     def _wake(self, now: float) -> None:
         """Begin anew: both NATs have forgotten the pair."""
-        for route in self._routes:
-            route.opener = self._is_behind_nat(route)
-        if self._in_use == NOWHERE:
-            self._in_use, self._restore_at = None, now + MEETING
+        self._openers.wake(self._routes)
+        self._path.wake(now + MEETING)
         self._punch(now, call=True)
 
-    def _program_last_good(self) -> None:
-        self._restore_at = None
-        if not self._alive and self._in_use is None and self._last_good is not None:
-            self._in_use = self._last_good
-            self._gate.force()
-
     def _ping(self, route: Route, now: float, transactions: Callable[[], int], *, can_call: bool) -> SendTo:
-        ttl = schedule.ttl(route, can_call=can_call) if not self._alive else None
+        ttl = schedule.ttl(route, can_call=can_call) if not self._path.is_alive else None
         transaction = transactions()
         route.ask(transaction, now)
         route.next = self._next_ping(route, now)
@@ -582,52 +517,38 @@ class Pair:
         return SendTo(ping, route.endpoint, ttl)
 
     def _next_ping(self, route: Route, now: float) -> float | None:
-        """When a route wants its next ping; None while it is not needed."""
-        interval = self._search.timers.probe_interval
-        if not self._alive and self._search.is_resting and route.attempt >= len(schedule.PUNCH):
-            return None
-        if not self._alive:
-            return schedule.while_searching(
-                route,
-                now,
+        return schedule.next_ping(route, now, self._situation(now))
+
+    def _situation(self, now: float) -> schedule.Situation:
+        interval, in_use = self._search.timers.probe_interval, self._route_in_use
+        if not self._path.is_alive or in_use is None:
+            return schedule.Searching(
                 interval=interval,
-                lost_at=self._lost_at if route.endpoint == self._last_good else None,
+                last_good=self._path.last_good,
+                lost_at=self._path.lost_at,
+                is_resting=self._search.is_resting,
                 given_up=self._search.declared,
             )
-        is_active = self._counters.is_active(now, within=2 * interval)
-        if route.endpoint == self._in_use:
-            if self._doubt.is_open:
-                return None  # `_judge` paces these
-            return schedule.on_path(now, interval=interval, since=self._taken_at, is_active=is_active)
-        in_use = self._route_in_use
-        if (in_use is not None and route.rank >= in_use.rank) or route.is_data_dead(now):
-            return None
-        return schedule.beside_path(
-            route, now, interval=interval, search_until=self._search.eager_until, is_active=is_active
+        return schedule.Connected(
+            interval=interval,
+            in_use=in_use,
+            since=self._path.taken_at,
+            is_in_doubt=self._liveness.is_in_doubt,
+            is_active=self._counters.is_active(now, within=2 * interval),
+            search_until=self._search.eager_until,
         )
 
     # --- judging -------------------------------------------------------------------------------------------
 
-    def _doubt_due(self) -> float | None:
-        route = self._route_in_use
-        if self._doubt.is_open:
-            return self._doubt.get_timer(rtt=route.rtt if route is not None else None)
-        return self._counters.suspect_at if self._alive else None
-
     def _suspect(self, now: float) -> None:
-        if self._alive and not self._doubt.is_open:
-            self._doubt.open(now)
-            self._check_mapping = True
+        if self._path.is_alive:
+            self._liveness.suspect(now)
 
     def _judge(self, now: float) -> None:
-        due = self._doubt_due()
-        if due is None or now < due:
-            return
-        self._suspect(now)
         route = self._route_in_use
-        if route is None:
+        if route is None or not self._path.is_alive:
             return
-        match self._doubt.judge(now, rtt=route.rtt):
+        match self._liveness.handle_timer(now, rtt=route.rtt):
             case Ruling.PING:
                 route.next = now
             case Ruling.LAST_PING:
@@ -637,31 +558,26 @@ class Pair:
                         other.opener = False
                         other.punch(now)
             case Ruling.DEAD:
-                self._lose(f"no answer from {self._in_use}", now)
+                self._lose(f"no answer from {self._path.endpoint}", now)
 
     def _compare_counters(self, received: int, now: float) -> None:
         """Hold the peer's receive counter against what we sent."""
         flow, route = self._counters.compare(received, now), self._route_in_use
         if flow is Flow.ARRIVES and route is not None:
             route.data_dead = NEVER
-        if flow is Flow.STALLED and self._alive:
+        if flow is Flow.STALLED and self._path.is_alive:
             self._counters.forget_stalls()
             if route is not None:
                 route.data_dead = now
-            self._lose(f"probes to {self._in_use} pass but WireGuard's packets do not", now)
+            self._lose(f"probes to {self._path.endpoint} pass but WireGuard's packets do not", now)
 
     def _lose(self, reason: str, now: float) -> None:
         route = self._route_in_use
         if route is not None:
             route.lost = now
-        self._check_mapping = True
-        self._alive = False
-        self._offer = self._answer = None
-        self._since = self._lost_at = now
-        self._reason = reason
-        self._last_good = self._in_use
-        self._doubt.close()
-        self._counters.forgive()
+        self._path.lose(reason, now)
+        self._changeover.drop()
+        self._liveness.lose()
         self.search(now)
         if self._lower and self._routes.best(now) is not None:
             self._decide_at = now
@@ -670,18 +586,18 @@ class Pair:
 
     def _decide(self, now: float) -> None:
         best, in_use = self._routes.best(now), self._route_in_use
-        if best is None or self._offer is not None:
+        if best is None or self._changeover.is_offering:
             return
-        if self._alive and in_use is not None:
+        if self._path.is_alive and in_use is not None:
             if not best.beats(in_use):
                 return
-            if best.rank == in_use.rank and now - self._taken_at < SWITCH_HOLD:
+            if best.rank == in_use.rank and now - self._path.taken_at < SWITCH_HOLD:
                 return
-            if now < self._offer_after:
+            if not self._changeover.may_offer(now):
                 return
             if self._is_flowing(now):
                 self._nomination.name(best.here)
-                self._offer = Offer(best.endpoint, next=now + HOLD_PATIENCE)
+                self._changeover.offer(best.endpoint, now)
                 self._hold_at(in_use, {best.endpoint}, now)
                 return
         elif in_use is not None and in_use.is_usable(now) and not best.beats(in_use):
@@ -689,7 +605,7 @@ class Pair:
         self._nominate(best, now)
 
     def _nominate(self, route: Route, now: float) -> None:
-        self._offer = None
+        self._changeover.withdraw()
         self._nomination.name(route.here)
         self._take_path(route, now)
 
@@ -701,10 +617,10 @@ class Pair:
         """Say it; the peer's data on the new route must not lead us there before we have its answer."""
         route, in_use = self._routes.get(offer.route), self._route_in_use
         if in_use is None:
-            self._offer = None
+            self._changeover.withdraw()
             return []
         if route is None or route.here is None or not offer.left:
-            self._offer_after = now + SWITCH_HOLD
+            self._changeover.give_up(now)
             self._nominate(in_use, now)  # the peer may have changed although its answers were lost
             return []
         offer.step(now, rtt=route.rtt, random=self._random)
@@ -714,16 +630,15 @@ class Pair:
 
     def _take_offered(self, now: float) -> None:
         """The peer took the route that we offered: so do we."""
-        if self._offer is None or not self._nomination.is_acknowledged:
+        if not self._nomination.is_acknowledged:
             return
-        route = self._routes.get(self._offer.route)
-        self._offer = None
+        route = self._routes.get(self._changeover.withdraw())
         if route is not None:
             self._take_path(route, now)
 
     def _leads(self, route: Route, now: float) -> bool:
         """Whether data may come by the route: it lives, or only what we sent got lost there."""
-        return (self._alive and route.is_verified(now)) or route.is_data_dead(now)
+        return (self._path.is_alive and route.is_verified(now)) or route.is_data_dead(now)
 
     def _is_flowing(self, now: float) -> bool:
         """Whether data may be under way."""
@@ -731,36 +646,28 @@ class Pair:
 
     def _hold_at(self, route: Route, against: set[Endpoint], now: float) -> None:
         rtts = [each.rtt for each in self._routes if each is route or each.endpoint in against]
-        self._set_hold(HoldEndpoint(self.key, route.endpoint, frozenset(against), hold_for(rtts)), now)
-
-    def _set_hold(self, hold: HoldEndpoint, now: float) -> None:
-        self._hold, self._held = hold, (hold, now + hold.seconds)
+        self._changeover.hold_at(route.endpoint, against, rtts=rtts, now=now)
 
     def _take_path(self, route: Route, now: float) -> None:
         """Use a route: its endpoint is to be set, five times, and held against the routes that are left."""
-        left = {self._in_use, self._device_endpoint} - {route.endpoint}
+        left = {self._path.endpoint, self._device_endpoint} - {route.endpoint}
         against = {each.endpoint for each in self._routes if each.endpoint in left and self._leads(each, now)}
         if against and self._is_flowing(now):
             self._hold_at(route, against, now)
-        self._in_use = self._last_good = route.endpoint
-        self._taken_at = now
-        self._restore_at = None
+        self._path.take(route.endpoint, now)
         self._settling.start(now)
         self._live(now)
         self._gate.start(now)
 
     def _live(self, now: float) -> None:
         """There is a path: what a search or a doubt still had in mind is dropped."""
-        if not self._alive:
-            self._alive = True
-            self._since = now
+        self._path.live(now)
         self._search.succeed()
-        self._doubt.close()
-        self._counters.forgive()
-        self._reason = ""
+        self._liveness.clear()
+        situation = self._situation(now)
         for route in self._routes:
-            is_wanted = route.next is not None or route.endpoint == self._in_use
-            route.next = self._next_ping(route, now) if is_wanted else None
+            is_wanted = route.next is not None or route.endpoint == self._path.endpoint
+            route.next = schedule.next_ping(route, now, situation) if is_wanted else None
 
     def _settle(self, now: float) -> list[Due]:
         route = self._route_in_use

@@ -1,13 +1,16 @@
 """When a route wants its next ping.
 
 Three situations: the peer is being searched, the route is the path in use, or it lies beside the path in use.
-Each function returns a monotonic time, or None while no ping is needed. `interval` is the mesh's probe
-interval; an active path is one that data leaves by.
+Times are monotonic seconds, None while no ping is needed. `interval` is the mesh's probe interval; an active
+path is one that data leaves by.
 """
 
 from __future__ import annotations
 
-from scope.model import Family
+from dataclasses import dataclass
+from typing import TypeAlias, assert_never
+
+from scope.model import Endpoint, Family
 from scope_agent.paths.route import NEVER, Route
 
 PUNCH = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6)  # both sides' pings meet within the life of any NAT entry
@@ -25,6 +28,46 @@ YOUNG = 10.0  # a new path is pinged every probe interval for so long
 BETTER_INTERVAL = 20.0  # a better route than the one in use is asked so often: both firewalls are open then
 
 
+@dataclass(frozen=True, slots=True)
+class Searching:
+    """There is no path."""
+
+    interval: float
+    last_good: Endpoint | None  # what worked last
+    lost_at: float  # when it was lost
+    is_resting: bool  # nothing is to be sent but in answer
+    given_up: bool  # the ladder's last bound has passed
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """There is a path."""
+
+    interval: float
+    in_use: Route
+    since: float  # when both sides took it
+    is_in_doubt: bool  # its pings are paced by the doubt
+    is_active: bool
+    search_until: float  # until when a better route is looked for eagerly
+
+
+Situation: TypeAlias = Searching | Connected
+
+
+def next_ping(route: Route, now: float, situation: Situation) -> float | None:
+    """When a route wants its next ping."""
+    match situation:
+        case Searching():
+            return _while_searching(route, now, situation)
+        case Connected(in_use=in_use) if route is in_use:
+            return _on_path(now, situation)
+        case Connected(in_use=in_use):
+            is_better = route.rank < in_use.rank and not route.is_data_dead(now)
+            return _beside_path(route, now, situation) if is_better else None
+        case _:
+            assert_never(situation)
+
+
 def ttl(route: Route, *, can_call: bool) -> int | None:
     """The hop limit of the next ping of a search: an opener's, or None for the usual one.
 
@@ -38,32 +81,30 @@ def ttl(route: Route, *, can_call: bool) -> int | None:
     return OPENER_TTL if route.attempt < OPENERS else None
 
 
-def while_searching(
-    route: Route, now: float, *, interval: float, lost_at: float | None, given_up: bool
-) -> float | None:
-    """For a route while there is no path.
-
-    `lost_at`: when it was lost, for the last good route; `given_up`: the ladder's last bound has passed.
-    """
+def _while_searching(route: Route, now: float, situation: Searching) -> float | None:
     if route.attempt < len(PUNCH):
         return max(route.punched + PUNCH[route.attempt], now + STEP_MIN)
-    if lost_at is not None and now - lost_at < LAST_GOOD_FOR:
-        return now + min(LAST_GOOD_INTERVAL, interval)
-    return None if given_up else now + interval
+    if situation.is_resting:
+        return None
+    if route.endpoint == situation.last_good and now - situation.lost_at < LAST_GOOD_FOR:
+        return now + min(LAST_GOOD_INTERVAL, situation.interval)
+    return None if situation.given_up else now + situation.interval
 
 
-def on_path(now: float, *, interval: float, since: float, is_active: bool) -> float | None:
-    """For the path in use since `since`: an idle one is left to WireGuard's keepalive."""
-    return now + interval if now - since < YOUNG or is_active else None
+def _on_path(now: float, situation: Connected) -> float | None:
+    if situation.is_in_doubt:
+        return None
+    is_young = now - situation.since < YOUNG
+    return (
+        now + situation.interval if is_young or situation.is_active else None
+    )  # idle: WireGuard's keepalive
 
 
-def beside_path(
-    route: Route, now: float, *, interval: float, search_until: float, is_active: bool
-) -> float | None:
-    """For a better route than the one in use: eagerly until `search_until`, then now and again."""
+def _beside_path(route: Route, now: float, situation: Connected) -> float | None:
+    """Eagerly while the search is young, then now and again."""
     if route.attempt < len(PUNCH):
         return route.punched + PUNCH[route.attempt]
-    if now < search_until:
-        return now + interval
+    if now < situation.search_until:
+        return now + situation.interval
     is_foreign = route.rank[0] == 0 and route.echoed == NEVER  # a private address of another site
-    return now + BETTER_INTERVAL if is_active and not is_foreign else None
+    return now + BETTER_INTERVAL if situation.is_active and not is_foreign else None
