@@ -316,10 +316,16 @@ def test_the_walk_of_the_kubernetes_page_makes_a_mesh_of_two_clusters_and_a_mach
         walk.on("scope-agent join")
         walk.wait_for("berlin is a peer", lambda: walk.ready() == {*nodes, "home.external.berlin"})
         walk.wait_for("berlin reaches a Node", partial(walk.reaches, "berlin", f"home.fra.{NODES[0]}"))
-        walk.on("peer remove")
+        walk.on("peer remove home.external.berlin")
         walk.wait_for(
             "a Node cuts berlin off", lambda: walk.paths(NODES[0]).keys() == {f"home.fra.{NODES[1]}"}
         )
+
+        walk.on("peer remove home.fra.fra-2")
+        walk.wait_for("the removed Node's agent leaves", partial(walk.has_left, "fra-2"))
+        walk.on("delete speer home.fra.fra-2")
+        walk.wait_for("it comes back", partial(walk.reaches, "fra-2", "home.fra.fra-1"))
+        walk.wait_for("and is let in", partial(walk.reaches, "fra-1", "home.fra.fra-2"))
 
         walk.on("delete service scope-gateway")
         walk.sync(JOINED)
