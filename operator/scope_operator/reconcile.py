@@ -34,9 +34,11 @@ from scope.registry.port import (
 from scope_operator.plan.nodes import NodeDeleted, NodePeers, NodePut, NodesListed
 from scope_operator.plan.planner import (
     Action,
+    Confirm,
     CreatePeer,
     DeletePeer,
     Planner,
+    Write,
     WriteAssignment,
     WriteMeshStatus,
     key_of,
@@ -76,7 +78,7 @@ class ReconcileHealth:
 class Done:
     """How a write ended; `stored` is the resource afterwards, None where there is none."""
 
-    action: Action
+    action: Write
     stored: Resource | None
     error: RegistryError | None
     seconds: float
@@ -188,7 +190,7 @@ class Reconciler:
                     )
                 )
             if self._list_nodes is not None:
-                tasks.create_task(self._confirm())
+                tasks.create_task(self._confirm_departures())
             await self._work()
 
     async def follow(self) -> None:
@@ -225,7 +227,7 @@ class Reconciler:
             self._planner.take(await self._list_nodes())
             self._heard()
 
-    async def _confirm(self) -> None:
+    async def _confirm_departures(self) -> None:
         """List Nodes whenever peers wait for that to go."""
         failures = 0
         while True:
@@ -265,11 +267,29 @@ class Reconciler:
 
     async def _do(self, action: Action) -> None:
         try:
-            await self._done(action)
+            if isinstance(action, Confirm):
+                await self._confirm(action)
+            else:
+                await self._write(action)
         finally:
             self._wake.set()
 
-    async def _done(self, action: Action) -> None:
+    async def _confirm(self, action: Confirm) -> None:
+        kind, name = key_of(action)
+        try:
+            stored = await self._registry.get(kind, name)
+        except NotFound:
+            log.info("reconcile.absent kind=%s name=%s uid=%s", kind, name, action.resource.meta.uid)
+            self._planner.succeeded(action, None)
+        except RegistryError as error:
+            self._fail(action, error)
+            return
+        else:
+            log.warning("reconcile.unlisted kind=%s name=%s uid=%s", kind, name, stored.meta.uid)
+            self._planner.succeeded(action, stored)
+        self._failures.pop((kind, name), None)
+
+    async def _write(self, action: Write) -> None:
         began = self._now()
         stored: Resource | None = None
         error: RegistryError | None = None
@@ -286,7 +306,7 @@ class Reconciler:
             self._planner.succeeded(action, stored)
         self._told(Done(action, stored, error, self._now() - began))
 
-    async def _perform(self, action: Action) -> Resource | None:
+    async def _perform(self, action: Write) -> Resource | None:
         match action:
             case WriteAssignment(peer=peer, part=part):
                 meta = peer.meta
@@ -307,21 +327,26 @@ class Reconciler:
                 return None
         assert_never(action)
 
-    async def _read_again(self, action: Action) -> None:
+    async def _read_again(self, action: Write) -> None:
         try:
-            stored = await self._registry.get(*key_of(action))
+            stored: Resource | None = await self._registry.get(*key_of(action))
         except NotFound:
-            self._planner.outdated(action, None)
+            stored = None
         except RegistryError as error:
             self._fail(action, error)
-        else:
-            self._planner.outdated(action, stored)
+            return
+        # A resource that is there, and is not, and is there: each attempt waits longer than the last.
+        again_at = self._again_at(action) if isinstance(action, CreatePeer) else self._now()
+        self._planner.outdated(action, stored, again_at=again_at)
 
     def _fail(self, action: Action, error: RegistryError) -> None:
+        self._note(error)
+        self._planner.failed(action, again_at=self._again_at(action))
+
+    def _again_at(self, action: Action) -> float:
         key = key_of(action)
         failures = self._failures[key] = self._failures.get(key, 0) + 1
-        self._note(error)
-        self._planner.failed(action, again_at=self._now() + backoff(failures, uniform=self._uniform))
+        return self._now() + backoff(failures, uniform=self._uniform)
 
     def _heard(self) -> None:
         self._event_at = self._now()

@@ -326,13 +326,7 @@ def test_an_operator_is_in_step_soon_after_the_way_to_the_api_server_is_well_aga
     run(control_plane, body)
 
 
-BLIND = pytest.mark.xfail(
-    raises=AssertionError,
-    reason="whom a list of ScopePeers lacks, the planner takes for deleted and never looks at again",
-)
-
-
-@pytest.mark.parametrize("kind", ["nodes", pytest.param("scopepeers", marks=BLIND)])
+@pytest.mark.parametrize("kind", ["nodes", "scopepeers"])
 def test_an_operator_deletes_nobody_and_gives_no_address_twice_by_a_list_that_lacks_many(
     control_plane: ControlPlane, kind: str
 ) -> None:

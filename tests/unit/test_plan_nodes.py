@@ -20,11 +20,13 @@ from scope_operator.plan.nodes import (
 from scope_operator.plan.planner import (
     MESH_INTERVAL,
     Action,
+    Confirm,
     CreatePeer,
     DeletePeer,
     Planner,
     Why,
     WriteMeshStatus,
+    key_of,
 )
 
 from scope.model import (
@@ -40,7 +42,7 @@ from scope.model import (
     PeerSpec,
 )
 from scope.registry.memory import Create, Delete, Store, Update, UpdateStatus
-from scope.registry.port import AlreadyExists, Conflict, NotFound
+from scope.registry.port import AlreadyExists, Conflict, Deleted, NotFound
 from tests.unit.registry_conformance import MESH
 
 WALL = 1_700_000_000.0
@@ -103,6 +105,9 @@ class World:
 
     def do(self, action: Action) -> None:
         self.done.append(action)
+        if isinstance(action, Confirm):
+            self.planner.succeeded(action, self.store.find(*key_of(action)))
+            return
         kind = Kind.MESH if isinstance(action, WriteMeshStatus) else Kind.PEER
         resource = action.mesh if isinstance(action, WriteMeshStatus) else action.peer
         meta = resource.meta
@@ -116,7 +121,7 @@ class World:
                 write = UpdateStatus(kind, meta.name, action.part, meta.uid, meta.revision)
                 self.planner.succeeded(action, self.store.write(write))
         except (AlreadyExists, Conflict, NotFound):
-            self.planner.outdated(action, self.store.find(kind, meta.name))
+            self.planner.outdated(action, self.store.find(kind, meta.name), again_at=self.now + 1.0)
 
     def later(self, seconds: float) -> None:
         self.now += seconds
@@ -432,6 +437,50 @@ def test_an_address_claimed_twice_by_hand_stays_with_who_had_it_and_the_other_sa
     before = len(world.done)
     world.later(60.0)
     assert len(world.done) == before
+
+
+def test_a_nodes_peer_that_the_first_list_lacked_is_read_and_keeps_who_it_is() -> None:
+    world = World()
+    world.mesh()
+    world.node("n1")
+    world.start()
+    before = world.peer("n1")
+    world.cluster = NodePeers(cluster="east", uid="east-uid")
+    world.planner = Planner(now=world.now, tells_liveness=True, nodes=world.cluster)
+    world.done.clear()
+    world.planner.take(world.store.list(Kind.MESH))
+    world.planner.take(replace(world.store.list(Kind.PEER), resources=()))
+    world.planner.take(world.listed())
+    world.settle()
+    assert world.peer("n1") == before
+    assert [type(action) for action in world.done if not isinstance(action, WriteMeshStatus)] == [CreatePeer]
+
+
+def test_a_peer_that_cannot_be_created_and_is_not_there_is_tried_again_after_its_time_only() -> None:
+    world = World()
+    world.mesh()
+    world.start()
+    world.node("n1")
+    world.planner.take(NodePut(world.nodes["n1"]))
+    (action,) = (each for each in world.planner.plan(now=0.0, wall=WALL) if isinstance(each, CreatePeer))
+    world.planner.outdated(action, None, again_at=world.now + 1.0)
+    assert world.planner.plan(now=0.9, wall=WALL) == []
+    assert [type(each) for each in world.planner.plan(now=1.0, wall=WALL)] == [CreatePeer]
+
+
+def test_a_peer_that_the_registry_has_although_it_was_seen_deleted_is_believed() -> None:
+    world = World()
+    world.mesh()
+    world.node("n1")
+    world.start()
+    stored = world.peer("n1")
+    world.planner.take(Deleted(stored, world.store.revision))
+    (action,) = (each for each in world.planner.plan(now=0.0, wall=WALL) if isinstance(each, CreatePeer))
+    world.done.clear()
+    world.do(action)
+    world.later(2.0)
+    assert [type(each) for each in world.done].count(CreatePeer) == 1
+    assert world.peer("n1").assignment.addresses == stored.assignment.addresses
 
 
 def test_at_rest_nothing_is_written() -> None:

@@ -12,17 +12,19 @@ from scope_operator.plan.planner import (
     MAX_IN_FLIGHT,
     MESH_INTERVAL,
     Action,
+    Confirm,
     CreatePeer,
     DeletePeer,
     Planner,
     WriteAssignment,
     WriteMeshStatus,
+    key_of,
 )
 from scope_operator.plan.status import ALIVE
 
 from scope.model import Addressing, Assignment, Condition, Kind, Mesh, Peer, PublicKey, Resource, Tombstone
 from scope.registry.memory import Create, Delete, Store, Update, UpdateStatus
-from scope.registry.port import Conflict, NotFound
+from scope.registry.port import Conflict, NotFound, Put
 from tests.unit.registry_conformance import MESH, peer, report
 
 WALL = 1_700_000_000.0
@@ -58,6 +60,9 @@ class World:
         return self.planner.plan(now=self.now, wall=WALL + self.now)
 
     def do(self, action: Action) -> None:
+        if isinstance(action, Confirm):
+            self.planner.succeeded(action, self.store.find(*key_of(action)))
+            return
         self.writes += 1
         kind = Kind.MESH if isinstance(action, WriteMeshStatus) else Kind.PEER
         resource = action.mesh if isinstance(action, WriteMeshStatus) else action.peer
@@ -72,7 +77,7 @@ class World:
                 write = UpdateStatus(kind, meta.name, action.part, meta.uid, meta.revision)
                 self.planner.succeeded(action, self.store.write(write))
         except (Conflict, NotFound):
-            self.planner.outdated(action, self.store.find(kind, meta.name))
+            self.planner.outdated(action, self.store.find(kind, meta.name), again_at=self.now)
 
     def settle(self) -> None:
         self.follow()
@@ -397,6 +402,128 @@ def test_an_incomplete_list_forgets_nobody_and_a_complete_one_does() -> None:
     world.settle()
     world.later(MESH_INTERVAL)
     assert world.mesh().status.counts.peers == 0
+
+
+def test_whom_a_list_lacks_keeps_its_address_until_the_registry_says_that_it_is_gone() -> None:
+    world = World(ipv4="100.64.0.0/29")
+    for seed in range(5):
+        world.join(seed)
+    world.start()
+    before = {seed: world.peer(seed).assignment.addresses for seed in range(5)}
+    assert all(before.values())
+    listed = world.store.list(Kind.PEER)
+    world.planner.take(replace(listed, resources=listed.resources[:1]))
+    asked = world.plan()
+    assert {type(each) for each in asked} == {Confirm}
+    world.join(5)
+    world.follow()
+    (given,) = world.plan()
+    assert isinstance(given, WriteAssignment)
+    assert given.part.addresses not in before.values()
+    for action in (*asked, given):
+        world.do(action)
+    world.settle()
+    world.later(MESH_INTERVAL)
+    assert {seed: world.peer(seed).assignment.addresses for seed in range(5)} == before
+    assert world.mesh().status.counts.peers == 6
+    assert world.plan() == []
+
+
+def test_a_mesh_that_a_list_lacks_is_there_until_the_registry_says_that_it_is_gone() -> None:
+    world = World()
+    world.start()
+    listed = world.store.list(Kind.MESH)
+    world.planner.take(replace(listed, resources=()))
+    world.join(1)
+    world.settle()
+    assert len(addresses(world)) == 1
+
+
+def test_whom_a_list_lacks_is_gone_once_the_registry_says_so_and_its_address_is_free() -> None:
+    world = World(ipv4="100.64.0.0/30")
+    for seed in range(2):
+        world.join(seed)
+    world.start()
+    gone = world.peer(0)
+    world.store.write(Delete(Kind.PEER, gone.meta.name, gone.meta.uid))
+    world.planner.take(world.store.list(Kind.PEER))
+    world.seen = world.store.revision
+    world.join(2)
+    world.settle()
+    assert world.peer(2).assignment.addresses == gone.assignment.addresses
+
+
+def test_a_peer_that_was_made_anew_while_a_list_lacked_it_is_a_new_one() -> None:
+    world = World()
+    world.join(1)
+    world.start()
+    first = world.peer(1)
+    world.store.write(Delete(Kind.PEER, first.meta.name, first.meta.uid))
+    world.planner.take(world.store.list(Kind.PEER))
+    world.seen = world.store.revision
+    (asked,) = (each for each in world.plan() if isinstance(each, Confirm))
+    second = world.join(1)
+    world.do(asked)
+    world.settle()
+    assert world.peer(1).meta.uid == second.meta.uid != first.meta.uid
+    assert world.peer(1).assignment.addresses
+
+
+def test_a_registry_that_cannot_be_asked_is_asked_again_and_frees_nothing_meanwhile() -> None:
+    world = World(ipv4="100.64.0.0/30")
+    for seed in range(2):
+        world.join(seed)
+    world.start()
+    world.planner.take(replace(world.store.list(Kind.PEER), resources=()))
+    asked = world.plan()
+    for action in asked:
+        world.planner.failed(action, again_at=world.now + 1.0)
+    world.join(2)
+    world.settle()
+    assert world.peer(2).assignment.addresses == ()
+    world.now += 1.0
+    assert [type(each) for each in world.plan()] == [Confirm, Confirm]
+
+
+def test_what_was_deleted_does_not_come_back_by_older_news_and_does_by_newer() -> None:
+    world = World()
+    world.join(1)
+    world.start()
+    stale = world.peer(1)
+    older = world.store.list(Kind.PEER)
+    world.store.write(Delete(Kind.PEER, stale.meta.name, stale.meta.uid))
+    world.settle()
+    for fact in (Put(stale, older.revision), older):
+        world.planner.take(fact)
+        assert [each for each in world.plan() if not isinstance(each, WriteMeshStatus)] == []
+    again = replace(stale, meta=replace(stale.meta, revision=world.store.revision.number + 1))
+    world.planner.take(Put(replace(again, assignment=Assignment()), world.store.revision))
+    world.now += MESH_INTERVAL
+    assert WriteAssignment in {type(each) for each in world.plan()}
+
+
+def test_a_restored_registry_whose_list_is_cut_short_gives_no_address_twice() -> None:
+    world = World(ipv4="100.64.0.0/29")
+    for seed in range(4):
+        world.join(seed)
+    world.start()
+    before = {seed: world.peer(seed).assignment.addresses for seed in range(4)}
+    peers, meshes = world.store.list(Kind.PEER), world.store.list(Kind.MESH)
+    for _ in range(9):  # the history that is lost
+        bury = world.join(5)
+        world.settle()
+        world.store.write(Delete(Kind.PEER, bury.meta.name, bury.meta.uid))
+    world.settle()
+    world.store = Store("sim", wall=lambda: WALL + world.now, new_uid=lambda: "after")
+    world.store.restore((*meshes.resources, *peers.resources), (), number=peers.revision.number)
+    world.seen = world.store.revision
+    world.planner.take(world.store.list(Kind.MESH), after=world.planner.seen(Kind.MESH))
+    listed = world.store.list(Kind.PEER)
+    world.planner.take(replace(listed, resources=listed.resources[:1]), after=world.planner.seen(Kind.PEER))
+    world.join(5)
+    world.settle()
+    assert {seed: world.peer(seed).assignment.addresses for seed in range(4)} == before
+    assert len(set(addresses(world))) == 5
 
 
 def test_a_registry_that_was_restored_is_believed_from_its_list_on() -> None:

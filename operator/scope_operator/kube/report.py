@@ -22,7 +22,7 @@ from scope.registry.port import (
     Refused,
     RegistryError,
 )
-from scope_operator.plan.planner import Action, CreatePeer, DeletePeer, WriteAssignment, WriteMeshStatus
+from scope_operator.plan.planner import CreatePeer, DeletePeer, Write, WriteAssignment, WriteMeshStatus
 from scope_operator.reconcile import Done, ReconcileHealth
 
 # Its own lists come every ten minutes at most: who heard nothing for longer than that is cut off.
@@ -125,7 +125,7 @@ async def site(application: web.Application, *, host: str, port: int) -> AsyncIt
         await runner.cleanup()
 
 
-def kind_of_write(action: Action) -> str:
+def kind_of_write(action: Write) -> str:
     """The label of a write."""
     match action:
         case WriteAssignment():

@@ -11,7 +11,11 @@ them, at most every `MESH_INTERVAL` seconds. `now` is monotonic, `wall` is in re
 
 On Kubernetes `nodes` says which peers the cluster's Nodes ask for; the planner creates and deletes those.
 Facts may come from several sources at once (a watch, a list of one's own, answers to writes), in any order:
-the newer state of a resource stays, and one that was seen deleted does not come back.
+the newer state of a resource stays, and one that was seen deleted does not come back by older news.
+
+Whom a list lacks is not believed to be gone: a list may be cut short, and an address given to another while
+its holder lives is two machines with one address. Each is asked for by name (`Confirm`) before anything else
+is planned for it, and is a member with all that it holds until the registry says that there is none.
 """
 
 from __future__ import annotations
@@ -90,12 +94,22 @@ class DeletePeer:
     mesh: Mesh | None  # the peer's, where there is one
 
 
-Action: TypeAlias = WriteAssignment | WriteMeshStatus | CreatePeer | DeletePeer
+@dataclass(frozen=True, slots=True)
+class Confirm:
+    """Read what a list lacks; `resource` is how it was known."""
+
+    resource: Mesh | Peer
+
+
+Write: TypeAlias = WriteAssignment | WriteMeshStatus | CreatePeer | DeletePeer
+Action: TypeAlias = Write | Confirm
 
 
 def key_of(action: Action) -> Key:
     """What an action is about."""
     match action:
+        case Confirm(resource=resource):
+            return kind_of(resource), resource.meta.name
         case WriteMeshStatus(mesh=mesh):
             return Kind.MESH, mesh.meta.name
         case WriteAssignment(peer=peer) | CreatePeer(peer=peer) | DeletePeer(peer=peer):
@@ -135,7 +149,8 @@ class Planner:
         self._nodes = nodes
         self._assigns = assigns
         self._cluster = Cluster(nodes.cluster, nodes.uid) if nodes is not None else None
-        self._deleted: dict[str, None] = {}  # uids, the latest last
+        self._deleted: dict[str, int] = {}  # uid: the revision at which it was gone; the latest last
+        self._doubted: set[str] = set()  # uids of those that a list lacked
         self._tells_liveness = tells_liveness
         self._signing_key = signing_key
         self._reflectors = reflectors
@@ -188,10 +203,10 @@ class Planner:
             case Listed(kind, revision, resources, complete):
                 self._take_list(kind, revision, resources, complete=complete, after=after)
             case Put(resource, revision):
-                self._put(resource)
+                self._put(resource, at=resource.meta.revision)
                 self._note(kind_of(resource), revision)
             case Deleted(last, revision):
-                self._forget(last)
+                self._forget(last, at=revision.number)
                 self._note(kind_of(last), revision)
             case _:
                 if self._nodes is not None:
@@ -206,17 +221,26 @@ class Planner:
         complete: bool,
         after: Revision | None,
     ) -> None:
-        if after is not None and (revision.registry != after.registry or revision < after):
-            # Restored, or made anew: what is known says nothing about it.
-            self._deleted.clear()
-            self._forget_absent(kind, set(), revision=None)
+        restored = after is not None and (revision.registry != after.registry or revision < after)
+        present = {resource.meta.uid for resource in resources}
+        self._doubted -= present
+        known: list[Mesh | Peer] = list(self._known(kind).values())
+        absent = [each for each in known if each.meta.uid not in present]
+        if restored:
+            # Or made anew: what is known says nothing about whom it has, and its revisions begin again.
             self._deleted.clear()
             self._seen.pop(kind, None)
-        if complete:
-            self._forget_absent(kind, {resource.meta.uid for resource in resources}, revision=revision)
+            for each in known:
+                self._unindex(each)
         # The elder of two that claim one address is indexed first, and keeps it.
         for resource in sorted(resources, key=lambda each: (each.meta.created, each.meta.uid)):
-            self._put(resource)
+            self._put(resource, at=revision.number)
+        for each in absent:
+            if restored and each.meta.name not in self._known(kind):
+                self._put(each, at=each.meta.revision)
+                self._doubt(each)
+            elif not restored and complete and each.meta.revision <= revision.number:
+                self._doubt(each)
         self._listed.add(kind)
         self._note(kind, revision)
 
@@ -277,23 +301,46 @@ class Planner:
 
     def succeeded(self, action: Action, stored: Resource | None) -> None:
         """The action is done; `stored` is the resource as it is now, None when it was deleted."""
-        self._in_flight.discard(key_of(action))
-        if stored is not None:
-            self._put(stored)
+        key = key_of(action)
+        self._in_flight.discard(key)
+        if isinstance(action, Confirm):
+            self._confirmed(action.resource, stored)
+        elif stored is not None:
+            self._put(stored, at=stored.meta.revision)
         elif isinstance(action, DeletePeer):
             self._forget(action.peer)
-            self._queue[key_of(action)] = None  # a Node made anew asks for a peer of the same name
+            self._queue[key] = None  # a Node made anew asks for a peer of the same name
 
-    def outdated(self, action: Action, stored: Resource | None) -> None:
-        """The resource had changed: here it is as it is now (None: it is gone), to be planned anew."""
+    def outdated(self, action: Write, stored: Resource | None, *, again_at: float) -> None:
+        """The resource had changed: here it is as it is now (None: it is gone), to be planned anew.
+
+        What could not be created is planned anew at `again_at` (monotonic) if it still is not known.
+        """
         self._undo(action)
-        if stored is not None:
-            self._put(stored)
-            self._queue[key_of(action)] = None
-        elif isinstance(action, CreatePeer):
-            self._queue[key_of(action)] = None
+        key = key_of(action)
+        if isinstance(action, CreatePeer):
+            if stored is not None:
+                self._deleted.pop(stored.meta.uid, None)  # the registry insists that it is there
+                self._put(stored, at=stored.meta.revision)
+            self._delay(key, again_at)
+        elif stored is not None:
+            self._put(stored, at=stored.meta.revision)
+            self._queue[key] = None
         else:
             self._forget(action.mesh if isinstance(action, WriteMeshStatus) else action.peer)
+
+    def _confirmed(self, asked: Mesh | Peer, stored: Resource | None) -> None:
+        """Take what the registry has under the name of one that a list lacked."""
+        key = kind_of(asked), asked.meta.name
+        known = self._find(key)
+        self._doubted.discard(asked.meta.uid)
+        if stored is None or stored.meta.uid != asked.meta.uid:
+            self._forget(asked)
+        elif known is asked and stored.meta.revision < asked.meta.revision:
+            self._unindex(asked)  # the registry was restored: what it has is older, and right
+        if stored is not None:
+            self._put(stored, at=stored.meta.revision)
+        self._queue[key] = None
 
     def failed(self, action: Action, *, again_at: float) -> None:
         """The registry could not do it; it is planned anew at `again_at` (monotonic)."""
@@ -307,6 +354,9 @@ class Planner:
 
     def _plan_one(self, key: Key, *, now: float, wall: float) -> Action | None:
         kind, name = key
+        known = self._find(key)
+        if known is not None and known.meta.uid in self._doubted:
+            return Confirm(known)
         if kind is Kind.PEER:
             peer = self._peers.get(name)
             return self._plan_peer(peer, now=now, wall=wall) if peer is not None else self._plan_new(name)
@@ -405,9 +455,23 @@ class Planner:
     def _members_of(self, mesh: str) -> _Members:
         return self._members.setdefault(mesh, _Members())
 
-    def _put(self, resource: Resource) -> None:
-        if resource.meta.uid in self._deleted:
+    def _known(self, kind: Kind) -> Mapping[str, Mesh | Peer]:
+        return self._meshes if kind is Kind.MESH else self._peers
+
+    def _find(self, key: Key) -> Mesh | Peer | None:
+        kind, name = key
+        return self._known(kind).get(name)
+
+    def _doubt(self, resource: Mesh | Peer) -> None:
+        self._doubted.add(resource.meta.uid)
+        self._queue[kind_of(resource), resource.meta.name] = None
+
+    def _put(self, resource: Resource, *, at: int) -> None:
+        """Take a resource that was there at the revision `at`."""
+        uid = resource.meta.uid
+        if at <= self._deleted.get(uid, -1):
             return
+        self._deleted.pop(uid, None)
         match resource:
             case Mesh(meta=meta):
                 before = self._meshes.get(meta.name)
@@ -452,14 +516,18 @@ class Planner:
         if is_routed != (was is not None) or (was is not None and was.spec.routes != peer.spec.routes):
             self._judge_routes(peer.spec.mesh)
 
-    def _forget(self, resource: Resource) -> None:
-        self._deleted[resource.meta.uid] = None
+    def _forget(self, resource: Resource, *, at: int | None = None) -> None:
+        """Take that a resource is gone, at the revision `at` or, where that is not told, by now."""
+        seen = self._seen.get(kind_of(resource))
+        gone = at if at is not None else max(resource.meta.revision, seen.number if seen is not None else 0)
+        self._deleted[resource.meta.uid] = max(gone, self._deleted.pop(resource.meta.uid, 0))
         if len(self._deleted) > MAX_DELETED:
             del self._deleted[next(iter(self._deleted))]
         self._unindex(resource)
 
     def _unindex(self, resource: Resource) -> None:
         name = resource.meta.name
+        self._doubted.discard(resource.meta.uid)
         if isinstance(resource, Mesh):
             known: Resource | None = self._meshes.get(name)
             if known is not None and known.meta.uid == resource.meta.uid:
@@ -481,13 +549,6 @@ class Planner:
             if self._nodes is not None:
                 self._nodes.drop_peer(peer)
             self._queue[Kind.MESH, peer.spec.mesh] = None
-
-    def _forget_absent(self, kind: Kind, present: set[str], *, revision: Revision | None) -> None:
-        """Forget who is not `present` in a list of this revision; what is newer than the list stays."""
-        known: Iterable[Resource] = self._meshes.values() if kind is Kind.MESH else self._peers.values()
-        for resource in [each for each in known if each.meta.uid not in present]:
-            if revision is None or resource.meta.revision <= revision.number:
-                self._forget(resource)
 
     def _release(self, members: _Members, name: str, addresses: Iterable[IPAddress]) -> None:
         """Free what `name` holds of `addresses`; whoever found none left is planned again."""
