@@ -92,12 +92,11 @@ def _while_searching(route: Route, now: float, situation: Searching) -> float | 
 
 
 def _on_path(now: float, situation: Connected) -> float | None:
+    """An idle path is left to WireGuard's keepalive."""
     if situation.is_in_doubt:
         return None
     is_young = now - situation.since < YOUNG
-    return (
-        now + situation.interval if is_young or situation.is_active else None
-    )  # idle: WireGuard's keepalive
+    return now + situation.interval if is_young or situation.is_active else None
 
 
 def _beside_path(route: Route, now: float, situation: Connected) -> float | None:
