@@ -1,0 +1,230 @@
+"""A ScopeMesh: its spec, and its status but for the clusters in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from scope.model import (
+    Addressing,
+    Family,
+    IPNetwork,
+    Kind,
+    LabelSelector,
+    Mesh,
+    MeshCounts,
+    MeshSpec,
+    MeshStatus,
+    Operator,
+    Reflector,
+    Requirement,
+    Timers,
+)
+from scope.resources.addresses import read_endpoint, read_mesh_ipv4, read_mesh_ipv6
+from scope.resources.cluster import cluster_to_dict, read_cluster
+from scope.resources.fields import Fields, each_once, unless_empty
+from scope.resources.limits import (
+    MAX_CANDIDATES,
+    MAX_CLUSTERS,
+    MAX_EXPIRY,
+    MAX_PROBE,
+    MAX_REFLECTORS,
+    MAX_REQUIREMENTS,
+    MAX_TIMER,
+    MAX_VALUES,
+    MIN_EXPIRY,
+    MIN_PROBE,
+)
+from scope.resources.meta import conditions_dict, read_conditions, read_meta
+from scope.resources.problems import Problem
+from scope.resources.times import format_duration
+from scope.resources.values import (
+    NO_KEY,
+    read_choice,
+    read_count,
+    read_duration,
+    read_integer,
+    read_key,
+    read_label_key,
+    read_label_value,
+    read_labels,
+    read_mtu,
+)
+
+
+def parse_mesh(document: object, *, ignore_unknown: bool = False) -> Mesh:
+    """Read a ScopeMesh. Raises InvalidResource."""
+    root = Fields.of(document, ignore_unknown=ignore_unknown)
+    meta = read_meta(root, Kind.MESH)
+    spec = _read_mesh_spec(root.sub("spec", required=True))
+    status = read_mesh_status(root.sub("status"))
+    root.done()
+    return Mesh(meta, spec, status)
+
+
+def overlapping(mesh: Mesh, others: Sequence[Mesh]) -> tuple[Problem, ...]:
+    """The prefixes of `mesh` that another mesh uses too: a peer of both could not route."""
+    return tuple(
+        Problem(
+            f"spec.addressing.ipv{ours.version}",
+            f"{ours} overlaps {theirs} of ScopeMesh {other.meta.name}",
+            "a prefix that no other mesh uses",
+        )
+        for other in others
+        if other.meta.name != mesh.meta.name
+        for ours in prefixes_of(mesh.spec.addressing)
+        for theirs in prefixes_of(other.spec.addressing)
+        if ours.version == theirs.version and ours.overlaps(theirs)
+    )
+
+
+def prefixes_of(addressing: Addressing) -> tuple[IPNetwork, ...]:
+    """The one or two prefixes of a mesh."""
+    return tuple(prefix for prefix in (addressing.ipv4, addressing.ipv6) if prefix is not None)
+
+
+_USUAL_EXPIRY = MeshSpec(Addressing()).peer_expiry
+
+
+def _read_mesh_spec(fields: Fields) -> MeshSpec:
+    addressing = fields.sub("addressing", required=True)
+    ipv4 = addressing.optional("ipv4", read_mesh_ipv4, None)
+    ipv6 = addressing.optional("ipv6", read_mesh_ipv6, None)
+    if fields.is_mapping("addressing") and not addressing.present() & {"ipv4", "ipv6"}:
+        addressing.refuse("no prefix", "ipv4, ipv6 or both", 'for example ipv6: "fd5c:0be1:7a30::/64"')
+    return MeshSpec(
+        addressing=Addressing(ipv4, ipv6),
+        prefer=fields.optional("prefer", lambda value: read_choice(Family, value), Family.IPV6),
+        timers=_read_timers(fields.sub("timers")),
+        listen_port=fields.optional("listenPort", lambda value: read_integer(value, 0, 65535), 0),
+        mtu=fields.optional("mtu", read_mtu, None),
+        peer_expiry=fields.optional(
+            "peerExpiry", lambda value: read_duration(value, MIN_EXPIRY, MAX_EXPIRY), _USUAL_EXPIRY
+        ),
+        node_selector=_read_selector(fields.sub("nodeSelector")),
+    )
+
+
+def _read_selector(fields: Fields) -> LabelSelector:
+    return LabelSelector(
+        match_labels=fields.optional("matchLabels", read_labels, ()),
+        match_expressions=fields.parts("matchExpressions", _read_requirement, limit=MAX_REQUIREMENTS),
+    )
+
+
+def _read_requirement(fields: Fields) -> Requirement:
+    requirement = Requirement(
+        key=fields.required("key", read_label_key, ""),
+        operator=fields.required("operator", lambda value: read_choice(Operator, value), Operator.EXISTS),
+        values=fields.items("values", read_label_value, limit=MAX_VALUES),
+    )
+    compares = requirement.operator in (Operator.IN, Operator.NOT_IN)
+    if compares != bool(fields.values.get("values")) and not fields.refused("operator", "values"):
+        found = "no value" if compares else "values that nothing is compared with"
+        allowed = "one value or more" if compares else "none"
+        fields.refuse(f"{found} for {requirement.operator}", allowed, at="values")
+    return requirement
+
+
+def _read_timers(fields: Fields) -> Timers:
+    usual = Timers()
+
+    def timer(name: str, default: float) -> float:
+        return fields.optional(name, lambda value: read_duration(value, MIN_PROBE, MAX_TIMER), default)
+
+    steps = {
+        "probeInterval": fields.optional(
+            "probeInterval", lambda value: read_duration(value, MIN_PROBE, MAX_PROBE), usual.probe_interval
+        ),
+        "addressFallback": timer("addressFallback", usual.address_fallback),
+        "report": timer("report", usual.report),
+        "connectBack": timer("connectBack", usual.connect_back),
+        "hubFallback": timer("hubFallback", usual.hub_fallback),
+    }
+    for earlier, later in pairwise(steps):
+        if steps[later] < steps[earlier] and not fields.refused(earlier, later):
+            fields.refuse(
+                f"{format_duration(steps[later])} is before {earlier} ({format_duration(steps[earlier])})",
+                f"{format_duration(steps[earlier])} or later",
+                at=later,
+            )
+    return Timers(*steps.values())
+
+
+def read_mesh_status(fields: Fields) -> MeshStatus:
+    """Read the status of a mesh."""
+    counts = fields.sub("counts")
+    return MeshStatus(
+        signing_key=fields.optional("signingKey", read_key, None),
+        reflectors=fields.parts("reflectors", _read_reflector, limit=MAX_REFLECTORS),
+        counts=MeshCounts(*(counts.optional(name, read_count, 0) for name in _COUNTS)),
+        conditions=read_conditions(fields),
+        observed_generation=fields.optional(
+            "observedGeneration", lambda value: read_integer(value, 0, 2**63 - 1), 0
+        ),
+        clusters=each_once(
+            fields,
+            "clusters",
+            fields.parts("clusters", read_cluster, limit=MAX_CLUSTERS),
+            key=lambda cluster: cluster.name,
+        ),
+    )
+
+
+_COUNTS = ("peers", "online", "direct", "relayed", "unreachable")
+
+
+def _read_reflector(fields: Fields) -> Reflector:
+    return Reflector(
+        probe_key=fields.required("probeKey", read_key, NO_KEY),
+        endpoints=fields.items("endpoints", read_endpoint, limit=MAX_CANDIDATES),
+    )
+
+
+def mesh_spec_dict(spec: MeshSpec) -> dict[str, object]:
+    """The document of a mesh's spec."""
+    timers = spec.timers
+    return {
+        "addressing": {f"ipv{prefix.version}": str(prefix) for prefix in prefixes_of(spec.addressing)},
+        "prefer": str(spec.prefer),
+        "timers": {
+            "probeInterval": format_duration(timers.probe_interval),
+            "addressFallback": format_duration(timers.address_fallback),
+            "report": format_duration(timers.report),
+            "connectBack": format_duration(timers.connect_back),
+            "hubFallback": format_duration(timers.hub_fallback),
+        },
+        "listenPort": spec.listen_port,
+        "mtu": "Auto" if spec.mtu is None else spec.mtu,
+        "peerExpiry": format_duration(spec.peer_expiry),
+        **({"nodeSelector": selector} if (selector := _selector_dict(spec.node_selector)) else {}),
+    }
+
+
+def _selector_dict(selector: LabelSelector) -> dict[str, object]:
+    expressions = [
+        {"key": each.key, "operator": str(each.operator), **unless_empty("values", each.values)}
+        for each in selector.match_expressions
+    ]
+    return {
+        **({"matchLabels": dict(selector.match_labels)} if selector.match_labels else {}),
+        **({"matchExpressions": expressions} if expressions else {}),
+    }
+
+
+def mesh_status_dict(status: MeshStatus) -> dict[str, object]:
+    """The document of a mesh's status."""
+    # A zero is written out: kubectl shows what is not there as a blank, which could mean anything.
+    counts = {name: getattr(status.counts, name) for name in _COUNTS} if status != MeshStatus() else {}
+    reflectors = [
+        {"probeKey": str(reflector.probe_key), **unless_empty("endpoints", reflector.endpoints)}
+        for reflector in status.reflectors
+    ]
+    return {
+        **({"signingKey": str(status.signing_key)} if status.signing_key else {}),
+        **({"reflectors": reflectors} if reflectors else {}),
+        **({"counts": counts} if counts else {}),
+        **conditions_dict(status.conditions),
+        **({"observedGeneration": status.observed_generation} if status.observed_generation else {}),
+        **({"clusters": [cluster_to_dict(each) for each in status.clusters]} if status.clusters else {}),
+    }

@@ -1,0 +1,256 @@
+"""A ScopePeer: its spec, the two parts of its status, and the tombstone that ends it."""
+
+from __future__ import annotations
+
+import base64
+
+from scope import model
+from scope.model import (
+    Assignment,
+    Candidate,
+    CandidateKind,
+    DeviceKind,
+    Kind,
+    Link,
+    PathKind,
+    Peer,
+    PeerKeys,
+    PeerReport,
+    PeerSpec,
+    Resource,
+    Role,
+    Tombstone,
+)
+from scope.resources.addresses import (
+    NO_ENDPOINT,
+    read_address,
+    read_endpoint,
+    read_interface,
+    read_route,
+    read_static_endpoint,
+)
+from scope.resources.fields import Fields, unless_empty
+from scope.resources.limits import MAX_ADDRESSES, MAX_CANDIDATES, MAX_LINKS, MAX_REASON, MAX_ROUTES
+from scope.resources.meta import conditions_dict, read_conditions, read_meta
+from scope.resources.problems import Problem, show
+from scope.resources.times import format_time
+from scope.resources.values import (
+    NO_KEY,
+    read_base64,
+    read_boolean,
+    read_choice,
+    read_cluster_name,
+    read_count,
+    read_integer,
+    read_key,
+    read_label,
+    read_latency,
+    read_object_uid,
+    read_subdomain,
+    read_text,
+    read_time,
+    read_uid,
+)
+
+
+def parse_peer(document: object, *, ignore_unknown: bool = False) -> Peer:
+    """Read a ScopePeer. Raises InvalidResource."""
+    root = Fields.of(document, ignore_unknown=ignore_unknown)
+    meta = read_meta(root, Kind.PEER)
+    spec = _read_peer_spec(root.sub("spec", required=True))
+    status = root.sub("status")
+    report = read_report(status) if REPORT_FIELDS & status.present() else None
+    assignment = read_assignment(status)
+    if report is None:
+        status.expected |= REPORT_FIELDS
+    root.done()
+    return Peer(meta, spec, report, assignment)
+
+
+def parse_tombstone(document: object) -> Tombstone:
+    """Read a tombstone that stands alone (on an agent's disk). Raises InvalidResource."""
+    fields = Fields.of(document, path="tombstone", ignore_unknown=True)
+    tombstone = _read_tombstone(fields)
+    fields.done()
+    return tombstone
+
+
+def tombstone_to_dict(tombstone: Tombstone) -> dict[str, object]:
+    """The document of a tombstone."""
+    return {
+        "meshUID": tombstone.mesh_uid,
+        "peerUID": tombstone.peer_uid,
+        "key": str(tombstone.key),
+        "signer": str(tombstone.signer),
+        "signature": base64.b64encode(tombstone.signature).decode(),
+    }
+
+
+def forbidden_changes(stored: Resource, asked: Resource) -> tuple[Problem, ...]:
+    """What `asked` changes in the spec of `stored` that never changes: whom a peer is, and of which mesh."""
+    if not isinstance(stored, Peer) or not isinstance(asked, Peer):
+        return ()
+    had, wanted = peer_spec_dict(stored.spec), peer_spec_dict(asked.spec)
+    return tuple(
+        Problem(
+            f"spec.{name}",
+            f"{show(wanted.get(name, ''))} is another than {show(had.get(name, ''))}",
+            "no change: another mesh or Node is another peer",
+            "delete this ScopePeer and create another",
+        )
+        for name in ("mesh", "cluster", "nodeName", "nodeUID")
+        if had.get(name) != wanted.get(name)
+    )
+
+
+REPORT_FIELDS = frozenset(
+    {
+        *("keys", "endpoints", "mapping", "device", "links", "direct", "relayed", "unreachable"),
+        *("heldAddresses", "protocol"),
+    }
+)
+
+
+def _read_peer_spec(fields: Fields) -> PeerSpec:
+    node = _NODE_FIELDS & fields.present()
+    if node and node != _NODE_FIELDS:
+        fields.refuse(
+            f"{', '.join(sorted(node))} without {', '.join(sorted(_NODE_FIELDS - node))}",
+            "all three for the peer of a Kubernetes Node, none for an external peer",
+        )
+    return PeerSpec(
+        mesh=fields.required("mesh", read_label, ""),
+        role=fields.optional("role", lambda value: read_choice(Role, value), Role.AUTO),
+        routes=fields.items("routes", read_route, limit=MAX_ROUTES),
+        endpoints=fields.items("endpoints", read_static_endpoint, limit=MAX_CANDIDATES),
+        cluster=fields.optional("cluster", read_cluster_name, ""),
+        node_name=fields.optional("nodeName", read_subdomain, ""),
+        node_uid=fields.optional("nodeUID", read_object_uid, ""),
+    )
+
+
+_NODE_FIELDS = frozenset({"cluster", "nodeName", "nodeUID"})
+
+
+def read_report(fields: Fields) -> PeerReport:
+    """Read the agent's part of a status."""
+    keys = fields.sub("keys", required=True)
+    return PeerReport(
+        keys=PeerKeys(
+            wireguard=keys.required("wireGuard", read_key, NO_KEY),
+            probe=keys.required("probe", read_key, NO_KEY),
+            signing=keys.required("signing", read_key, NO_KEY),
+        ),
+        endpoints=fields.parts("endpoints", _read_candidate, limit=MAX_CANDIDATES),
+        mapping=fields.optional(
+            "mapping", lambda value: read_choice(model.Mapping, value), model.Mapping.UNKNOWN
+        ),
+        device=fields.optional("device", lambda value: read_choice(DeviceKind, value), None),
+        links=fields.parts("links", _read_link, limit=MAX_LINKS),
+        direct=fields.optional("direct", read_count, 0),
+        relayed=fields.optional("relayed", read_count, 0),
+        unreachable=fields.optional("unreachable", read_count, 0),
+        held_addresses=fields.items("heldAddresses", read_address, limit=MAX_ADDRESSES),
+        protocol=fields.optional("protocol", lambda value: read_integer(value, 1, 255), 1),
+    )
+
+
+def _read_candidate(fields: Fields) -> Candidate:
+    return Candidate(
+        endpoint=fields.required("endpoint", read_endpoint, NO_ENDPOINT),
+        kind=fields.required("kind", lambda value: read_choice(CandidateKind, value), CandidateKind.HOST),
+    )
+
+
+def _read_link(fields: Fields) -> Link:
+    return Link(
+        peer=fields.required("peer", read_subdomain, ""),
+        path=fields.required("path", lambda value: read_choice(PathKind, value), PathKind.NONE),
+        endpoint=fields.optional("endpoint", read_endpoint, None),
+        observed=fields.optional("observed", read_endpoint, None),
+        latency=fields.optional("latencyMs", read_latency, None),
+        reason=fields.optional("reason", lambda value: read_text(value, MAX_REASON), ""),
+    )
+
+
+def read_assignment(fields: Fields) -> Assignment:
+    """Read the registry's part of a status."""
+    return Assignment(
+        addresses=fields.items("addresses", read_interface, limit=MAX_ADDRESSES),
+        role=fields.optional("role", lambda value: read_choice(Role, value), Role.EDGE),
+        online=fields.optional("online", read_boolean, False),
+        last_seen=fields.optional("lastSeen", read_time, 0.0),
+        conditions=read_conditions(fields),
+        tombstone=_read_tombstone(fields.sub("tombstone")) if "tombstone" in fields.present() else None,
+    )
+
+
+def _read_tombstone(fields: Fields) -> Tombstone:
+    return Tombstone(
+        mesh_uid=fields.required("meshUID", read_uid, ""),
+        peer_uid=fields.required("peerUID", read_uid, ""),
+        key=fields.required("key", read_key, NO_KEY),
+        signer=fields.required("signer", read_key, NO_KEY),
+        signature=fields.required("signature", lambda value: read_base64(value, size=64), b""),
+    )
+
+
+def peer_spec_dict(spec: PeerSpec) -> dict[str, object]:
+    """The document of a peer's spec."""
+    return {
+        "mesh": spec.mesh,
+        "role": str(spec.role),
+        **unless_empty("routes", spec.routes),
+        **unless_empty("endpoints", spec.endpoints),
+        **({"cluster": spec.cluster} if spec.cluster else {}),
+        **({"nodeName": spec.node_name} if spec.node_name else {}),
+        **({"nodeUID": spec.node_uid} if spec.node_uid else {}),
+    }
+
+
+def report_dict(report: PeerReport) -> dict[str, object]:
+    """The document of the agent's part of a status."""
+    keys = report.keys
+    return {
+        "keys": {"wireGuard": str(keys.wireguard), "probe": str(keys.probe), "signing": str(keys.signing)},
+        **(
+            {"endpoints": [{"endpoint": str(c.endpoint), "kind": str(c.kind)} for c in report.endpoints]}
+            if report.endpoints
+            else {}
+        ),
+        "mapping": str(report.mapping),
+        **({"device": str(report.device)} if report.device else {}),
+        **({"links": [_link_dict(link) for link in report.links]} if report.links else {}),
+        "direct": report.direct,
+        "relayed": report.relayed,
+        "unreachable": report.unreachable,
+        **unless_empty("heldAddresses", report.held_addresses),
+        "protocol": report.protocol,
+    }
+
+
+def _link_dict(link: Link) -> dict[str, object]:
+    latency = None if link.latency is None else round(link.latency * 1_000_000) / 1000
+    return {
+        "peer": link.peer,
+        "path": str(link.path),
+        **({"endpoint": str(link.endpoint)} if link.endpoint else {}),
+        **({"observed": str(link.observed)} if link.observed else {}),
+        **({"latencyMs": latency} if latency is not None else {}),
+        **({"reason": link.reason} if link.reason else {}),
+    }
+
+
+def assignment_dict(assignment: Assignment) -> dict[str, object]:
+    """The document of the registry's part of a status."""
+    tombstone = assignment.tombstone
+    document: dict[str, object] = {
+        **unless_empty("addresses", assignment.addresses),
+        "role": str(assignment.role),
+        "online": assignment.online,
+        **({"lastSeen": format_time(assignment.last_seen)} if assignment.last_seen else {}),
+        **conditions_dict(assignment.conditions),
+    }
+    if tombstone is not None:
+        document["tombstone"] = tombstone_to_dict(tombstone)
+    return document
