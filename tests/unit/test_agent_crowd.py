@@ -220,3 +220,11 @@ def test_a_long_plan_is_done_batch_by_batch_and_compared_once(monkeypatch: pytes
     whole = [count for count in compared if count == 300]
     assert len(whole) <= 4
     assert len(compared) > 10
+
+
+def test_open_peers_reflect_also_where_the_registry_last_called_them_offline() -> None:
+    crowd = Crowd(3)
+    crowd.run(3.0)
+    view = crowd.agent.paths(crowd.now)
+    assert view.mapping is Mapping.NONE
+    assert view.reflectors_silent_since is None

@@ -197,7 +197,7 @@ class Paths:
         """A peer without a NAT can tell us where it sees us."""
         report = peer.report
         self._open_peers.pop(key, None)
-        if report is None or report.mapping is not Mapping.NONE or not peer.assignment.online:
+        if report is None or report.mapping is not Mapping.NONE:
             return
         self._open_peers[key] = tuple(
             ReflectorTarget(report.keys.probe, candidate.endpoint)
@@ -558,11 +558,17 @@ class Paths:
             for reflector in (mesh.status.reflectors if mesh is not None else ())
             for endpoint in reflector.endpoints
         ]
-        nearest = heapq.nsmallest(MAX_TARGETS, self._open_peers, key=lambda key: (key < self._own, key))
+        nearest = heapq.nsmallest(
+            MAX_TARGETS, self._open_peers, key=lambda key: (not self._is_heard(key), key < self._own, key)
+        )
         targets = named + [target for key in nearest for target in self._open_peers[key]]
         self._targets = tuple(t for t in targets if t.endpoint.family in self._families)
         self._reflexive.set_targets(self._targets, now)
         self._publish(now)
+
+    def _is_heard(self, key: PublicKey) -> bool:
+        """Whether a peer is there, by its path or by the registry's word, which may be old."""
+        return key in self._living or self._snapshot.peers[key].assignment.online
 
     def _mapping_changed(self, now: float) -> None:
         """Peers that do not hear us yet should hear of the new mapping."""
