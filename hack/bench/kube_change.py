@@ -23,7 +23,7 @@ from scope.model import Endpoint, Kind, Peer, Resource
 from scope.registry.follow import follow
 from scope.registry.http import HttpRegistry
 from scope.registry.kube.registry import KubeRegistry
-from scope.registry.port import Disconnected, Listed, Put
+from scope.registry.port import Deleted, Disconnected, Listed, Put
 
 INFORMERS = 100  # the samples' number of them
 CROWDS = (30, INFORMERS, 300)  # what a thousand are extrapolated from
@@ -56,9 +56,9 @@ async def _changes(size: int, attempts: int) -> tuple[list[float], list[Row]]:
         if len(measured) > 1:
             rows.append({"peers": size, "informers, extrapolated": FAR, **_extrapolated(measured)})
         async with _Audience(here, from_gateway=True) as audience:
-            await audience.grow(INFORMERS)
+            crowd = await audience.grow(INFORMERS)
             _, figures = await _spread(here, audience, attempts)
-            rows.append({"peers": size, "fed by the gateway": INFORMERS, **figures})
+            rows.append({"peers": size, "fed by the gateway": crowd, **figures})
     return measured[INFORMERS], rows
 
 
@@ -106,7 +106,7 @@ class _Audience:
         self.members = sorted(name for name, peer in here.fleet.peers.items() if peer.spec.mesh == mesh)
         self._mesh = mesh
         self._informers: list[asyncio.Task[None]] = []
-        self._listed = 0
+        self._listed: set[tuple[int, Kind]] = set()
         self._expected: tuple[str, Endpoint] | None = None
         self._waiting: set[int] = set()
         self._last = 0.0
@@ -118,17 +118,22 @@ class _Audience:
     async def __aexit__(self, *_: object) -> None:
         await end(*self._informers)
 
-    async def grow(self, size: int) -> None:
-        """Open informers until there are so many, each of which has listed both kinds."""
+    async def grow(self, size: int) -> int:
+        """Open informers until there are so many, each of which has listed both kinds: how many there are.
+
+        A gateway serves one stream to each peer, so from it no more than those.
+        """
+        size = min(size, len(self.members)) if self._from_gateway else size
         deadline = time.monotonic() + PATIENCE_S
         while len(self._informers) < size:
             for _ in range(min(OPENING, size - len(self._informers))):
                 self._informers.append(asyncio.create_task(self._inform(len(self._informers))))
-            while self._listed < 2 * len(self._informers):
+            while len(self._listed) < 2 * len(self._informers):
                 self._check()
                 if time.monotonic() > deadline:
                     raise BenchError(f"{size} informers have not listed within {PATIENCE_S:.0f} s")
                 await asyncio.sleep(0.01)
+        return size
 
     def expect(self, name: str, endpoint: Endpoint) -> None:
         """Wait from now on until all know this endpoint of that peer."""
@@ -178,14 +183,12 @@ class _Audience:
         async for fact in follow(registry, kind, sleep=asyncio.sleep, uniform=random.uniform):
             match fact:
                 case Listed(resources=resources):
-                    self._listed += 1
+                    self._listed.add((number, kind))
                     for resource in resources:
                         self._know(resource, number)
                 case Put(resource):
                     self._know(resource, number)
-                case Disconnected(reason):
-                    raise BenchError(f"an informer lost its registry: {reason}")
-                case _:
+                case Deleted() | Disconnected():
                     pass
 
     def _know(self, resource: Resource, number: int) -> None:

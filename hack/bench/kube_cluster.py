@@ -13,6 +13,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import logging
 import random
 import sys
 import time
@@ -22,8 +23,7 @@ from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address
 from pathlib import Path
 from ssl import SSLContext
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import aiohttp
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -31,6 +31,7 @@ from kubelab import MERGE, ControlPlane, Program
 from kubelab.programs import ThisMachine
 
 from bench.agents import BenchError, prepare_programs
+from bench.meter import Meter
 from scope.credentials import read_base64url
 from scope.model import (
     Candidate,
@@ -51,8 +52,11 @@ from scope.model import (
 )
 from scope.registry.follow import follow
 from scope.registry.kube.client import KubeClient
+from scope.registry.kube.objects import node_lease
 from scope.registry.kube.registry import KubeRegistry
 from scope.registry.port import Conflict, Deleted, Disconnected, Fact, Listed, Put
+
+log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "scope-system"
@@ -85,63 +89,6 @@ class TokenAccess:
     async def authorization(self) -> str | None:
         """The header of that name."""
         return f"Bearer {self.token}" if self.token is not None else None
-
-
-class Meter:
-    """A way to the API server that counts bytes as they are on the wire, TLS included, in both directions."""
-
-    def __init__(self, url: str) -> None:
-        host, _, port = url.removeprefix("https://").rpartition(":")
-        self._target = (host, int(port))
-        self._server: asyncio.Server | None = None
-        self._relays: set[asyncio.Task[None]] = set()
-        self.received = 0  # by the client
-        self.sent = 0  # by the client
-        self.url = ""
-
-    @property
-    def total(self) -> int:
-        """Bytes so far, both ways."""
-        return self.received + self.sent
-
-    async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
-        self.url = f"https://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
-        if self._server is not None:
-            self._server.close()
-        await end(*self._relays)
-
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        if task is not None:
-            self._relays.add(task)
-            task.add_done_callback(self._relays.discard)
-        there_reader, there_writer = await asyncio.open_connection(*self._target)
-
-        async def up() -> None:
-            while data := await reader.read(65536):
-                self.sent += len(data)
-                there_writer.write(data)
-                await there_writer.drain()
-
-        async def down() -> None:
-            while data := await there_reader.read(65536):
-                self.received += len(data)
-                writer.write(data)
-                await writer.drain()
-
-        ways = [asyncio.create_task(up()), asyncio.create_task(down())]
-        try:
-            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            await end(*ways)
-            for each in (writer, there_writer):
-                each.transport.abort()
 
 
 class Operator:
@@ -303,8 +250,8 @@ class Fleet:
                 for known in (self.addressed, self.online, self._reporting):
                     known.discard(last.meta.name)
                 self.peers.pop(last.meta.name, None)
-            case Disconnected(reason):
-                self._failure = BenchError(f"the agents lost the API server: {reason}")
+            case Disconnected(reason):  # also when definitions are young: the server opens their stores anew
+                log.info("agents.disconnected reason=%s", reason)
 
     def _put(self, resource: object) -> None:
         if not isinstance(resource, Peer):
@@ -333,7 +280,9 @@ class Fleet:
 
     async def _renew(self, peer: Peer) -> None:
         async with self._writers:
-            await self.written.leases.renew(peer.spec.node_name, peer=peer.meta.name, uid=peer.meta.uid)
+            await self.written.leases.renew(
+                node_lease(peer.spec.node_name), peer=peer.meta.name, uid=peer.meta.uid
+            )
 
     async def _beat(self) -> None:
         while True:
@@ -469,28 +418,27 @@ async def cluster(nodes: int) -> AsyncIterator[Cluster]:
             await plane.token(account, namespace=NAMESPACE) for account in ("scope-operator", "scope-agent")
         ]
         names = tuple(f"node-{number:05}" for number in range(nodes))
-        async with (
-            Meter(plane.url) as to_operator,
-            Meter(plane.url) as to_agents,
-            KubeClient(TokenAccess(plane, plane.url)) as kubelets,
-            KubeClient(TokenAccess(plane, plane.url, agents)) as watching,
-            KubeClient(TokenAccess(plane, to_agents.url, agents)) as writing,
-        ):
-            meshes = tuple(MESHES)
-            await _all(
-                kubelets.ask("POST", "/api/v1/nodes", body=node(name, meshes[number % len(meshes)]))
-                for number, name in enumerate(names)
-            )
-            operator = Operator(plane, token=operators, url=to_operator.url)
-            seen, written = (KubeRegistry(each, namespace=NAMESPACE) for each in (watching, writing))
-            fleet = Fleet(seen, written, kubelets, names)
-            living = asyncio.create_task(fleet.run())
-            try:
-                await operator.start()
-                yield Cluster(plane, operator, to_operator, to_agents, fleet, agents)
-            finally:
-                operator.program.kill()
-                await end(living)
+        with Meter(plane.url) as to_operator, Meter(plane.url) as to_agents:
+            async with (
+                KubeClient(TokenAccess(plane, plane.url)) as kubelets,
+                KubeClient(TokenAccess(plane, plane.url, agents)) as watching,
+                KubeClient(TokenAccess(plane, to_agents.url, agents)) as writing,
+            ):
+                meshes = tuple(MESHES)
+                await _all(
+                    kubelets.ask("POST", "/api/v1/nodes", body=node(name, meshes[number % len(meshes)]))
+                    for number, name in enumerate(names)
+                )
+                operator = Operator(plane, token=operators, url=to_operator.url)
+                seen, written = (KubeRegistry(each, namespace=NAMESPACE) for each in (watching, writing))
+                fleet = Fleet(seen, written, kubelets, names)
+                living = asyncio.create_task(fleet.run())
+                try:
+                    await operator.start()
+                    yield Cluster(plane, operator, to_operator, to_agents, fleet, agents)
+                finally:
+                    operator.program.kill()
+                    await end(living)
 
 
 def mesh(name: str, prefix: str) -> dict[str, object]:

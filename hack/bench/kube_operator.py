@@ -13,8 +13,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
-from bench.kube_cluster import MESHES, NAMESPACE, SIZES, Cluster, Meter, Spent, cluster, end
+from bench.kube_cluster import MESHES, NAMESPACE, SIZES, Cluster, Spent, cluster, end
+from bench.meter import Meter
 from bench.result import Benchmark, Row, Sample, Target
 from scope.model import Kind
 from scope.registry.follow import follow
@@ -25,6 +27,7 @@ REST_S = 60.0  # an operator's period: it plans everything anew and lists Leases
 CALM_S = 10.0  # the meshes' counts are written once more, five seconds after the last change
 STORM_S, PER_SECOND = 20.0, 100
 KIB = 1024.0
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,10 @@ class _Stretch:
     seconds: float
     spent: Spent
     traffic: Mapping[str, int]
+
+    def each_ms(self, per_second: float) -> float:
+        """The operator's processor time for each of so many things a second."""
+        return 1e3 * self.spent.operator / self.seconds / per_second
 
     def figures(self, when: str) -> Row:
         share = 100.0 / self.seconds
@@ -70,31 +77,31 @@ async def _operate(size: int) -> Row:
     async with cluster(size) as here:
         await here.apply_meshes()
         await here.settle()
-        async with Meter(here.plane.url) as to_informer, _informer(here, to_informer.url):
-            meters = {
-                "operator's bytes": here.to_operator,
-                "one informer's bytes": to_informer,
-                "all agents' writes": here.to_agents,
-            }
-            await asyncio.sleep(CALM_S)
-            memory = here.operator.memory_mib
-            rest, _ = await _stretch(here, meters, asyncio.sleep(REST_S))
-            storm, rate = await _stretch(
-                here, meters, here.fleet.storm(per_second=PER_SECOND, seconds=STORM_S)
-            )
-            return {
-                "peers": size,
-                "operator's memory at rest, MiB": memory,
-                "operator's memory after the storm, MiB": here.operator.memory_mib,
-                **rest.figures("at rest"),
-                "changes in the storm, 1/s": rate,
-                **storm.figures("in the storm"),
-            }
+        with Meter(here.plane.url) as to_informer:
+            async with _informer(here, to_informer.url):
+                meters = {
+                    "operator's bytes": here.to_operator,
+                    "one informer's bytes": to_informer,
+                    "all agents' writes": here.to_agents,
+                }
+                await asyncio.sleep(CALM_S)
+                memory = here.operator.memory_mib
+                rest, _ = await _stretch(here, meters, asyncio.sleep(REST_S))
+                storm, rate = await _stretch(
+                    here, meters, here.fleet.storm(per_second=PER_SECOND, seconds=STORM_S)
+                )
+                return {
+                    "peers": size,
+                    "operator's memory at rest, MiB": memory,
+                    "operator's memory after the storm, MiB": here.operator.memory_mib,
+                    **rest.figures("at rest"),
+                    "changes in the storm, 1/s": rate,
+                    **storm.figures("in the storm"),
+                    "operator's processor for each change, ms": storm.each_ms(rate),
+                }
 
 
-async def _stretch(
-    here: Cluster, meters: Mapping[str, Meter], during: Awaitable[float | None]
-) -> tuple[_Stretch, float | None]:
+async def _stretch(here: Cluster, meters: Mapping[str, Meter], during: Awaitable[T]) -> tuple[_Stretch, T]:
     before = {whose: meter.total for whose, meter in meters.items()}
     spent, began = here.spent(), time.monotonic()
     result = await during
