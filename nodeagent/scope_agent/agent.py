@@ -13,33 +13,28 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar, assert_never
 
-from scope.channel import Channel, Confirmed, Hello, NotACorrespondent, Received
+from scope.channel import Channel, Confirmed, Hello, Received
 from scope.model import (
     DeviceKind,
     IPInterface,
-    Mapping,
-    PathKind,
     Peer,
-    PeerReport,
     PublicKey,
     Snapshot,
     Tombstone,
 )
-from scope.registry.port import Fact, Listed, Put
 from scope.topology import Topology, peers_for
-from scope.wire import Forward, Forwarded, Message, Removed, WireError
+from scope.wire import Forward, Forwarded, Message, Removed
+from scope_agent.carrying import Carrying, back
 from scope_agent.desired import (
     DeviceSettings,
     Identity,
     desired_device,
     desired_peer,
-    is_news,
     report,
 )
 from scope_agent.inputs import (
     Applied,
     CommandArrived,
-    Courier,
     DatagramArrived,
     DeviceBatch,
     DeviceObserved,
@@ -55,7 +50,6 @@ from scope_agent.inputs import (
     Output,
     Reply,
     SaveState,
-    Send,
     Socket,
     Target,
     TrafficMoved,
@@ -65,6 +59,8 @@ from scope_agent.inputs import (
 from scope_agent.membership import Membership
 from scope_agent.paths.candidates import contains
 from scope_agent.paths.core import Call, Changes, Outgoing, Paths, PathsView, PeerReading
+from scope_agent.reporting import Reporting
+from scope_agent.status import DeviceStatus, status
 from scope_agent.wireguard.device import (
     AddAddress,
     AddGuard,
@@ -99,19 +95,11 @@ OBSERVE_BUSY = 0.05  # while a handshake is awaited or a path is in doubt
 OBSERVE_TRAFFIC = 0.25  # while traffic flows: a path that swallows it is suspect after 0.5 s
 OBSERVE_IDLE = 15.0  # foreign changes to an idle device are put right within so long
 OBSERVE_SHARE = 50.0  # a look that took t seconds is followed by t times this of not looking
-REPORT_URGENT = 0.05  # endpoints and mapping: others wait for them; bursts still make one write
-# Of the ladder's report bound, for paths: one write while a mesh forms or falls back. Every peer reads every
-# other's report, so the larger the mesh, the longer changes are gathered.
-REPORT_LINKS, REPORT_PER_PEER, REPORT_LONGEST = 0.15, 0.005, 0.6
-REPORT_LATENCY = 30.0  # latencies alone
 # The disk gets one write, of the whole snapshot, for a burst of changes: the larger the mesh, the longer they
 # are gathered. What is missing from it after a crash the registry tells again; a removal must not wait.
 SAVE_AFTER, SAVE_PER_PEER, SAVE_LONGEST = 1.0, 0.05, 30.0
 RETRY_MIN, RETRY_MAX = 1.0, 30.0  # after a failed batch
-REPORT_RETRY_MAX = 6.0  # jittered by half: a report is known ten seconds after an outage of the registry
 GOSSIP_AGAIN = 1.0  # a tombstone is passed on twice: the first datagram may be lost
-FORWARD_PER_SECOND = 50.0  # datagrams passed on for one asker: call-me-maybe for a large mesh
-FORWARD_BURST = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,13 +155,6 @@ class Agent:
         self._plan_all = True  # the whole device is to be compared
         self._touched: set[PublicKey] = set()  # else these peers
         self._backlog: dict[PublicKey, None] = {}  # and these, by and by: a plan was longer than a batch
-        # registry
-        self._written: PeerReport | None = None
-        self._writing: PeerReport | None = None
-        self._report_at: float | None = None
-        self._registry_retry = RETRY_MIN
-        self._registry_error = ""
-        self._report_due = True  # something may be worth a report
         # disk
         self._saved = state
         self._saving: DiskState | None = None
@@ -182,14 +163,13 @@ class Agent:
         # gossip and forwarding
         self._passed: dict[str, tuple[Tombstone, float]] = {}
         self._known_tombstones: set[str] = {t.peer_uid for t in state.snapshot.tombstones}
-        self._allowance: dict[PublicKey, tuple[float, float]] = {}
         self._origins: dict[PublicKey, bytes] = {}
-        self._dropped = 0
         self._snapshot = Snapshot()
         self._peer_keys: dict[PublicKey, PublicKey] = {}  # probe key -> WireGuard key of the peers
+        self._carrying = Carrying(channel, paths=self._paths, membership=self._membership)
+        written = state.snapshot.own.report if state.snapshot.own is not None else None
+        self._reporting = Reporting(own=own, written=written, random=random)
         self._membership.restore(state.snapshot)
-        if state.snapshot.own is not None and state.snapshot.own.report is not None:
-            self._written = state.snapshot.own.report
         self._paths.restore(state.last_good, now)
 
     # --- the five verbs ------------------------------------------------------------------------------------
@@ -203,7 +183,7 @@ class Agent:
                 was_complete = self._membership.is_complete
                 self._membership.receive(fact, now)
                 self._plan_all |= self._membership.is_complete and not was_complete
-                self._note_own_report(fact)
+                self._reporting.receive(fact)
                 self._snapshot_changed(now)
             case InterfacesChanged(addresses, mtu):
                 self._interfaces, self._underlay_mtu = self._usable(addresses), mtu
@@ -245,7 +225,7 @@ class Agent:
             self._paths.get_timer(),
             self._membership.get_timer(),
             self._observe_at if self._observing_since is None and not self._device_busy else None,
-            self._report_at if self._writing is None else None,
+            self._reporting.get_timer(),
             self._save_at if self._saving is None else None,
             *(at for _, at in self._passed.values()),
         ]
@@ -289,19 +269,17 @@ class Agent:
     # --- datagrams -----------------------------------------------------------------------------------------
 
     def _datagram(self, data: bytes, leg: Leg, now: float) -> None:
-        try:
-            opened = self._channel.open(data)
-        except WireError:
-            self._dropped += 1
-            return
+        opened = self._carrying.open(data)
         source = leg.endpoint if isinstance(leg, Socket) else None
         match opened:
             case Hello(sender, cookie):
-                self._send(_back(leg, sender), cookie, now)
+                self._out += self._carrying.send(cookie, back(leg, sender), now)
             case Confirmed(sender):
                 self._paths.confirmed(sender, source, now)
             case Received(sender, message, origin):
                 self._message(sender, message, leg, origin=origin, now=now)
+            case None:
+                pass
             case _:
                 assert_never(opened)
 
@@ -310,8 +288,8 @@ class Agent:
             self._origins[sender] = origin
             self._greet(sender, leg, now)
         match message:
-            case Forward(to, datagram):
-                self._forward(sender, to, datagram, now)
+            case Forward():
+                self._out += self._carrying.forward(sender, message, peers=self._peer_keys.keys(), now=now)
             case Forwarded(asker, datagram):
                 if not isinstance(leg, Via):  # one hop of carrying: what is carried carries nothing
                     self._datagram(datagram, Via(carrier=sender, to=asker), now)
@@ -327,46 +305,7 @@ class Agent:
         if sender not in self._peer_keys:
             return
         for tombstone in self._snapshot.tombstones[-MAX_BATCH:]:
-            self._seal_and_send(sender, Removed(tombstone), _back(leg, sender), now)
-
-    def _forward(self, asker: PublicKey, to: PublicKey, datagram: bytes, now: float) -> None:
-        tokens, at = self._allowance.get(asker, (FORWARD_BURST, now))
-        tokens = min(FORWARD_BURST, tokens + (now - at) * FORWARD_PER_SECOND)
-        endpoint = self._paths.endpoint_of(to, now)
-        if tokens < 1.0 or endpoint is None or to not in self._peer_keys:
-            self._dropped += 1
-            return
-        self._allowance[asker] = (tokens - 1.0, now)
-        self._seal_and_send(to, Forwarded(asker, datagram), Socket(endpoint), now)
-
-    def _seal_and_send(self, to: PublicKey, message: Message, leg: Leg, now: float) -> None:
-        try:
-            data = self._channel.seal(to, message)
-        except (NotACorrespondent, ValueError):
-            self._dropped += 1
-            return
-        self._send(leg, data, now)
-
-    def _send(self, leg: Leg, data: bytes, now: float) -> None:
-        match leg:
-            case Socket():
-                self._out.append(Send(leg, data))
-            case Courier():
-                if self._membership.registration().connected:
-                    self._out.append(Send(leg, data))
-            case Via(carrier, to):
-                endpoint = self._paths.endpoint_of(carrier, now)
-                if endpoint is not None:
-                    self._seal_and_send(carrier, Forward(to, data), Socket(endpoint), now)
-            case _:
-                assert_never(leg)
-
-    def _call(self, call: Call, now: float) -> None:
-        """Over carriers that answer, else over the gateway."""
-        carriers = self._paths.carriers(call.to, now)
-        legs: list[Leg] = [Via(carrier, call.to) for carrier in carriers] or [Courier(call.to)]
-        for leg in legs:
-            self._seal_and_send(call.to, call.message, leg, now)
+            self._out += self._carrying.seal(sender, Removed(tombstone), back(leg, sender), now)
 
     # --- membership ----------------------------------------------------------------------------------------
 
@@ -394,7 +333,7 @@ class Agent:
             self._plan_all = True
         self._paths.set_snapshot(snapshot, now)
         self._adopt(now, new=snapshot.peers.keys() - before.peers.keys())
-        self._report_due = True
+        self._reporting.expect()
         self._save_soon(now, urgent=snapshot.tombstones != before.tombstones)
 
     def _pass_on(self, tombstone: Tombstone, now: float) -> None:
@@ -402,7 +341,8 @@ class Agent:
             peer = self._snapshot.peers.get(key)
             if peer is None or peer.report is None or pair.endpoint is None or key == tombstone.key:
                 continue
-            self._seal_and_send(peer.report.keys.probe, Removed(tombstone), Socket(pair.endpoint), now)
+            leg = Socket(pair.endpoint)
+            self._out += self._carrying.seal(peer.report.keys.probe, Removed(tombstone), leg, now)
 
     def _usable(self, addresses: frozenset[IPInterface]) -> frozenset[IPInterface]:
         """Our own addresses that the underlay may use: not the mesh's."""
@@ -433,7 +373,8 @@ class Agent:
             self._plan_all = True
         else:
             self._touched |= differing
-        self._report_due |= first
+        if first:
+            self._reporting.expect()
 
     def _read(self, key: PublicKey, peer: ObservedPeer, wall: float, now: float) -> PeerReading:
         known = self._sessions.get(key)
@@ -575,9 +516,7 @@ class Agent:
                 for key in self._holding:
                     self._paths.held(key, now)
             case Target.REGISTRY:
-                self._written, self._writing = self._writing, None
-                self._report_due = True
-                self._registry_error, self._registry_retry = "", RETRY_MIN
+                self._reporting.applied()
             case Target.DISK:
                 if self._saving is not None:
                     self._saved, self._saving = self._saving, None
@@ -603,9 +542,7 @@ class Agent:
                 self._plan_after = self._observe_floor = self._observe_at = now + self._device_retry
                 self._device_retry = min(2 * self._device_retry, RETRY_MAX)
             case Target.REGISTRY:
-                self._writing, self._registry_error = None, failed.error
-                self._report_at = now + self._registry_retry * (0.5 + self._random())
-                self._registry_retry = min(2 * self._registry_retry, REPORT_RETRY_MAX)
+                self._reporting.failed(failed.error, now)
             case Target.DISK:
                 self._saving, self._disk_error = None, failed.error
                 self._save_at = now + RETRY_MAX
@@ -617,9 +554,9 @@ class Agent:
         for out in self._paths.outputs():
             match out:
                 case Outgoing(to, message, endpoint, ttl):
-                    self._seal_and_send(to, message, Socket(endpoint, ttl), now)
+                    self._out += self._carrying.seal(to, message, Socket(endpoint, ttl), now)
                 case Call():
-                    self._call(out, now)
+                    self._out += self._carrying.call(out, now)
                 case _:
                     assert_never(out)
         changes = self._paths.changes(now)
@@ -635,29 +572,11 @@ class Agent:
         self._plan_report(changes, now)
         self._plan_save(changes, now)
 
-    def _note_own_report(self, fact: Fact) -> None:
-        """The next report is held to what the registry holds of us, whoever wrote that."""
-        if self._writing is not None:
-            return
-        resources = (
-            fact.resources if isinstance(fact, Listed) else (fact.resource,) if isinstance(fact, Put) else ()
-        )
-        for resource in resources:
-            if not isinstance(resource, Peer) or resource.report is None:
-                continue
-            if resource.report.keys.wireguard == self._config.identity.public.wireguard:
-                self._written = resource.report
-
     def _plan_report(self, changes: Changes, now: float) -> None:
         own = self._snapshot.own
-        if self._report_due or changes.own or changes.moved:
-            self._report_due = False
-            self._report_soon(now, self._report_delay(urgent=self._owe_endpoints(now)))
-        elif changes.pairs and self._report_at is None:
-            self._report_soon(now, REPORT_LATENCY)
-        if self._report_at is None or now < self._report_at or self._writing is not None:
+        self._reporting.observe(changes, paths=self._paths, snapshot=self._snapshot, now=now)
+        if not self._reporting.handle_timer(now):
             return
-        self._report_at = None
         if own is None or not self._listen_port or self._observed is None:
             return  # whatever brings these makes a report due
         if not self._membership.registration().connected:
@@ -665,30 +584,8 @@ class Agent:
         wanted = report(
             self._snapshot, self._paths.view(now), identity=self._config.identity, device=self._device_kind
         )
-        if is_news(wanted, self._written):
-            self._writing = wanted
+        if self._reporting.take(wanted):
             self._out.append(WriteReport(own.meta.name, own.meta.uid, wanted))
-
-    def _owe_endpoints(self, now: float) -> bool:
-        """Whether others cannot reach us by what is written."""
-        view, written = self._paths.view(now), self._written
-        return written is None or (view.candidates, view.mapping) != (written.endpoints, written.mapping)
-
-    def _report_delay(self, *, urgent: bool) -> float:
-        if self._registry_error:
-            return self._registry_retry
-        if urgent:
-            return REPORT_URGENT
-        mesh = self._snapshot.mesh
-        if mesh is None:
-            return RETRY_MIN
-        share = min(REPORT_LINKS + REPORT_PER_PEER * len(self._snapshot.peers), REPORT_LONGEST)
-        return share * mesh.spec.timers.report
-
-    def _report_soon(self, now: float, delay: float) -> None:
-        at = now + delay * (0.8 + 0.4 * self._random())
-        if self._report_at is None or at < self._report_at:
-            self._report_at = at
 
     def _save_soon(self, now: float, *, urgent: bool = False) -> None:
         gathering = 0.0 if urgent else min(SAVE_PER_PEER * len(self._snapshot.peers), SAVE_LONGEST)
@@ -717,66 +614,28 @@ class Agent:
 
     def status(self, now: float) -> dict[str, object]:
         """What `scopectl status` shows: plain JSON values."""
-        view = self._paths.view(now)
-        own, registration = self._snapshot.own, self._membership.registration()
-        conditions = [
-            {"type": kind, "message": message}
-            for kind, message in (
-                ("Device", self._device_error),
-                ("Registry", self._registry_error),
-                ("Disk", self._disk_error),
-                ("Removed", "this peer was removed from the mesh" if self.removed else ""),
-            )
-            if message
-        ]
-        return {
-            "mesh": self._config.mesh,
-            "peer": own.meta.name if own is not None else None,
-            "addresses": [str(a.ip) for a in own.assignment.addresses] if own is not None else [],
-            "device": {
-                "name": self._config.device,
-                "kind": self._device_kind,
-                "listenPort": self._listen_port,
-                "drift": self._drift,
-            },
-            "registry": {
-                "connected": registration.connected,
-                "since": round(now - registration.since, 1),
-                "reason": registration.reason,
-            },
-            "mapping": view.mapping,
-            "endpoints": [{"endpoint": str(c.endpoint), "kind": c.kind} for c in view.candidates],
-            "reflector": _reflector_text(view, now),
-            "peers": [
-                self._peer_status(key, peer, view, now)
-                for key, peer in sorted(self._snapshot.peers.items(), key=lambda item: item[1].meta.name)
-            ],
-            "dropped": self._dropped,
-            "conditions": conditions,
-        }
-
-    def _peer_status(self, key: PublicKey, peer: Peer, view: PathsView, now: float) -> dict[str, object]:
-        pair = view.pairs.get(key)
-        seen = self._observed.peers.get(key) if self._observed is not None else None
-        session = self._sessions.get(key)
-        endpoint = pair.endpoint if pair is not None and pair.path is not PathKind.NONE else None
-        return {
-            "name": peer.meta.name,
-            "addresses": [str(a.ip) for a in peer.assignment.addresses],
-            "path": pair.path if pair is not None else PathKind.NONE,
-            "endpoint": str(endpoint) if endpoint is not None else None,
-            "family": endpoint.family if endpoint is not None else None,
-            "rttMs": round(pair.rtt * 1000, 1) if pair is not None and pair.rtt is not None else None,
-            "lastHandshakeSeconds": (
-                round(now - session[1], 1) if session is not None and session[0] > 0.0 else None
+        return status(
+            self._snapshot,
+            self._paths.view(now),
+            mesh=self._config.mesh,
+            device=DeviceStatus(
+                self._config.device,
+                kind=self._device_kind,
+                listen_port=self._listen_port,
+                drift=self._drift,
+                observed=self._observed,
+                sessions=self._sessions,
             ),
-            "rx": seen.rx if seen is not None else 0,
-            "tx": seen.tx if seen is not None else 0,
-            "online": peer.assignment.online,
-            "mapping": peer.report.mapping if peer.report is not None else Mapping.UNKNOWN,
-            "sinceSeconds": round(now - pair.since, 3) if pair is not None else None,
-            "reason": pair.reason if pair is not None else "",
-        }
+            registration=self._membership.registration(),
+            errors={
+                "Device": self._device_error,
+                "Registry": self._reporting.error,
+                "Disk": self._disk_error,
+                "Removed": "this peer was removed from the mesh" if self.removed else "",
+            },
+            dropped=self._carrying.dropped,
+            now=now,
+        )
 
 
 def pick_port(random: Callable[[], float]) -> int:
@@ -823,24 +682,3 @@ def _differing(before: ObservedDevice | None, after: ObservedDevice) -> set[Publ
 
 def _set_up(peer: ObservedPeer) -> tuple[object, ...]:
     return peer.endpoint, peer.allowed_ips, peer.keepalive, peer.psk
-
-
-def _back(leg: Leg, sender: PublicKey) -> Leg:
-    """The way back to who sent over `leg`."""
-    match leg:
-        case Socket(endpoint):
-            return Socket(endpoint)
-        case Via(carrier):
-            return Via(carrier, sender)
-        case Courier():
-            return Courier(sender)
-        case _:
-            assert_never(leg)
-
-
-def _reflector_text(view: PathsView, now: float) -> str:
-    if not view.reflectors_known:
-        return "none known yet"
-    if view.reflectors_silent_since is None:
-        return "answering"
-    return f"no reflector answers for {now - view.reflectors_silent_since:.0f} s"

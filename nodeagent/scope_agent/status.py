@@ -1,0 +1,97 @@
+"""What `scopectl status` shows of an agent, as plain JSON values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping as MappingOf
+from dataclasses import dataclass
+
+from scope.model import DeviceKind, Mapping, PathKind, Peer, PublicKey, Snapshot
+from scope_agent.membership import Registration
+from scope_agent.paths.core import PathsView
+from scope_agent.wireguard.device import ObservedDevice
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStatus:
+    """The device as the agent sees it."""
+
+    name: str
+    kind: DeviceKind | None
+    listen_port: int
+    drift: int  # changes that somebody else made
+    observed: ObservedDevice | None
+    sessions: MappingOf[PublicKey, tuple[float, float]]  # key -> (last handshake, since when, ours)
+
+
+def status(
+    snapshot: Snapshot,
+    paths: PathsView,
+    *,
+    mesh: str,
+    device: DeviceStatus,
+    registration: Registration,
+    errors: MappingOf[str, str],
+    dropped: int,
+    now: float,
+) -> dict[str, object]:
+    """All that is known, by the name of `mesh`. `errors`: what stands against each part, "" for nothing."""
+    own = snapshot.own
+    return {
+        "mesh": mesh,
+        "peer": own.meta.name if own is not None else None,
+        "addresses": [str(a.ip) for a in own.assignment.addresses] if own is not None else [],
+        "device": {
+            "name": device.name,
+            "kind": device.kind,
+            "listenPort": device.listen_port,
+            "drift": device.drift,
+        },
+        "registry": {
+            "connected": registration.connected,
+            "since": round(now - registration.since, 1),
+            "reason": registration.reason,
+        },
+        "mapping": paths.mapping,
+        "endpoints": [{"endpoint": str(c.endpoint), "kind": c.kind} for c in paths.candidates],
+        "reflector": _reflector_text(paths, now),
+        "peers": [
+            _peer_status(key, peer, paths=paths, device=device, now=now)
+            for key, peer in sorted(snapshot.peers.items(), key=lambda item: item[1].meta.name)
+        ],
+        "dropped": dropped,
+        "conditions": [{"type": kind, "message": message} for kind, message in errors.items() if message],
+    }
+
+
+def _reflector_text(paths: PathsView, now: float) -> str:
+    if not paths.reflectors_known:
+        return "none known yet"
+    if paths.reflectors_silent_since is None:
+        return "answering"
+    return f"no reflector answers for {now - paths.reflectors_silent_since:.0f} s"
+
+
+def _peer_status(
+    key: PublicKey, peer: Peer, *, paths: PathsView, device: DeviceStatus, now: float
+) -> dict[str, object]:
+    pair = paths.pairs.get(key)
+    seen = device.observed.peers.get(key) if device.observed is not None else None
+    session = device.sessions.get(key)
+    endpoint = pair.endpoint if pair is not None and pair.path is not PathKind.NONE else None
+    return {
+        "name": peer.meta.name,
+        "addresses": [str(a.ip) for a in peer.assignment.addresses],
+        "path": pair.path if pair is not None else PathKind.NONE,
+        "endpoint": str(endpoint) if endpoint is not None else None,
+        "family": endpoint.family if endpoint is not None else None,
+        "rttMs": round(pair.rtt * 1000, 1) if pair is not None and pair.rtt is not None else None,
+        "lastHandshakeSeconds": (
+            round(now - session[1], 1) if session is not None and session[0] > 0.0 else None
+        ),
+        "rx": seen.rx if seen is not None else 0,
+        "tx": seen.tx if seen is not None else 0,
+        "online": peer.assignment.online,
+        "mapping": peer.report.mapping if peer.report is not None else Mapping.UNKNOWN,
+        "sinceSeconds": round(now - pair.since, 3) if pair is not None else None,
+        "reason": pair.reason if pair is not None else "",
+    }
