@@ -132,12 +132,13 @@ class Story:
         self.watch.drop(member)
         self._origin.leave(member)
 
-        def forgotten() -> bool:
-            known = [self.watch.statuses.get(other.name) for other in others]
-            return all(status is not None and name not in status.peers for status in known)
+        def knowing() -> list[str]:
+            statuses = {other.name: self.watch.statuses.get(other.name) for other in others}
+            return [who for who, status in statuses.items() if status is None or name in status.peers]
 
         within_s = self._origin.gone_within_s
-        if self._until(forgotten, within_s=within_s, missing=lambda: f"somebody still knows {LEAVER}"):
+        missing = lambda: f"{LEAVER} is still known to {', '.join(knowing())}"  # noqa: E731
+        if self._until(lambda: not knowing(), within_s=within_s, missing=missing):
             self._tell(f"nobody knows {LEAVER} any more, {time.monotonic() - asked:.1f} s after", Mood.GOOD)
         self._pause()
 
