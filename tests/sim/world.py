@@ -20,6 +20,7 @@ from typing import assert_never
 from lab.grid import Place, place_reason
 from lab.nat import Nat
 from scope_agent.agent import Agent, AgentConfig, pick_port
+from scope_agent.carrying import Carrying
 from scope_agent.inputs import (
     Applied,
     Courier,
@@ -43,6 +44,8 @@ from scope_agent.inputs import (
     TrafficMoved,
     WriteReport,
 )
+from scope_agent.membership import Membership
+from scope_agent.paths.core import Paths
 from scope_agent.state import make_identity
 from scope_agent.wireguard.device import HoldEndpoint
 from scope_operator.gateway.reflector import HEARD_SECONDS
@@ -328,6 +331,7 @@ class Machine:
         self.started_at = world.now
         self._armed = None
         self.agent = _Overheard(
+            self,
             AgentConfig(
                 mesh=MESH,
                 device="scope0",
@@ -336,10 +340,7 @@ class Machine:
             ),
             channel=Channel(secret=self.identity.probe, boot_id=world.bytes(16)),
             state=self.disk,
-            random=world.random.random,
-            now=world.now,
         )
-        self.agent.machine = self
         self._later(0.0, lambda: self.give(self._interfaces()))
         self._later(DEVICE_DELAY, lambda: self.give(self._observation()))
         self._later(0.0, lambda: world.registry.connect(self))
@@ -575,12 +576,21 @@ class Machine:
 class _Overheard(Agent):
     """An Agent whose sealed messages a test may read as they leave."""
 
-    machine: Machine | None = None
+    def __init__(self, machine: Machine, config: AgentConfig, *, channel: Channel, state: DiskState) -> None:
+        world = machine.world
+        super().__init__(config, channel=channel, state=state, random=world.random.random, now=world.now)
+        self._carrying = _Ear(machine, channel, paths=self._paths, membership=self._membership)
 
-    def _seal_and_send(self, to: PublicKey, message: Message, leg: Leg, now: float) -> None:
-        if self.machine is not None and self.machine.on_send is not None:
-            self.machine.on_send(leg, message)
-        super()._seal_and_send(to, message, leg, now)
+
+class _Ear(Carrying):
+    def __init__(self, machine: Machine, channel: Channel, *, paths: Paths, membership: Membership) -> None:
+        super().__init__(channel, paths=paths, membership=membership)
+        self._machine = machine
+
+    def seal(self, to: PublicKey, message: Message, leg: Leg, now: float) -> list[Send]:
+        if self._machine.on_send is not None:
+            self._machine.on_send(leg, message)
+        return super().seal(to, message, leg, now)
 
 
 class RegistryServer:
