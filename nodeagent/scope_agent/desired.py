@@ -1,6 +1,6 @@
 """Views become what should be: the one place where rooms are joined. Pure.
 
-`desired_device` says what WireGuard should look like, `report` what our ScopePeer should say, `plan_report`
+`desired_device` says what WireGuard should look like, `report` what our ScopePeer should say, and `is_news`
 whether saying it is worth a write.
 """
 
@@ -27,7 +27,6 @@ from scope_agent.wireguard.device import DesiredDevice, DesiredPeer
 
 KEEPALIVE = 20  # seconds; AWS security groups forget one-way UDP after 30 s
 WIREGUARD_OVERHEAD = 80  # IPv6 (40), UDP (8) and WireGuard's header and tag (32)
-MAX_LINKS = 16  # 1.7 KB of status; a full matrix would be the registry's undoing
 LATENCY_STEP = 1.5  # a latency is worth a write when it changed by this factor,
 LATENCY_FLOOR = 0.005  # and by this many seconds
 
@@ -111,7 +110,7 @@ def report(
         endpoints=paths.candidates,
         mapping=paths.mapping,
         device=device,
-        links=tuple(links[:MAX_LINKS]),
+        links=tuple(links),
         direct=kinds.count(PathKind.DIRECT),
         relayed=kinds.count(PathKind.RELAYED),
         unreachable=sum(

@@ -107,7 +107,6 @@ class Failed:
 
     target: Target
     error: str
-    retry: bool = True
     port_taken: bool = False
 
 

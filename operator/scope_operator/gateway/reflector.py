@@ -50,21 +50,10 @@ class Outgoing:
     data: bytes
 
 
-@dataclass(slots=True)
-class Counters:
-    """What the reflector did, for the log and the metrics."""
-
-    pongs: int = 0
-    cookies: int = 0
-    forwarded: int = 0
-    refused: int = 0
-
-
 class Reflector:
     """The decisions. `channel` holds the registry's probe key; `now` is monotonic seconds everywhere."""
 
     def __init__(self, channel: Channel) -> None:
-        self.counters = Counters()
         self._channel = channel
         self._mesh_of: dict[PublicKey, str] = {}
         self._heard: dict[PublicKey, tuple[Leg, float]] = {}
@@ -89,16 +78,13 @@ class Reflector:
     def receive(self, data: bytes, leg: Leg, now: float) -> Outgoing | None:
         """What to send for an arrived datagram: nothing, or one datagram no larger."""
         if self._sources.take(source_of(str(leg.remote.address)), now) > 0:
-            self.counters.refused += 1
             return None
         try:
             opened = self._channel.open(data)
         except WireError:
-            self.counters.refused += 1
             return None
         match opened:
             case Hello(cookie=cookie):
-                self.counters.cookies += 1
                 return Outgoing(leg, cookie)
             case Confirmed():
                 return None
@@ -113,13 +99,11 @@ class Reflector:
             case Ping(transaction):
                 pong = Pong(transaction, observed=leg.remote, has_session=False, received=0)
                 outgoing = self._sealed(sender, pong, leg)
-                self.counters.pongs += 1
             case Forward(to, datagram):
                 outgoing = self._passed_on(sender, to, datagram, now)
             case _:  # the rest is between peers
                 outgoing = None
         if outgoing is not None and len(outgoing.data) > size:
-            self.counters.refused += 1
             return None
         return outgoing
 
@@ -131,9 +115,7 @@ class Reflector:
             or self._mesh_of.get(to) != self._mesh_of.get(sender)
             or self._forwards.take(sender, now) > 0
         ):
-            self.counters.refused += 1
             return None
-        self.counters.forwarded += 1
         return self._sealed(to, Forwarded(sender, datagram), leg)
 
     def _sealed(self, to: PublicKey, message: Message, leg: Leg) -> Outgoing | None:
