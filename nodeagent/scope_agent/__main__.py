@@ -246,6 +246,7 @@ def _run_mesh(options: argparse.Namespace, state: StateDir, enrolment: Enrolment
 
 
 def _run_node(options: argparse.Namespace) -> None:
+    from scope.registry.kube.objects import node_lease
     from scope_agent.node import NodeAgent, NodeConfig
 
     for name, variable in (
@@ -255,6 +256,7 @@ def _run_node(options: argparse.Namespace) -> None:
     ):
         if not getattr(options, name):
             raise ConfigError(f"--kubernetes needs --{name}: give it, or set {variable}")
+    node_lease(options.node)  # refuse now what could never be renewed
     config = NodeConfig(
         node=options.node,
         cluster=options.cluster,

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import assert_never
 
-from scope.model import Kind, PublicKey, Reflector, Resource
+from scope.model import Kind, Peer, PublicKey, Reflector, Resource
 from scope.registry.follow import backoff, follow
 from scope.registry.port import (
     AlreadyExists,
@@ -146,6 +146,10 @@ class Reconciler:
     def revision(self) -> int:
         """The newest revision of the registry that was heard of."""
         return self._planner.revision
+
+    def peer(self, name: str) -> Peer | None:
+        """The peer of that name, as it was last heard of."""
+        return self._planner.peer(name)
 
     def announce(self, *, reflectors: tuple[Reflector, ...], signing_key: PublicKey | None = None) -> None:
         """Let every mesh name these reflectors, and this key where there is one, from now on."""

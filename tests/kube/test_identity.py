@@ -378,7 +378,7 @@ def test_an_agent_makes_changes_and_deletes_no_scopepeer(cluster: Cluster) -> No
         )
 
 
-@pytest.mark.parametrize("name", ["agent.n2", "scope-operator", "n1", "agent.n1.example"])
+@pytest.mark.parametrize("name", ["agent.n2", "scope-operator", "n1", "agent.n1.example", "peer.n1"])
 def test_an_agent_writes_no_lease_but_its_own(cluster: Cluster, name: str) -> None:
     async def attempt(cluster: Cluster) -> str:
         return await cluster.refusal(cluster.lease(name, token=await cluster.token("n1")))

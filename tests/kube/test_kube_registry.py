@@ -601,10 +601,11 @@ def test_a_peer_without_a_node_has_a_lease_of_its_own(control_plane: ControlPlan
     async def body(registry: KubeRegistry) -> None:
         member = await created(registry, bare(1))
         await registry.heartbeat(member.meta.name)
-        lease = await control_plane.request("GET", f"{LEASES}/agent.{member.meta.name}")
+        name = f"peer.{member.meta.name}"
+        lease = await control_plane.request("GET", f"{LEASES}/{name}")
         assert [owner["uid"] for owner in lease["metadata"]["ownerReferences"]] == [member.meta.uid]
-        await await_lease(control_plane, registry.leases, member.meta.name)
-        assert registry.seconds_since_heartbeat().keys() == {member.meta.name}
+        await await_lease(registry.leases, (name, member.meta.name))
+        assert registry.leases.beats().keys() == {(name, member.meta.name)}
 
     on(control_plane, body)
 
@@ -642,22 +643,23 @@ def test_ages_are_by_the_listeners_clock(control_plane: ControlPlane) -> None:
             behind = Leases(client, NAMESPACE, now=lambda: clock, wall=lambda: 1_699_996_400.0 + clock)
             listener = Leases(client, NAMESPACE, now=lambda: clock, wall=lambda: 1_700_000_000.0 + clock)
             uid = "7bd5ef31-9c5c-4f12-a3cf-53b58c1fb9b7"
-            await ahead.renew("n1", peer="home.here.n1", uid=uid)
-            await behind.renew("n2", peer="home.here.n2", uid=uid)
-            await await_lease(control_plane, listener, "home.here.n2")
-            assert listener.ages() == {"home.here.n1": 0.0, "home.here.n2": 3600.0}
+            first, second = ("agent.n1", "home.here.n1"), ("agent.n2", "home.here.n2")
+            await ahead.renew("agent.n1", peer="home.here.n1", uid=uid)
+            await behind.renew("agent.n2", peer="home.here.n2", uid=uid)
+            await await_lease(listener, second)
+            assert listener.beats() == {first: 0.0, second: 3600.0}
             clock += 60.0
-            await behind.renew("n2", peer="home.here.n2", uid=uid)
-            while listener.ages()["home.here.n2"] > 3600.0 - 1.0:
+            await behind.renew("agent.n2", peer="home.here.n2", uid=uid)
+            while listener.beats()[second] > 3600.0 - 1.0:
                 await listener.hear()
-            assert listener.ages() == {"home.here.n1": 60.0, "home.here.n2": 0.0}
+            assert listener.beats() == {first: 60.0, second: 0.0}
 
     asyncio.run(run())
 
 
-async def await_lease(plane: ControlPlane, leases: Leases, peer_name: str) -> None:
-    """Listen until the API server's cache holds a Lease."""
-    while peer_name not in leases.ages():
+async def await_lease(leases: Leases, beat: tuple[str, str]) -> None:
+    """Listen until the API server's cache holds a Lease that names a ScopePeer."""
+    while beat not in leases.beats():
         await leases.hear()
         await asyncio.sleep(0.01)
 

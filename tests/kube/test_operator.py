@@ -11,8 +11,15 @@ from pathlib import Path
 import pytest
 from kubelab import MERGE, ControlPlane
 
+from scope.model import Kind
+from scope.registry.kube.access import from_kubeconfig
+from scope.registry.kube.client import KubeClient
+from scope.registry.kube.leases import Leases
+from scope.registry.kube.objects import peer_lease
+from scope.registry.kube.registry import KubeRegistry
 from tests.kube.operator_fixture import (
     MESHES,
+    NAMESPACE,
     PEERS,
     Cluster,
     addresses,
@@ -20,6 +27,7 @@ from tests.kube.operator_fixture import (
     mesh,
     run,
 )
+from tests.unit.registry_conformance import report
 
 ALTERED = str(Path(__file__).with_name("altered_operator.py"))
 
@@ -297,6 +305,60 @@ def test_the_second_replica_takes_over_without_a_double_write(
         assert users == sorted(users)  # op-2 writes after op-1, and never between
         created = [each.path for each in writes if each.resource == "scopepeers" and each.verb == "create"]
         assert len(created) == 5
+
+    run(control_plane, body)
+
+
+def test_an_agents_lease_makes_nobody_look_alive_but_its_own_nodes_peers(control_plane: ControlPlane) -> None:
+    async def body(east: Cluster) -> None:
+        for number in (1, 2):
+            await east.plane.create_node(f"n{number}")
+        external = {
+            "apiVersion": "scope.ltgc.cc/v1alpha1",
+            "kind": "ScopePeer",
+            "metadata": {"name": "n1"},  # called like a Node
+            "spec": {"mesh": "home"},
+        }
+        await east.plane.apply(mesh())
+        await east.plane.apply(external)
+        names = ["home.east.n1", "home.east.n2", "n1"]
+        await east.operator(program=(ALTERED, "hears", "1", "--"))
+        peers = await east.addressed(*names)
+
+        async def online() -> set[str]:
+            return {name for name, each in (await east.peers()).items() if each["status"].get("online")}
+
+        async def own_is_online() -> bool:
+            return "home.east.n1" in await online()
+
+        async def external_is_online() -> bool:
+            return "n1" in await online()
+
+        async with KubeClient(await from_kubeconfig(east.plane.kubeconfig())) as client:
+            leases = Leases(client, NAMESPACE)
+            for name in reversed(names):  # its own comes last: by then the Lease names all three
+                await leases.renew("agent.n1", peer=name, uid=peers[name]["metadata"]["uid"])
+            await eventually(own_is_online)
+            assert await online() == {"home.east.n1"}
+            await leases.renew(peer_lease("n1"), peer="n1", uid=peers["n1"]["metadata"]["uid"])
+            await eventually(external_is_online)
+            assert await online() == {"home.east.n1", "n1"}
+
+    run(control_plane, body)
+
+
+def test_a_peer_that_reports_is_online_without_a_list_of_leases(control_plane: ControlPlane) -> None:
+    async def body(east: Cluster) -> None:
+        await east.plane.create_node("n1")
+        await east.plane.apply(mesh())
+        await east.operator()
+        name = "home.east.n1"
+        uid = (await east.addressed(name))[name]["metadata"]["uid"]
+        async with KubeClient(await from_kubeconfig(east.plane.kubeconfig())) as client:
+            registry = KubeRegistry(client, namespace=NAMESPACE)
+            await registry.update_status(Kind.PEER, name, report(1, port=7), uid=uid)
+        await east.condition(name, "Ready", path=PEERS, status="True")
+        assert (await east.peers())[name]["status"]["online"]
 
     run(control_plane, body)
 

@@ -6,10 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from scope.model import ConfigError, Kind, PeerReport
+from scope.model import ConfigError, Kind, Meta, Peer, PeerReport, PeerSpec
 from scope.registry.kube.access import ServiceAccount, in_cluster
 from scope.registry.kube.client import error_of
-from scope.registry.kube.objects import lease, lease_path, object_path, peers_of_lease, read
+from scope.registry.kube.objects import (
+    lease,
+    lease_path,
+    node_lease,
+    object_path,
+    peer_lease,
+    peers_of_lease,
+    read,
+    speaks_for,
+)
 from scope.registry.port import (
     AlreadyExists,
     Conflict,
@@ -100,14 +109,46 @@ def test_what_is_not_there_yet_is_awaited(tmp_path: Path) -> None:
 def test_names_stay_within_their_part_of_a_path() -> None:
     assert object_path(Kind.PEER, "a/../b", "ns").endswith("/scopepeers/a%2F..%2Fb")
     assert object_path(Kind.TOKEN, "t1", "ns") == "/api/v1/namespaces/ns/secrets/scope-token-t1"
-    assert lease_path("n/1", "ns").endswith("/leases/agent.n%2F1")
+    assert lease_path("agent.n/1", "ns").endswith("/leases/agent.n%2F1")
 
 
-def test_a_lease_speaks_for_its_owners_and_no_other_lease_does() -> None:
-    document = lease("n1", namespace="ns", owners={"home.here.n1": "u1", "work.here.n1": "u2"}, wall=1.5)
-    assert peers_of_lease(document) == (("home.here.n1", "work.here.n1"), "1970-01-01T00:00:01.500000Z")
+def test_a_lease_names_its_owners_and_no_other_lease_does() -> None:
+    owners = {"home.here.n1": "u1", "work.here.n1": "u2"}
+    document = lease("agent.n1", namespace="ns", owners=owners, wall=1.5)
+    assert peers_of_lease(document) == ("agent.n1", tuple(owners), "1970-01-01T00:00:01.500000Z")
     document["metadata"]["name"] = "scope-operator"
-    assert peers_of_lease(document) == ((), "")
+    assert peers_of_lease(document) == ("scope-operator", (), "")
+
+
+def node_peer(name: str, *, cluster: str = "here", node: str = "n1") -> Peer:
+    return Peer(Meta(name), PeerSpec(mesh="home", cluster=cluster, node_name=node))
+
+
+@pytest.mark.parametrize(
+    ("name", "peer", "speaks"),
+    [
+        ("agent.n1", node_peer("home.here.n1"), True),
+        ("agent.n2", node_peer("home.here.n1"), False),
+        ("agent.n1", node_peer("home.there.n1", cluster="there"), False),
+        ("agent.n1", node_peer("n1", cluster="", node=""), False),
+        ("agent.", node_peer("n1", node=""), False),
+        ("peer.n1", node_peer("n1", cluster="", node=""), True),
+        ("peer.home.there.n1", node_peer("home.there.n1", cluster="there"), True),
+        ("peer.n1", node_peer("home.here.n1"), False),
+    ],
+)
+def test_a_lease_speaks_for_its_own_node_or_its_one_peer(name: str, peer: Peer, *, speaks: bool) -> None:
+    assert speaks_for(name, peer, cluster="here") is speaks
+
+
+def test_a_name_that_leaves_a_lease_no_room_is_refused_for_a_node_and_hashed_for_a_peer() -> None:
+    assert node_lease("n" * 247) == "agent." + "n" * 247
+    with pytest.raises(ConfigError, match=r"has 248 characters.*of at most 247"):
+        node_lease("n" * 248)
+    first, second = (peer_lease("p" * 250 + letter) for letter in "ab")
+    assert first != second
+    assert first.startswith("peer-")
+    assert len(first) <= 253
 
 
 @pytest.mark.parametrize(

@@ -315,6 +315,32 @@ def test_online_follows_heartbeats_and_is_written_on_change_only() -> None:
     assert world.condition(world.peer(1), "Ready").reason == "Offline"
 
 
+def test_a_peer_that_reports_is_online_at_once_and_for_as_long_as_a_heartbeat_counts() -> None:
+    world = World()
+    name = world.join(1).meta.name
+    world.start()
+    assert not world.peer(1).assignment.online
+    world.store.write(UpdateStatus(Kind.PEER, name, report(1, port=7), world.peer(1).meta.uid))
+    world.settle()
+    assert world.peer(1).assignment.online
+    world.later(1.0)
+    world.later(ALIVE - 1.0)
+    assert world.peer(1).assignment.online
+    world.later(1.0)
+    assert not world.peer(1).assignment.online
+
+
+def test_a_report_that_a_list_tells_of_is_no_sign_of_life() -> None:
+    world = World()
+    name = world.join(1).meta.name
+    world.start()
+    world.store.write(UpdateStatus(Kind.PEER, name, report(1, port=7), world.peer(1).meta.uid))
+    world.seen = world.store.revision
+    world.planner.take(world.store.list(Kind.PEER))
+    world.settle()
+    assert not world.peer(1).assignment.online
+
+
 def test_a_restarted_registry_side_lets_peers_speak_before_it_calls_them_offline() -> None:
     world = World()
     world.join(1)

@@ -27,10 +27,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from scope.credentials import base64url
 from scope.model import ConfigError, Mesh, Secret
 from scope.registry.kube.client import KubeClient, Object
-from scope.registry.kube.objects import LEASE_PREFIX
+from scope.registry.kube.objects import peer_lease
 from scope.registry.kube.registry import KubeRegistry
 from scope.registry.port import AlreadyExists, NotFound
-from scope.resources import MAX_NAME
 from scope_operator.gateway.face import Face, Identity, administrator_document
 from scope_operator.gateway.joining import public_half
 
@@ -159,14 +158,7 @@ class GatewayRegistry(KubeRegistry):
         uid = self.uid_of(name)
         if not uid:
             raise NotFound(f"there is no ScopePeer {name!r}")
-        await self.leases.renew(_lease_of(name), peer=name, uid=uid)
-
-
-def _lease_of(peer: str) -> str:
-    """What stands where a Lease of an agent on a Node has the Node's name."""
-    if len(LEASE_PREFIX) + len(peer) <= MAX_NAME:
-        return peer
-    return hashlib.sha256(peer.encode()).hexdigest()
+        await self.leases.renew(peer_lease(name), peer=name, uid=uid)
 
 
 def _require_own(keys: GatewayKeys, meshes: Iterable[Mesh]) -> None:

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from scope.model import ConfigError, Kind, Mesh
+from scope.model import ConfigError, Kind, Mesh, Peer
 from scope.registry.follow import backoff
 from scope.registry.kube.access import Access
 from scope.registry.kube.client import KubeClient
@@ -39,6 +39,7 @@ from scope_operator.kube.gateway import (
     find_keys,
     tell_administrator,
 )
+from scope_operator.kube.heartbeats import Heartbeats
 from scope_operator.kube.lease import Election
 from scope_operator.kube.news import KeysSeen, Newsroom
 from scope_operator.kube.report import Report, site
@@ -134,7 +135,11 @@ class Operator:
         self._newsroom = Newsroom(client, identity=self._identity, wall=time.time)
         self._reconciler = Reconciler(
             self._registry,
-            liveness=self._registry,
+            liveness=Heartbeats(
+                self._registry.leases,
+                cluster=config.cluster,
+                peer_of=self._peer,
+            ),
             now=time.monotonic,
             wall=time.time,
             uniform=random.uniform,
@@ -314,6 +319,9 @@ class Operator:
         news = self._keys_seen.take(fact)
         if news is not None and self._election.is_leader:
             self._newsroom.post(news)
+
+    def _peer(self, name: str) -> Peer | None:
+        return self._reconciler.peer(name)
 
     def _tell(self, done: Done) -> None:
         self._report.tell(done)

@@ -160,6 +160,8 @@ class Planner:
         self._peers: dict[str, Peer] = {}
         self._members: dict[str, _Members] = {}
         self._alive: set[str] = set()
+        self._spoke: set[str] = set()  # peers that reported since the last `hear`
+        self._reported: dict[str, float] = {}  # peers that did before, and when that was heard of
         self._heard_out = False  # a peer alive before our start has had the time to say so
         self._queue: dict[Key, None] = {}
         self._later: list[tuple[float, Key]] = []
@@ -194,6 +196,10 @@ class Planner:
         """The newest revision that a fact told: what a list that is asked for now is compared with."""
         return self._seen.get(kind)
 
+    def peer(self, name: str) -> Peer | None:
+        """The peer of that name, as it is known."""
+        return self._peers.get(name)
+
     def take(self, fact: Listed | Put | Deleted | NodeFact, *, after: Revision | None = None) -> None:
         """Take what a list, a watch or the answer to a write says.
 
@@ -203,6 +209,7 @@ class Planner:
             case Listed(kind, revision, resources, complete):
                 self._take_list(kind, revision, resources, complete=complete, after=after)
             case Put(resource, revision):
+                self._listen(resource)
                 self._put(resource, at=resource.meta.revision)
                 self._note(kind_of(resource), revision)
             case Deleted(last, revision):
@@ -251,11 +258,28 @@ class Planner:
 
     def hear(self, ages: Mapping[str, float], *, now: float) -> None:
         """Take the age of every peer's last heartbeat; peers that came or fell silent are planned."""
-        self._alive = {name for name, age in ages.items() if age < ALIVE}
+        self._reported.update(dict.fromkeys(self._spoke, now))
+        self._spoke.clear()
+        self._reported = {name: at for name, at in self._reported.items() if now - at < ALIVE}
+        self._alive = {name for name, age in ages.items() if age < ALIVE} | self._reported.keys()
         self._heard_out = now - self._started >= ALIVE
         for name, peer in self._peers.items():
             if self._is_online(peer) != peer.assignment.online:
                 self._queue[Kind.PEER, name] = None
+
+    def _listen(self, resource: Resource) -> None:
+        """A report that changes is a sign of life: only the peer itself writes it.
+
+        The first one of a peer without a Node is written as it joins, and no agent need run yet.
+        """
+        if not self._tells_liveness or not isinstance(resource, Peer) or resource.report is None:
+            return
+        known = self._peers.get(resource.meta.name)
+        if known is None or known.meta.uid != resource.meta.uid or _is_old(resource, known):
+            return
+        is_join = known.report is None and not resource.spec.node_name
+        if known.report != resource.report and not is_join:
+            self._spoke.add(resource.meta.name)
 
     def sweep(self) -> None:
         """Plan everything anew: for what time alone brings about."""
@@ -440,7 +464,7 @@ class Planner:
     def _is_online(self, peer: Peer) -> bool:
         if not self._tells_liveness or peer.assignment.tombstone is not None:
             return peer.assignment.online
-        if peer.meta.name in self._alive:
+        if peer.meta.name in self._alive or peer.meta.name in self._spoke:
             return True
         return peer.assignment.online and not self._heard_out
 

@@ -1,7 +1,8 @@
-"""Heartbeats as Leases: one for each Node, or peer without one, renewed by its agent, listed, never watched.
+"""Heartbeats as Leases: one for each Node, renewed by its agent, and for each peer of the gateway, by that.
 
 A thousand Leases renewed every minute are seventeen writes a second that nobody is told of. Whoever wants to
-know lists them now and then from the API server's cache.
+know lists them now and then from the API server's cache; they are never watched. A Lease that a list lacks
+is a silent one, no more.
 """
 
 from __future__ import annotations
@@ -13,7 +14,14 @@ import time
 from collections.abc import Callable
 
 from scope.registry.kube.client import APPLY, KubeClient
-from scope.registry.kube.objects import AGENT, lease, lease_path, leases_path, peers_of_lease
+from scope.registry.kube.objects import (
+    AGENT,
+    LEASE_SECONDS,
+    lease,
+    lease_path,
+    leases_path,
+    peers_of_lease,
+)
 from scope.registry.port import RegistryError
 from scope.resources import parse_time
 
@@ -40,32 +48,30 @@ class Leases:
         self._namespace = namespace
         self._now = now
         self._wall = wall
-        self._owners: dict[str, dict[str, str]] = {}  # holder -> name -> uid of the peers that beat here
+        self._owners: dict[str, dict[str, str]] = {}  # Lease -> name -> uid of the peers that beat here
         self._renewed: dict[str, float] = {}
-        self._heard: dict[str, tuple[str, float]] = {}  # peer -> time of renewal as written, when we saw it
+        # Lease and peer -> time of renewal as written, when we saw it
+        self._heard: dict[tuple[str, str], tuple[str, float]] = {}
 
-    async def renew(self, holder: str, *, peer: str, uid: str) -> None:
-        """The agent of `holder` is alive, a Node or a peer without one, and so is its ScopePeer `peer`.
-
-        Raises RegistryError.
-        """
-        owners = self._owners.setdefault(holder, {})
+    async def renew(self, name: str, *, peer: str, uid: str) -> None:
+        """The Lease `name` says that its ScopePeer `peer` is alive. Raises RegistryError."""
+        owners = self._owners.setdefault(name, {})
         now = self._now()
-        if owners.get(peer) == uid and now - self._renewed.get(holder, float("-inf")) < RENEWED_SECONDS:
+        if owners.get(peer) == uid and now - self._renewed.get(name, float("-inf")) < RENEWED_SECONDS:
             return
         owners[peer] = uid
         await self._client.ask(
             "PATCH",
-            lease_path(holder, self._namespace),
+            lease_path(name, self._namespace),
             query={"fieldManager": AGENT, "force": "true"},
-            body=lease(holder, namespace=self._namespace, owners=owners, wall=self._wall()),
+            body=lease(name, namespace=self._namespace, owners=owners, wall=self._wall()),
             content_type=APPLY,
         )
-        self._renewed[holder] = now
+        self._renewed[name] = now
 
-    def forget(self, holder: str, *, peer: str) -> None:
-        """`peer` beats no more: the Lease is no longer its own, from the next renewal on."""
-        self._owners.get(holder, {}).pop(peer, None)
+    def forget(self, name: str, *, peer: str) -> None:
+        """`peer` beats no more: the Lease `name` is no longer its own, from the next renewal on."""
+        self._owners.get(name, {}).pop(peer, None)
 
     async def listen(self) -> None:
         """List all Leases again and again, until cancelled; what fails is tried again at the next time."""
@@ -79,23 +85,23 @@ class Leases:
     async def hear(self) -> None:
         """List all Leases once, from the API server's cache. Raises RegistryError."""
         now, wall = self._now(), self._wall()
-        heard: dict[str, tuple[str, float]] = {}
+        heard = {key: beat for key, beat in self._heard.items() if now - beat[1] < LEASE_SECONDS}
         query = {"limit": str(PAGE), "resourceVersion": "0"}
         while True:
             page = await self._client.ask("GET", leases_path(self._namespace), query=query)
             for item in page.get("items", ()):
-                names, renewed = peers_of_lease(item)
-                for name in names:
-                    heard[name] = self._aged(name, renewed, now=now, wall=wall)
+                name, peers, renewed = peers_of_lease(item)
+                for peer in peers:
+                    heard[name, peer] = self._aged((name, peer), renewed, now=now, wall=wall)
             token = page.get("metadata", {}).get("continue")
             if not token:
                 break
             query = {"limit": str(PAGE), "continue": token}
         self._heard = heard
 
-    def _aged(self, name: str, renewed: str, *, now: float, wall: float) -> tuple[str, float]:
+    def _aged(self, key: tuple[str, str], renewed: str, *, now: float, wall: float) -> tuple[str, float]:
         """When a Lease was renewed, by our clock: agents' clocks differ, so a change is what counts."""
-        before = self._heard.get(name)
+        before = self._heard.get(key)
         if before is not None:
             return before if before[0] == renewed else (renewed, now)
         try:
@@ -104,7 +110,10 @@ class Leases:
             age = float("inf")
         return renewed, now - age
 
-    def ages(self) -> dict[str, float]:
-        """Seconds since the last renewal of every ScopePeer that has a Lease, by name."""
+    def beats(self) -> dict[tuple[str, str], float]:
+        """Seconds since the last renewal, by the names of the Lease and of a ScopePeer that it names.
+
+        Whether it may speak for that one is for `speaks_for`.
+        """
         now = self._now()
-        return {name: now - at for name, (_, at) in self._heard.items()}
+        return {key: now - at for key, (_, at) in self._heard.items()}

@@ -11,21 +11,23 @@ can write one by hand with `stringData`:
     singleUse   true or false
     usedBy      the machines that joined with it, one a line
 
-The heartbeat of an agent is a Lease in the release namespace, named `agent.NODE`, or `agent.PEER` for a peer
-without a Node, and owned by the ScopePeers that it speaks for, so that it goes with the last of them.
+A heartbeat is a Lease in the release namespace, owned by the ScopePeers that it speaks for, so that it goes
+with the last of them: `agent.NODE`, which the agent of that Node writes and an admission policy keeps others
+from, or `peer.PEER` of a peer whose word the gateway takes. Owners are a claim: `speaks_for` judges it.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
 from scope import resources
-from scope.model import JoinToken, Kind, PeerReport, Resource, StatusPart
+from scope.model import ConfigError, JoinToken, Kind, Peer, PeerReport, Resource, StatusPart
 from scope.resources import InvalidResource, Problem
 
 Object = dict[str, Any]
@@ -35,7 +37,8 @@ OPERATOR = "scope-operator"
 
 TOKEN_TYPE = f"{resources.GROUP}/join-token"
 TOKEN_PREFIX = "scope-token-"  # noqa: S105 - of a Secret's name
-LEASE_PREFIX = "agent."
+NODE_LEASE = "agent."  # as charts/manifests/40-policies.yaml has it
+PEER_LEASE, HASHED_PEER_LEASE = "peer.", "peer-"
 LEASE_SECONDS = 180  # two renewals of 60 s may be lost, and some
 
 
@@ -52,9 +55,9 @@ def object_path(kind: Kind, name: str, namespace: str) -> str:
     return f"{collection(kind, namespace)}/{quote(stored, safe='')}"
 
 
-def lease_path(holder: str, namespace: str) -> str:
-    """The path of the Lease of an agent."""
-    return f"{leases_path(namespace)}/{quote(LEASE_PREFIX + holder, safe='')}"
+def lease_path(name: str, namespace: str) -> str:
+    """The path of a Lease."""
+    return f"{leases_path(namespace)}/{quote(name, safe='')}"
 
 
 def leases_path(namespace: str) -> str:
@@ -162,20 +165,50 @@ def _token_document(secret: Mapping[str, Any]) -> Object:
 # --- leases ------------------------------------------------------------------------------------------------
 
 
-def lease(holder: str, *, namespace: str, owners: Mapping[str, str], wall: float) -> Object:
-    """The whole heartbeat of an agent; `owners` are the UIDs of its ScopePeers, by name."""
+def node_lease(node: str) -> str:
+    """The name of the Lease of a Node's agent. Raises ConfigError where the Node's name leaves no room."""
+    name = NODE_LEASE + node
+    if len(name) > resources.MAX_NAME:
+        raise ConfigError(
+            f"the Node's name has {len(node)} characters, and its agent's Lease, {NODE_LEASE}NODE, may have "
+            f"{resources.MAX_NAME}: register the Node with a name of at most "
+            f"{resources.MAX_NAME - len(NODE_LEASE)}, or exclude it by the nodeSelector of its ScopeMesh"
+        )
+    return name
+
+
+def peer_lease(peer: str) -> str:
+    """The name of the Lease of a peer that is no Node of this cluster; a hash where that is too long."""
+    name = PEER_LEASE + peer
+    if len(name) <= resources.MAX_NAME:
+        return name
+    return HASHED_PEER_LEASE + hashlib.sha256(peer.encode()).hexdigest()
+
+
+def speaks_for(lease_name: str, peer: Peer, *, cluster: str) -> bool:
+    """Whether a Lease in the cluster of that name may say that a peer is alive: its Node's, or the gateway's
+    for it.
+    """
+    name, spec = peer.meta.name, peer.spec
+    if lease_name == peer_lease(name):
+        return True
+    return bool(spec.node_name) and spec.cluster == cluster and lease_name == NODE_LEASE + spec.node_name
+
+
+def lease(name: str, *, namespace: str, owners: Mapping[str, str], wall: float) -> Object:
+    """The whole heartbeat of that name; `owners` are the UIDs of its ScopePeers, by name."""
     return {
         "apiVersion": "coordination.k8s.io/v1",
         "kind": "Lease",
         "metadata": {
-            "name": LEASE_PREFIX + holder,
+            "name": name,
             "namespace": namespace,
             "ownerReferences": [
-                owner_reference(Kind.PEER, name, uid) for name, uid in sorted(owners.items())
+                owner_reference(Kind.PEER, peer, uid) for peer, uid in sorted(owners.items())
             ],
         },
         "spec": {
-            "holderIdentity": holder,
+            "holderIdentity": name,
             "leaseDurationSeconds": LEASE_SECONDS,
             # MicroTime: always six digits.
             "renewTime": datetime.fromtimestamp(wall, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
@@ -183,11 +216,14 @@ def lease(holder: str, *, namespace: str, owners: Mapping[str, str], wall: float
     }
 
 
-def peers_of_lease(document: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
-    """The names of the ScopePeers that an agent's Lease speaks for, and its time of renewal as it stands."""
+def peers_of_lease(document: Mapping[str, Any]) -> tuple[str, tuple[str, ...], str]:
+    """The name of a heartbeat, those of the ScopePeers that it would speak for, and its time of renewal as it
+    stands. Of another Lease: no ScopePeer.
+    """
     metadata, spec = document.get("metadata", {}), document.get("spec", {})
-    if not str(metadata.get("name", "")).startswith(LEASE_PREFIX):
-        return (), ""
+    name = str(metadata.get("name", ""))
+    if not name.startswith((NODE_LEASE, PEER_LEASE, HASHED_PEER_LEASE)):
+        return name, (), ""
     owners = metadata.get("ownerReferences") or ()
     names = tuple(str(owner.get("name")) for owner in owners if owner.get("kind") == Kind.PEER)
-    return names, str(spec.get("renewTime", ""))
+    return name, names, str(spec.get("renewTime", ""))

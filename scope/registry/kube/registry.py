@@ -42,8 +42,10 @@ from scope.registry.kube.objects import (
     collection,
     manager_of,
     new_object,
+    node_lease,
     object_path,
     owner_reference,
+    peer_lease,
     read,
     status_patch,
     with_spec,
@@ -99,11 +101,11 @@ class KubeRegistry:
         self._now = now
         self._leases = leases if leases is not None else Leases(client, namespace, now=now)
         self._seen: dict[Kind, int] = {}  # the newest revision that a list or watch of ours told
-        self._beating: dict[str, tuple[str, str]] = {}  # peer -> (uid, holder): whose heartbeat we are
+        self._beating: dict[str, tuple[str, str]] = {}  # peer -> (uid, Lease): whose heartbeat we are
 
     @property
     def leases(self) -> Leases:
-        """Heartbeats: `listen` must run where `seconds_since_heartbeat` is to tell of any."""
+        """Heartbeats: `listen` must run where `beats` is to tell of any."""
         return self._leases
 
     async def close(self) -> None:
@@ -266,23 +268,19 @@ class KubeRegistry:
         if known is None:
             peer = await self.get(Kind.PEER, name)
             node = peer.spec.node_name if isinstance(peer, Peer) else ""
-            known = self._beating[name] = (peer.meta.uid, node or name)
-        uid, holder = known
-        await self._leases.renew(holder, peer=name, uid=uid)
-
-    def seconds_since_heartbeat(self) -> dict[str, float]:
-        """Age of the last heartbeat of every peer with a Lease."""
-        return self._leases.ages()
+            known = self._beating[name] = (peer.meta.uid, node_lease(node) if node else peer_lease(name))
+        uid, lease = known
+        await self._leases.renew(lease, peer=name, uid=uid)
 
     def _note(self, fact: Put | Deleted) -> None:
         """A peer that is gone, or was made anew, is asked for again before it beats."""
         resource = fact.last if isinstance(fact, Deleted) else fact.resource
         name = resource.meta.name
         if isinstance(resource, Peer) and name in self._beating:
-            uid, holder = self._beating[name]
+            uid, lease = self._beating[name]
             if isinstance(fact, Deleted) or uid != resource.meta.uid:
                 del self._beating[name]
-                self._leases.forget(holder, peer=name)
+                self._leases.forget(lease, peer=name)
 
     # --- requests -----------------------------------------------------------------------------------------
 
