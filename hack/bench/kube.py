@@ -67,7 +67,7 @@ async def _restarts(size: int, attempts: int) -> tuple[list[float], Row]:
             await here.operator.start()
             ready = time.monotonic() - began
             late, fleet = f"{FIRST_MESH}.{CLUSTER}.{node}", here.fleet
-            await fleet.until(lambda: late in fleet.addressed, f"{late} has an address")  # noqa: B023
+            await here.until(lambda: late in fleet.addressed, f"{late} has an address")  # noqa: B023
             addressed = time.monotonic() - began
             await here.await_idle()
             samples.append(time.monotonic() - began)

@@ -120,6 +120,10 @@ class Operator:
         self._mark = self._log.stat().st_size
         await self.program.start(within_s=PATIENCE_S)
 
+    def check(self) -> None:
+        """Raises KubeLabError, with its last words, when it has ended."""
+        _ = self.program.pid
+
     @property
     def memory_mib(self) -> float:
         """Its resident memory."""
@@ -195,15 +199,10 @@ class Fleet:
         finally:
             await end(*self._tasks)
 
-    async def until(self, done: Callable[[], bool], what: str) -> None:
-        """Return once it is so. Raises BenchError, and what an agent met."""
-        deadline = time.monotonic() + PATIENCE_S
-        while not done():
-            if self._failure is not None:
-                raise self._failure
-            if time.monotonic() > deadline:
-                raise BenchError(f"not within {PATIENCE_S:.0f} s: {what}")
-            await asyncio.sleep(LOOK_S)
+    def check(self) -> None:
+        """Raise what an agent met."""
+        if self._failure is not None:
+            raise self._failure
 
     async def report_links(self) -> None:
         """Let every agent write a report of the size that it has in a mesh that has formed."""
@@ -379,24 +378,35 @@ class Cluster:
     async def await_addressed(self) -> None:
         """Return when every Node's peer has an address."""
         fleet = self.fleet
-        await fleet.until(lambda: len(fleet.addressed) == len(fleet.nodes), "every peer has an address")
+        await self.until(lambda: len(fleet.addressed) == len(fleet.nodes), "every peer has an address")
+
+    async def until(self, done: Callable[[], bool], what: str) -> None:
+        """Return once it is so. Raises BenchError, KubeLabError (the operator ended), what an agent met."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not done():
+            self.fleet.check()
+            self.operator.check()
+            if time.monotonic() > deadline:
+                raise BenchError(f"not within {PATIENCE_S:.0f} s: {what}")
+            await asyncio.sleep(LOOK_S)
 
     async def settle(self) -> None:
         """Bring the meshes to rest: every peer addressed and online, with a report of full size."""
         await self.await_addressed()
         fleet = self.fleet
-        await fleet.until(
+        await self.until(
             lambda: all(peer.report is not None for peer in fleet.peers.values()), "every agent has reported"
         )
         await fleet.report_links()
         # The operator lists Leases every 30 s.
-        await fleet.until(lambda: len(fleet.online) == len(fleet.nodes), "every peer is online")
+        await self.until(lambda: len(fleet.online) == len(fleet.nodes), "every peer is online")
         await self.await_idle()
 
     async def await_idle(self) -> None:
         """Return when the operator has nothing to do."""
         deadline = time.monotonic() + PATIENCE_S
         while not await self.operator.is_idle():
+            self.operator.check()
             if time.monotonic() > deadline:
                 raise BenchError(f"the operator is not idle after {PATIENCE_S:.0f} s")
             await asyncio.sleep(LOOK_S)

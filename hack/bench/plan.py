@@ -19,7 +19,7 @@ from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Network
 from typing import TypeVar
 
-from scope_operator.plan.nodes import Node, NodePeers, NodesListed, peer_name
+from scope_operator.plan.nodes import Node, NodePeers, NodesListed
 from scope_operator.plan.planner import MESH_INTERVAL, Action, Planner, WriteAssignment, WriteMeshStatus
 
 from bench.agents import BenchError
@@ -43,6 +43,7 @@ from scope.model import (
     Resource,
     Revision,
 )
+from scope.names import peer_name
 from scope.registry.port import Listed, Put
 
 LARGEST = 10_000
