@@ -60,6 +60,7 @@ class Node:
     token: str
     plane: ControlPlane
     agent: Any = None
+    api_server: str = ""  # where its agent asks; "": the API server itself
     log: Path = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,7 +82,8 @@ class Node:
     def run(self) -> None:
         """Start the agent as its DaemonSet does."""
         arguments = ["--kubernetes", "--node", self.name, "--cluster", CLUSTER, "--namespace", NAMESPACE]
-        access = ["--api-server", self.plane.url, "--service-account", str(self.account)]
+        url = self.api_server or self.plane.url
+        access = ["--api-server", url, "--service-account", str(self.account)]
         with self.log.open("a") as log:
             argv = [program("scope-agent"), "run", *arguments, *access]
             self.agent = self.machine.popen(argv, stdout=log, stderr=log)
