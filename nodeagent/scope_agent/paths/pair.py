@@ -223,12 +223,7 @@ class Pair:
         if route.silence(now) > RECENT and not route.is_asked(now):
             route.punch(now)
         in_use = self._route_in_use
-        if (
-            self._path.is_alive
-            and in_use is not None
-            and route is not in_use
-            and in_use.silence(now) > RECENT
-        ):
+        if in_use is not None and route is not in_use and in_use.silence(now) > RECENT:
             self._suspect(now)
         return [answer]
 
@@ -239,10 +234,8 @@ class Pair:
             return
         self._compare_counters(pong.received, now)
         self._echoed(route, now)
-        if (
-            not (self._lower and self._path.is_alive and route.endpoint == self._path.endpoint)
-            or self._changeover.is_offering
-        ):
+        is_on_path = self._path.is_alive and route.endpoint == self._path.endpoint
+        if not self._lower or not is_on_path or self._changeover.is_offering:
             return
         if route.here != self._nomination.here:
             self._nominate(route, now)  # our mapping moved: the peer is to follow
