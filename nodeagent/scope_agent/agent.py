@@ -398,7 +398,7 @@ class Agent:
         """What an earlier agent left working stays as it is."""
         if self._observed is None or now - self._started > SESSION_VALID:
             return
-        for key in self._snapshot.peers.keys() & self._observed.peers.keys() & new:
+        for key in sorted(self._snapshot.peers.keys() & self._observed.peers.keys() & new):
             peer = self._observed.peers[key]
             stamp, since = self._sessions[key]
             if peer.endpoint is not None and peer.allowed_ips:
@@ -513,7 +513,7 @@ class Agent:
                 self._device_busy = False
                 self._device_error, self._device_retry = "", RETRY_MIN
                 self._observing_since = now  # the shell looks after each batch
-                for key in self._holding:
+                for key in sorted(self._holding):
                     self._paths.held(key, now)
             case Target.REGISTRY:
                 self._reporting.applied()

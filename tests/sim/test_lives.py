@@ -5,6 +5,12 @@ A life that does not converge prints its number; `python -m tests.sim --seed NUM
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from tests.sim.scenario import live
@@ -22,3 +28,25 @@ def test_fifty_lives_end_converged(first: int) -> None:
 
 def test_a_life_is_decided_by_its_number_alone() -> None:
     assert live(7) == live(7)
+
+
+def test_a_life_is_the_same_in_a_process_that_hashes_otherwise() -> None:
+    assert _told(21, hash_seed="0") == _told(21, hash_seed="1")
+
+
+def _told(number: int, *, hash_seed: str) -> str:
+    """The story of a life, but for how long its telling took."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.sim", "--seed", str(number), "--verbose"],
+        cwd=Path(__file__).parents[2],
+        env={
+            **os.environ,
+            "PYTHONHASHSEED": hash_seed,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    return re.sub(r"in [0-9.]+ s", "", done.stdout)
