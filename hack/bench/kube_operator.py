@@ -15,6 +15,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
+from kubelab import Audited
+
 from bench.kube_cluster import MESHES, NAMESPACE, SIZES, Cluster, Spent, cluster, end
 from bench.meter import Meter
 from bench.result import Benchmark, Row, Sample, Target
@@ -86,7 +88,9 @@ async def _operate(size: int) -> Row:
                 }
                 await asyncio.sleep(CALM_S)
                 memory = here.operator.memory_mib
+                mark = here.plane.audit.mark()
                 rest, _ = await _stretch(here, meters, asyncio.sleep(REST_S))
+                written = sum(map(_is_told, here.plane.audit.since(mark)))
                 storm, rate = await _stretch(
                     here, meters, here.fleet.storm(per_second=PER_SECOND, seconds=STORM_S)
                 )
@@ -95,10 +99,17 @@ async def _operate(size: int) -> Row:
                     "operator's memory at rest, MiB": memory,
                     "operator's memory after the storm, MiB": here.operator.memory_mib,
                     **rest.figures("at rest"),
+                    "operator's writes at rest, but Leases": written,
                     "changes in the storm, 1/s": rate,
                     **storm.figures("in the storm"),
                     "operator's processor for each change, ms": storm.each_ms(rate),
                 }
+
+
+def _is_told(request: Audited) -> bool:
+    """Whether it is a write of the operator of which watchers hear."""
+    is_operators = request.user.endswith(":scope-operator")
+    return is_operators and request.is_write and request.resource != "leases"
 
 
 async def _stretch(here: Cluster, meters: Mapping[str, Meter], during: Awaitable[T]) -> tuple[_Stretch, T]:

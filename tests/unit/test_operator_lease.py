@@ -130,7 +130,13 @@ def hurried(body: Coroutine[Any, Any, None]) -> None:
         runner.run(body)
 
 
-def replica(server: ApiServer, identity: str) -> Election:
+def replica(
+    server: ApiServer,
+    identity: str,
+    *,
+    newest: Callable[[], int] = lambda: 0,
+    restored: Callable[[int, int], None] = lambda _revision, _newest: None,
+) -> Election:
     ticks = itertools.count(1)
     loop = asyncio.get_running_loop()
     client = cast(KubeClient, server)
@@ -141,6 +147,8 @@ def replica(server: ApiServer, identity: str) -> Election:
         identity=identity,
         now=loop.time,
         wall=lambda: float(next(ticks)),
+        newest=newest,
+        restored=restored,
     )
 
 
@@ -222,5 +230,52 @@ def test_a_lease_written_by_us_whose_answer_was_lost_is_still_ours() -> None:
         assert not task.done()
         task.cancel()
         await asyncio.wait([task])
+
+    hurried(body())
+
+
+class Overtaking(ApiServer):
+    """While it answers one write, it is seen to answer many others."""
+
+    newest = 0
+
+    async def ask(
+        self, method: str, path: str, *, body: Mapping[str, Any] | None = None, **_: object
+    ) -> dict[str, Any]:
+        answer = await super().ask(method, path, body=body)
+        self.newest = int(answer["metadata"]["resourceVersion"])
+        await asyncio.sleep(0)
+        if method != "GET":
+            for _number in range(5):
+                self.newest = next(self._revisions)
+        return answer
+
+
+def test_an_answer_that_later_writes_overtook_is_no_sign_of_a_restored_cluster() -> None:
+    async def body() -> None:
+        server, began, signs = Overtaking(), list[str](), list[tuple[int, int]]()
+        election = replica(
+            server, "a", newest=lambda: server.newest, restored=lambda *sign: signs.append(sign)
+        )
+        task = asyncio.create_task(election.lead(forever(began, "a")))
+        await until(lambda: bool(began))
+        await asyncio.sleep(LASTS)
+        assert signs == []
+        task.cancel()
+        await asyncio.wait((task,))
+
+    hurried(body())
+
+
+def test_a_revision_older_than_one_that_was_known_before_is_a_sign_of_a_restored_cluster() -> None:
+    async def body() -> None:
+        server, began, signs = ApiServer(), list[str](), list[tuple[int, int]]()
+        election = replica(server, "a", newest=lambda: 1_000, restored=lambda *sign: signs.append(sign))
+        task = asyncio.create_task(election.lead(forever(began, "a")))
+        await until(lambda: bool(signs))
+        revision, newest = signs[0]
+        assert revision < newest == 1_000
+        task.cancel()
+        await asyncio.wait((task,))
 
     hurried(body())

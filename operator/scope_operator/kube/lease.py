@@ -103,7 +103,8 @@ Work: TypeAlias = Callable[[], Awaitable[None]]
 class Election:
     """One replica's part in it. `identity` is of this process alone; `now` is monotonic, `wall` for people.
 
-    `heard` is told the cluster's revision after each write: one that goes backwards was restored.
+    `newest` is the newest revision of the cluster that is known here. Where a write gets an older one than
+    was known when it was asked for, the cluster was restored: `restored` is told both.
     """
 
     def __init__(
@@ -115,7 +116,8 @@ class Election:
         identity: str,
         now: Callable[[], float],
         wall: Callable[[], float],
-        heard: Callable[[int], None] = lambda _: None,
+        newest: Callable[[], int] = lambda: 0,
+        restored: Callable[[int, int], None] = lambda _revision, _newest: None,
     ) -> None:
         self._client = client
         self._namespace = namespace
@@ -123,7 +125,8 @@ class Election:
         self._identity = identity
         self._now = now
         self._wall = wall
-        self._heard = heard
+        self._newest = newest
+        self._restored = restored
         self._transitions = 0
         self._record: Record | None = None
         self._renewed_at = 0.0
@@ -244,12 +247,15 @@ class Election:
                 "leaseTransitions": self._transitions,
             },
         }
+        # Of what is asked for meanwhile, the answer to a later write may come first.
+        newest = self._newest()
         if over is None:
             answer = await self._client.ask("POST", self._path(), body=body)
         else:
             answer = await self._client.ask("PUT", self._path(self._name), body=body)
         record = self._taken(answer)
-        self._heard(record.revision)
+        if record.revision < newest:
+            self._restored(record.revision, newest)
         return record
 
     def _taken(self, document: Object) -> Record:

@@ -154,7 +154,8 @@ class Operator:
             identity=self._identity,
             now=time.monotonic,
             wall=time.time,
-            heard=self._hear,
+            newest=lambda: self._reconciler.revision,
+            restored=self._note_restored,
         )
         self._restored = asyncio.Event()
         self._relisted = asyncio.Event()
@@ -307,12 +308,10 @@ class Operator:
     async def _list_nodes(self) -> NodesListed:
         return await list_nodes(self._client, asked_at=time.monotonic(), after=self._nodes.revision)
 
-    def _hear(self, revision: int) -> None:
+    def _note_restored(self, revision: int, before: int) -> None:
         """An API server whose revisions go backwards was restored: watches would wait for what is gone."""
-        before = self._reconciler.revision
-        if revision < before:
-            log.warning("cluster.restored revision=%d before=%d", revision, before)
-            self._restored.set()
+        log.warning("cluster.restored revision=%d before=%d", revision, before)
+        self._restored.set()
 
     def _take(self, fact: Fact) -> None:
         self._reconciler.take(fact)
