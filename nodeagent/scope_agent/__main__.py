@@ -114,6 +114,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where `token` and `ca.crt` are",
     )
+    on_node.add_argument(
+        "--gateway",
+        type=Path,
+        metavar="DIR",
+        help="in a cluster that joined a mesh elsewhere: where `gateway.json` and `token` are mounted",
+    )
 
     leave = commands.add_parser("leave", parents=[common], help="leave a mesh and take its device down")
     leave.add_argument("--mesh", help="needed where several meshes were joined")
@@ -265,6 +271,7 @@ def _run_node(options: argparse.Namespace) -> None:
         run_dir=options.run_dir,
         api_server=options.api_server,
         service_account=options.service_account,
+        gateway=options.gateway,
         only=DeviceKind(options.wireguard) if options.wireguard else None,
         fwmark=options.fwmark,
     )

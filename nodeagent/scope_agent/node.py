@@ -12,6 +12,11 @@ served before the API server is asked anything.
 A mesh is left, with its device and keys, when its ScopePeer is gone, or only stands for its own removal:
 absent from two complete lists half a minute apart. For a mesh that was not listed since the start, or since
 the registry went back in time, as a restored one does, that is not believed for ten minutes.
+
+In a cluster whose registry is elsewhere the gateway there takes the API server's place. This asks it for the
+one ScopePeer that is its own, at intervals: the event stream is the Runner's, since a second one of the same
+peer would end it. A gateway that knows no such ScopePeer tells nothing of its revision, so it is believed
+after ten minutes only; one that says that the peer was removed, as above.
 """
 
 from __future__ import annotations
@@ -21,21 +26,44 @@ import logging
 import secrets
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scope.model import ConfigError, DeviceKind, IPAddress, Kind, Peer, PeerReport, Resource, Revision
-from scope.registry.follow import follow
-from scope.registry.port import Deleted, Disconnected, Fact, Listed, Put, RegistryError
-from scope_agent.run import HTTP_AFTER, AgentRegistry, RemovedFromMesh, RunConfig, Runner
+from scope.model import (
+    ConfigError,
+    DeviceKind,
+    IPAddress,
+    Kind,
+    Peer,
+    PeerReport,
+    PublicKey,
+    Resource,
+    Revision,
+)
+from scope.names import peer_name
+from scope.registry.follow import delay_after, follow
+from scope.registry.port import (
+    Deleted,
+    Disconnected,
+    Fact,
+    Listed,
+    NotFound,
+    PeerRemoved,
+    Put,
+    RegistryError,
+    Unavailable,
+)
+from scope_agent.run import HTTP_AFTER, AgentRegistry, RemovedFromMesh, RunConfig, Runner, import_http
 from scope_agent.state import Enrolment, StateDir, enrolled_meshes, sole_agent
 from scope_agent.wireguard.device import ApplyError
 from scope_agent.wireguard.shell import choose_device
 
 if TYPE_CHECKING:
+    from scope.gateway_file import GatewayFile
+    from scope.registry.http import HttpRegistry
     from scope.registry.kube.access import ServiceAccount
     from scope.registry.kube.client import KubeClient
     from scope.registry.kube.leases import Leases
@@ -47,12 +75,16 @@ DEVICE_PREFIX = "scope"
 SECOND_LIST_AFTER = 30.0  # seconds between the two lists that a ScopePeer must be missing from
 RESTORE_PATIENCE = 600.0  # as for other peers: an operator has made the missing ones again by then
 RETRY = 5.0  # seconds between two attempts at what a mesh needs; few, since a Node has few meshes
+ASK_AGAIN = 30.0  # between two questions to a gateway, which hears a thousand Nodes from one address
 RESTART = 30.0  # a Runner that stopped for what a person must mend is looked at again then
 
 
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
-    """Which Node this is, and where it finds and keeps things. `api_server` None: as the pod is told."""
+    """Which Node this is, and where it finds and keeps things. `api_server` None: as the pod is told.
+
+    `gateway`: where the gateway's file and the token for it are; None where the registry is the API server.
+    """
 
     node: str
     cluster: str
@@ -63,6 +95,7 @@ class NodeConfig:
     service_account: Path
     only: DeviceKind | None = None
     fwmark: int = 0
+    gateway: Path | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -80,6 +113,7 @@ class NodeAgent:
 
     def __init__(self, config: NodeConfig) -> None:
         self._config = config
+        self._elsewhere = _Elsewhere(config, config.gateway) if config.gateway is not None else None
         self._served: dict[str, _Served] = {}  # by mesh
         self._peers: dict[str, Peer] = {}  # our own ScopePeers, by mesh
         self._absent: dict[str, float] = {}  # meshes that we serve without a ScopePeer, since when
@@ -116,6 +150,8 @@ class NodeAgent:
                 with suppress(ConfigError):
                     _, client, _ = await self._opening
                     await client.close()
+            if self._elsewhere is not None:
+                await self._elsewhere.close()
         if self._failure is not None:
             raise self._failure
 
@@ -137,6 +173,11 @@ class NodeAgent:
             with suppress(TimeoutError):
                 async with asyncio.timeout(HTTP_AFTER):
                     await self._asked.wait()
+        if self._elsewhere is not None:
+            async for peer in self._elsewhere.own_peers():
+                self._take_own(peer)
+            self.stop()
+            return
         registry = await self._registry(node=self._config.node)
         again = asyncio.ensure_future(self._list_absent(registry))
         try:
@@ -168,7 +209,7 @@ class NodeAgent:
                 present = self._ours(resources)
                 if complete:
                     for mesh in self._served.keys() - present.keys():
-                        self._missed(mesh, now)
+                        self._missed(mesh, now, patience=SECOND_LIST_AFTER)
                     self._peers = {}
                 self._peers |= present
             case Put(resource) if not _is_removed(resource):
@@ -178,6 +219,18 @@ class NodeAgent:
                     if peer.meta.uid == last.meta.uid:
                         del self._peers[mesh]
                         self._absent.setdefault(mesh, now)
+        self._note_present()
+
+    def _take_own(self, found: Peer | NotFound | PeerRemoved) -> None:
+        """What a gateway answers: it serves one mesh, so that every other is left."""
+        now = time.monotonic()
+        self._peers = {found.spec.mesh: found} if isinstance(found, Peer) else {}
+        patience = SECOND_LIST_AFTER if isinstance(found, PeerRemoved) else RESTORE_PATIENCE
+        for mesh in self._served.keys() - self._peers.keys():
+            self._missed(mesh, now, patience=patience)
+        self._note_present()
+
+    def _note_present(self) -> None:
         for mesh in self._peers:
             self._absent.pop(mesh, None)
             self._listed.add(mesh)
@@ -202,10 +255,10 @@ class NodeAgent:
         self._listed.clear()
         self._patient_until = now + RESTORE_PATIENCE
 
-    def _missed(self, mesh: str, now: float) -> None:
-        """A complete list has no ScopePeer of ours for a mesh that we serve."""
+    def _missed(self, mesh: str, now: float, *, patience: float) -> None:
+        """The registry has no ScopePeer of ours for a mesh that we serve."""
         since = self._absent.setdefault(mesh, now)
-        if now - since < SECOND_LIST_AFTER or (mesh not in self._listed and now < self._patient_until):
+        if now - since < patience or (mesh not in self._listed and now < self._patient_until):
             return
         log.info("mesh.left mesh=%s: its ScopePeer is gone", mesh)
         self._absent.pop(mesh)
@@ -256,7 +309,8 @@ class NodeAgent:
             return
         if served.name not in ("", enrolment.peer_name):
             await self._end_run(served)
-        if served.run is None:
+        # One that ended was the peer that is no more; a ScopePeer that is there was made anew.
+        if served.run is None or (served.run.done() and peer is not None):
             served.name = enrolment.peer_name
             served.run = asyncio.ensure_future(self._run_mesh(mesh, served))
             served.run.add_done_callback(self._note_end)
@@ -270,7 +324,11 @@ class NodeAgent:
             identity = enrolment.identity
         if peer.report is None or peer.report.keys != identity.public:
             keys = PeerReport(keys=identity.public, held_addresses=await asyncio.to_thread(_held, state))
-            registry = await self._registry()
+            registry: AgentRegistry
+            if self._elsewhere is not None:
+                registry = await self._elsewhere.registry()
+            else:
+                registry = await self._registry()
             await registry.update_status(Kind.PEER, peer.meta.name, keys, uid=peer.meta.uid)
             log.info("mesh.keys_published mesh=%s peer=%s", peer.spec.mesh, peer.meta.name)
         adopted = Enrolment(
@@ -280,7 +338,7 @@ class NodeAgent:
             url="",
             pin=None,
             registry_id="",
-            registry_key=None,
+            registry_key=await self._elsewhere.registry_key() if self._elsewhere is not None else None,
             peer_name=peer.meta.name,
             peer_uid=peer.meta.uid,
         )
@@ -295,6 +353,8 @@ class NodeAgent:
 
         async def connect() -> AgentRegistry:
             self._asked.set()
+            if self._elsewhere is not None:
+                return await self._elsewhere.connect(mesh)
             return await self._registry(mesh=mesh, own=served.name)
 
         while True:
@@ -366,6 +426,101 @@ class NodeAgent:
         access = kube.in_cluster(url=config.api_server, directory=config.service_account)
         client = kube.KubeClient(access)
         return kube, client, kube.Leases(client, config.namespace)
+
+
+class _Elsewhere:
+    """The gateway of a registry elsewhere, as our cluster's operator tells and our kubelet brings it.
+
+    `directory` has the file of `scope.gateway_file` and `token`, our ServiceAccount's for the gateway.
+    """
+
+    def __init__(self, config: NodeConfig, directory: Path) -> None:
+        self._config = config
+        self._directory = directory
+        self._finding: asyncio.Task[GatewayFile] | None = None
+        self._registry: HttpRegistry | None = None
+
+    async def own_peers(self) -> AsyncIterator[Peer | NotFound | PeerRemoved]:
+        """What the gateway says of our ScopePeer, again and again; ends once another gateway is named."""
+        gateway = await self._gateway()
+        name = peer_name(gateway.mesh, self._config.cluster, self._config.node)
+        registry = await self.registry()
+        uniform = secrets.SystemRandom().uniform
+        failures, said = 0, ""
+        while await asyncio.to_thread(self._read, or_else=gateway) == gateway:
+            delay = uniform(0.5 * ASK_AGAIN, ASK_AGAIN)
+            try:
+                found = await registry.get(Kind.PEER, name)
+            except RegistryError as error:
+                failures += 1
+                level = logging.INFO if isinstance(error, NotFound) else logging.WARNING
+                if str(error) != said:
+                    log.log(level, "node.no_peer mesh=%s reason=%s", gateway.mesh, error)
+                said = str(error)
+                if isinstance(error, NotFound | PeerRemoved):
+                    yield error
+                if isinstance(error, NotFound):  # the operator may be about to make it
+                    delay = min(delay, uniform(0.5, 1.0) * 2.0 ** min(failures, 8))
+                elif isinstance(error, Unavailable):
+                    delay = delay_after(error, failures, uniform=uniform)
+            else:
+                failures, said = 0, ""
+                if isinstance(found, Peer):
+                    yield found
+            await asyncio.sleep(delay)
+        log.warning("node.gateway_changed: starting anew with the one that the cluster's operator names now")
+
+    async def connect(self, mesh: str) -> HttpRegistry:
+        """The gateway as the Runner of a mesh needs it, which closes it; waits until one is named."""
+        gateway = await self._gateway()
+        http = await asyncio.to_thread(import_http)
+        token = http.ProjectedToken(mesh, self._config.cluster, str(self._directory / "token"))
+        return http.HttpRegistry(gateway.url, pin=gateway.pin, credential=token, for_agent=True)
+
+    async def registry(self) -> HttpRegistry:
+        """The gateway for questions between; it is closed with this."""
+        if self._registry is None:
+            self._registry = await self.connect((await self._gateway()).mesh)
+        return self._registry
+
+    async def registry_key(self) -> PublicKey:
+        """The key that signs removals."""
+        return (await self._gateway()).registry_key
+
+    async def close(self) -> None:
+        """End what was opened for questions."""
+        if self._finding is not None:
+            self._finding.cancel()
+        if self._registry is not None:
+            await self._registry.close()
+
+    async def _gateway(self) -> GatewayFile:
+        if self._finding is None:
+            self._finding = asyncio.ensure_future(self._find())
+        return await asyncio.shield(self._finding)
+
+    async def _find(self) -> GatewayFile:
+        """Where the gateway is, once that is told."""
+        waiting = False
+        while (gateway := await asyncio.to_thread(self._read, or_else=None)) is None:
+            if not waiting:
+                log.info("node.no_gateway: waiting until this cluster's operator has joined a mesh")
+            waiting = True
+            await asyncio.sleep(RETRY)
+        log.info("node.gateway url=%s mesh=%s", gateway.url, gateway.mesh)
+        return gateway
+
+    def _read(self, *, or_else: GatewayFile | None) -> GatewayFile | None:
+        """What the file says, `or_else` while there is none to be read."""
+        from scope import gateway_file  # brings X.509, which the first ping need not wait for
+
+        try:
+            return gateway_file.GatewayFile.parse((self._directory / gateway_file.NAME).read_text())
+        except FileNotFoundError:
+            return or_else
+        except (OSError, UnicodeDecodeError, ConfigError) as error:
+            log.warning("node.gateway_unread directory=%s error=%s", self._directory, error)
+            return or_else
 
 
 def _is_removed(resource: Resource) -> bool:

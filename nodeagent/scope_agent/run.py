@@ -17,14 +17,14 @@ import secrets
 import socket
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias, assert_never
+from typing import TYPE_CHECKING, Protocol, TypeAlias, assert_never, runtime_checkable
 
 from scope import resources
 from scope.channel import BOOT_ID_BYTES, Channel
-from scope.model import ConfigError, DeviceKind, IPInterface, Kind
+from scope.model import ConfigError, DeviceKind, IPInterface, Kind, PublicKey
 from scope.registry.follow import delay_after
 from scope.registry.port import Disconnected, Gone, PeerRemoved, Registry, RegistryError
 from scope_agent.agent import Agent, AgentConfig, pick_port
@@ -57,7 +57,7 @@ from scope_agent.wireguard.device import ApplyError, HoldEndpoint, PortTaken
 from scope_agent.wireguard.shell import Device, EndpointHolds, ProbeSocket, choose_device, open_probe_socket
 
 if TYPE_CHECKING:
-    from scope.registry.http import HttpRegistry
+    from scope.registry.http import Couriered, HttpRegistry
 
 log = logging.getLogger(__name__)
 
@@ -115,19 +115,36 @@ class AgentRegistry(Registry, Protocol):
         ...
 
 
+@runtime_checkable
+class Gateway(AgentRegistry, Protocol):
+    """A registry with a courier."""
+
+    async def courier(self, to: PublicKey, datagram: bytes) -> None:
+        """Have a sealed datagram brought to the holder of a probe key. Raises RegistryError."""
+        ...
+
+    def couriered(self) -> AsyncIterator[Couriered]:
+        """Sealed datagrams for us."""
+        ...
+
+    async def close(self) -> None:
+        """End every watch and connection."""
+        ...
+
+
 Connect: TypeAlias = Callable[[], Awaitable[AgentRegistry]]
 
 
 class Runner:
     """One agent in its world. Raises ConfigError from `run` where a person must act.
 
-    `connect` gives the registry when the first pings are on their way; whoever gives it closes it, too.
-    Without it the registry is the gateway that the enrolment names.
+    `connect` gives the registry when the first pings are on their way. A gateway is closed here in the end,
+    any other registry by whoever gave it. Without `connect` it is the gateway that the enrolment names.
     """
 
     def __init__(self, config: RunConfig, enrolment: Enrolment, *, connect: Connect | None = None) -> None:
         self._config = config
-        self._connect = connect
+        self._connect = connect or self._open_gateway
         self._enrolment = enrolment
         state, trouble = config.state.load()
         if trouble:
@@ -158,7 +175,7 @@ class Runner:
         self._replies: dict[int, asyncio.Future[dict[str, object]]] = {}
         self._commands = 0
         self._registry: AgentRegistry | None = None
-        self._gateway: HttpRegistry | None = None  # it has a courier; a registry without one is no gateway
+        self._gateway: Gateway | None = None  # the registry, where it is one
         self._list_again = asyncio.Event()
         self._reached = asyncio.Event()  # once some path works
         self._addresses: frozenset[IPInterface] = frozenset()
@@ -389,12 +406,10 @@ class Runner:
         """List, then watch; whatever ends the watch, list again after a while."""
         await self._first_pings()
         _return_large_blocks()
-        if self._connect is not None:
-            registry = await self._connect()
-        else:
-            registry = self._gateway = await self._open_gateway()
-            self._spawn(self._take_couriered(self._gateway))
-        self._registry = registry
+        registry = self._registry = await self._connect()
+        if isinstance(registry, Gateway):
+            self._gateway = registry
+            self._spawn(self._take_couriered(registry))
         failures = 0
         while True:
             started = time.monotonic()
@@ -418,7 +433,7 @@ class Runner:
 
     async def _open_gateway(self) -> HttpRegistry:
         """The gateway of the enrolment; nothing is asked yet."""
-        http = await asyncio.to_thread(_import_http)
+        http = await asyncio.to_thread(import_http)
         enrolment = self._enrolment
         return http.HttpRegistry(
             enrolment.url,
@@ -484,7 +499,7 @@ class Runner:
                 work.cancel()
             await asyncio.gather(*works, return_exceptions=True)
 
-    async def _take_couriered(self, registry: HttpRegistry) -> None:
+    async def _take_couriered(self, registry: Gateway) -> None:
         async for couriered in registry.couriered():
             self._post(DatagramArrived(couriered.datagram, Courier(couriered.sender)))
 
@@ -594,12 +609,12 @@ def _return_large_blocks() -> None:
         mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
-def _import_http() -> HttpModule:
+def import_http() -> HttpModule:
     """Import the HTTP client: in a thread, so that pings go on."""
-    from scope.credentials import PeerCredential
+    from scope.credentials import PeerCredential, ProjectedToken
     from scope.registry.http import HttpRegistry
 
-    return HttpModule(HttpRegistry, PeerCredential)
+    return HttpModule(HttpRegistry, PeerCredential, ProjectedToken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -608,3 +623,4 @@ class HttpModule:
 
     HttpRegistry: Callable[..., HttpRegistry]
     PeerCredential: Callable[..., object]
+    ProjectedToken: Callable[..., object]

@@ -6,20 +6,25 @@ import asyncio
 import base64
 import json
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kubelab import ControlPlane
+from kubelab import ApiError, ControlPlane
+from lab import Lab, Machine, Nat, Server
+from meshlab import PRIVATE, Member, Pinger, mesh_document
+from meshlab.cluster import Cluster as LabCluster
+from meshlab.programs import POLL_S, program, tail
 
 from scope.credentials import ProjectedToken
 from scope.join import JoinString
 from scope.model import Kind, Peer, PeerReport
 from scope.registry.http import HttpRegistry
 from scope.registry.port import Refused
-from tests.kube.operator_fixture import MESHES, NAMESPACE, Cluster, Replica, eventually, mesh, operated
+from tests.kube.operator_fixture import MESHES, NAMESPACE, PEERS, Cluster, Replica, eventually, mesh, operated
 from tests.kube.test_operator_gateway import GATEWAY, administrator_file, scopectl, served_by
 from tests.unit.test_gateway_clusters import machine_keys
 
@@ -196,3 +201,164 @@ def test_a_cluster_that_takes_anothers_name_is_refused_and_told_why(
         assert (joined["mesh"], joined["registry"]) == ("home", await uid_of(two.east))
 
     two_clusters(own_control_plane, tmp_path, body)
+
+
+# --- agents ---------------------------------------------------------------------------------------------
+
+JOINING = ("00-namespace", "10-cluster", "20-accounts", "30-operator-rights")  # as docs/kubernetes.md has it
+
+
+@dataclass
+class LabPair:
+    """Two clusters in the lab: a Node of each with its agent, and a Node of each whose agent never came."""
+
+    east: LabCluster
+    west: ControlPlane
+    west_server: Server
+    members: tuple[Member, Member]  # of the eastern and of the western Node
+    pinger: Pinger
+    mounted: Path = field(init=False)  # what a kubelet brings to the western Node
+
+    def __post_init__(self) -> None:
+        self.mounted = self.members[1].machine.directory / "gateway"
+        self.mounted.mkdir()
+
+    def western(self, node: str) -> list[str]:
+        """The arguments of an agent in the west, which has no way to its own API server."""
+        said = {"--node": node, "--cluster": "west", "--namespace": NAMESPACE, "--gateway": str(self.mounted)}
+        return ["--kubernetes", *(word for option in said.items() for word in option)]
+
+    def join_west(self) -> None:
+        """Start the western operator, as its ServiceAccount."""
+        file = self.west_server.directory / "join-string"
+        file.write_text(self.east.token("home"))
+        token = asyncio.run(self.west.token("scope-operator", namespace=NAMESPACE))
+        said = {
+            "--cluster-name": "west",
+            "--namespace": NAMESPACE,
+            "--kubeconfig": str(self.west.kubeconfig(token=token)),
+            "--join-string-file": str(file),
+        }
+        with self.operator_log.open("w") as log:
+            words = [word for option in said.items() for word in option]
+            self.west_server.popen([program("scope-operator"), *words], stdout=log, stderr=log)
+
+    @property
+    def operator_log(self) -> Path:
+        """The western operator's."""
+        return self.west_server.directory / "operator.log"
+
+    def mount(self) -> bool:
+        """Bring the ConfigMap to the Node, as its kubelet does once there is one."""
+        path = f"/api/v1/namespaces/{NAMESPACE}/configmaps/scope-gateway"
+        try:
+            found = asyncio.run(self.west.request("GET", path))
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            return False
+        for name, text in found["data"].items():
+            (self.mounted / name).write_text(text)
+        return True
+
+    def keys(self, name: str) -> Any:
+        """The keys of a ScopePeer; none where its agent never came."""
+        found = asyncio.run(self.east.plane.request("GET", f"{PEERS}/{name}"))
+        return found.get("status", {}).get("keys")
+
+    def until(self, done: Callable[[], Any], *logs: Path) -> None:
+        """Return once that is true; show the ends of the logs when it never is."""
+        deadline = time.monotonic() + 60.0
+        while not done():
+            assert time.monotonic() < deadline, "\n".join(tail(log) for log in (self.operator_log, *logs))
+            time.sleep(5 * POLL_S)
+
+
+@pytest.fixture(scope="module")
+def lab_pair() -> Iterator[LabPair]:
+    """Both clusters; the western one has not joined yet, and its agent waits."""
+    with Lab(delay_ms=5, private=PRIVATE) as lab, Pinger() as pinger:
+        east = LabCluster(lab.server("east"))
+        east.apply(mesh_document("home"))
+        server = lab.server("west")
+        east.introduce(server)
+        west = ControlPlane(host=server)
+        try:
+            asyncio.run(install(west))
+            machines = [
+                lab.site("open", nat=Nat.NONE).machine("e-1"),
+                lab.site("office", nat=Nat.PORT_RESTRICTED).machine("w-1"),
+            ]
+            first, second = [Member(each, mesh="home", registry=east) for each in machines]
+            pair = LabPair(east, west, server, (first, second), pinger)
+            first.run(*east.add_node(machines[0]))
+            asyncio.run(east.plane.create_node("e-2"))
+            (pair.mounted / "token").write_text(asyncio.run(agents_token(west, "w-1")))
+            second.run(*pair.western("w-1"))
+            yield pair
+            for member in pair.members:
+                member.hang_up()
+        finally:
+            west.close()
+
+
+async def install(west: ControlPlane) -> None:
+    await west.start()
+    await west.apply(*(MANIFESTS / f"{name}.yaml" for name in JOINING))
+    for node in ("w-1", "w-2"):
+        await west.create_node(node)
+
+
+async def agents_token(west: ControlPlane, node: str) -> str:
+    return await west.token("scope-agent", namespace=NAMESPACE, node=node, audience="scope-gateway")
+
+
+def test_agents_of_both_clusters_ping_each_other(lab_pair: LabPair) -> None:
+    east, west = lab_pair.members
+    lab_pair.until(lambda: "node.no_gateway" in west.log.read_text(), west.log)
+    lab_pair.join_west()
+    lab_pair.until(lab_pair.mount, west.log)
+    for member, other in ((east, "home.west.w-1"), (west, "home.default.e-1")):
+        lab_pair.until(partial(reaches, member, other), east.log, west.log)
+    addresses = [status.address for member in (east, west) if (status := member.status()) is not None]
+    assert len(addresses) == 2 and all(addresses)
+    flows = [
+        lab_pair.pinger.flow(east.machine, str(addresses[1])),
+        lab_pair.pinger.flow(west.machine, str(addresses[0])),
+    ]
+    lab_pair.until(lambda: all(flow.first for flow in flows), east.log, west.log)
+
+
+def reaches(member: Member, name: str) -> bool:
+    """Whether an agent has a direct path to a peer."""
+    status = member.status()
+    reach = status.peers.get(name) if status is not None else None
+    return reach is not None and reach.is_direct
+
+
+def test_an_agent_with_the_token_of_another_node_is_refused_in_both_clusters(lab_pair: LabPair) -> None:
+    east, west = (member.machine for member in lab_pair.members)
+    # The tokens of e-1 and w-1, in the hands of agents that say that they are those of e-2 and w-2.
+    eastern = ["--kubernetes", "--node", "e-2", "--cluster", "default", "--namespace", NAMESPACE]
+    eastern += ["--api-server", lab_pair.east.plane.url, "--service-account", str(east.directory / "account")]
+    for machine, arguments, name, sentence in (
+        (east, eastern, "home.default.e-2", "may write only the ScopePeers of its own Node"),
+        (west, lab_pair.western("w-2"), "home.west.w-2", "a peer writes its own status alone"),
+    ):
+        log = run_impostor(machine, arguments)
+        lab_pair.until(partial(says, log, sentence), log)
+        assert lab_pair.keys(name) is None
+
+
+def run_impostor(machine: Machine, arguments: list[str]) -> Path:
+    """Run a second agent on a machine, with files of its own: its log."""
+    own, log = machine.directory / "impostor", machine.directory / "impostor.log"
+    apart = ["--state", str(own), "--run-dir", str(own / "run")]
+    with log.open("w") as output:
+        machine.popen([program("scope-agent"), "run", *arguments, *apart], stdout=output, stderr=output)
+    return log
+
+
+def says(log: Path, sentence: str) -> bool:
+    """Whether a program said that."""
+    return sentence in log.read_text()

@@ -15,13 +15,21 @@ from scope_operator.kube import joined
 from scope_operator.kube.joined import JoinedConfig, JoinedOperator, Membership, read_secret
 from scope_operator.kube.report import Report
 
-from scope.model import AgentTokens, ConfigError, Secret
+from scope.model import AgentTokens, ConfigError, PublicKey, Secret
 from scope.registry.port import NotFound, Refused, Unavailable
 from scope.resources import tokens_to_dict
 from tests.unit.cluster_fixture import ACCOUNT, ISSUER, ApiServer, JoiningCluster
 
 SEED = bytes(range(32))
-JOINED = {"url": "https://east:7443", "pin": None, "mesh": "home", "registry": "r", "tokenID": "tk-1"}
+REGISTRY_KEY = PublicKey(bytes(range(1, 33)))
+JOINED = {
+    "url": "https://east:7443",
+    "pin": None,
+    "mesh": "home",
+    "registry": "r",
+    "registryKey": str(REGISTRY_KEY),
+    "tokenID": "tk-1",
+}
 OLD, NEW = ApiServer(1, "old"), ApiServer(2, "new", None)
 
 
@@ -41,7 +49,7 @@ def test_a_secret_without_a_join_has_the_key_alone() -> None:
 
 def test_a_secret_after_a_join_says_where() -> None:
     signing, membership = read_secret(secret(**{"joined.json": encoded(JOINED)}))
-    assert membership == Membership("https://east:7443", None, "home", "r", "tk-1", signing)
+    assert membership == Membership("https://east:7443", None, "home", "r", REGISTRY_KEY, "tk-1", signing)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +63,7 @@ def test_a_secret_after_a_join_says_where() -> None:
         secret(**{"joined.json": encoded(b"{")}),
         secret(**{"joined.json": encoded([])}),
         secret(**{"joined.json": encoded({**JOINED, "pin": 7})}),
+        secret(**{"joined.json": encoded({**JOINED, "registryKey": "short"})}),
         secret(**{"joined.json": encoded({"url": "https://east:7443"})}),
     ],
 )
@@ -186,4 +195,4 @@ def test_a_replica_that_waits_is_ready_and_one_that_joins_is_not_yet(tmp_path: P
 
 
 def test_a_membership_shows_no_key() -> None:
-    assert SEED.hex() not in repr(Membership("u", None, "home", "r", "t", Secret(SEED)))
+    assert SEED.hex() not in repr(Membership("u", None, "home", "r", REGISTRY_KEY, "t", Secret(SEED)))

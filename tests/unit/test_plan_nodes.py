@@ -9,13 +9,11 @@ from ipaddress import IPv4Network
 from scope_operator.plan.nodes import (
     CONFIRM,
     HOLD,
-    MAX_NAME,
     Node,
     NodeDeleted,
     NodePeers,
     NodePut,
     NodesListed,
-    peer_name,
 )
 from scope_operator.plan.planner import (
     MESH_INTERVAL,
@@ -41,6 +39,7 @@ from scope.model import (
     Peer,
     PeerSpec,
 )
+from scope.names import MAX_NAME, peer_name
 from scope.registry.memory import Create, Delete, Store, Update, UpdateStatus
 from scope.registry.port import AlreadyExists, Conflict, Deleted, NotFound
 from tests.unit.registry_conformance import MESH

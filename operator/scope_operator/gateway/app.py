@@ -32,6 +32,7 @@ from scope.model import (
     Revision,
     StatusPart,
 )
+from scope.names import peer_name
 from scope.projection import projected
 from scope.registry.http import AGENT, AGENT_VIEW, API, OPERATOR, REGISTRY_HEADER
 from scope.registry.port import Conflict, Listed, NotFound, Registry, RegistryError
@@ -50,7 +51,6 @@ from scope_operator.gateway.errors import Refusal, refusal_of
 from scope_operator.gateway.feed import Feed, Stream, owner_of_cluster
 from scope_operator.gateway.joining import Joining
 from scope_operator.gateway.limits import Buckets, Limits, source_of
-from scope_operator.plan.nodes import peer_name
 
 log = logging.getLogger(__name__)
 

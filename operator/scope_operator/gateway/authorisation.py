@@ -39,11 +39,11 @@ from scope.model import (
     PublicKey,
     Resource,
 )
+from scope.names import peer_name
 from scope.registry.port import NotFound, Registry
 from scope_operator.clusters import find_cluster, verifying_key
 from scope_operator.gateway.errors import Refusal
 from scope_operator.gateway.feed import removed
-from scope_operator.plan.nodes import peer_name
 
 LEEWAY = (
     5.0  # seconds a clock may be ahead: what an NTP step leaves; a clock that is off more is told the time

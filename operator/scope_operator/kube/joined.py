@@ -6,8 +6,9 @@ question, so whatever is interrupted is asked again with the same key. A join st
 a new invitation: to a registry made anew, or after the cluster was removed.
 
     signing      32-byte seed of the Ed25519 key that signs requests, base64
-    joined.json  {"url", "pin", "mesh", "registry", "tokenID"}, once it has joined
+    joined.json  {"url", "pin", "mesh", "registry", "registryKey", "tokenID"}, once it has joined
 
+What of that the agents need, nothing secret, it writes into the ConfigMap `scope-gateway`.
 What the tokens of the agents are known by is told at the start and looked at every hour, and Nodes are
 watched as at home. No ScopeMesh or ScopePeer is in this cluster.
 """
@@ -31,15 +32,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import quote
 
-from scope import resources
+from scope import gateway_file, resources
 from scope.cluster_enrolment import ClusterEnrolment, cluster_enrolment_to_dict, sign_cluster_enrolment
 from scope.credentials import ClusterCredential, base64url, read_base64url
+from scope.gateway_file import GatewayFile
 from scope.join import JoinString
-from scope.model import AgentTokens, Cluster, ClusterTrust, ConfigError, Secret, ServiceAccount
+from scope.model import AgentTokens, Cluster, ClusterTrust, ConfigError, PublicKey, Secret, ServiceAccount
 from scope.registry.follow import backoff
 from scope.registry.http import HttpRegistry
 from scope.registry.kube.access import Access
-from scope.registry.kube.client import JSON, KubeClient, Object
+from scope.registry.kube.client import APPLY, JSON, KubeClient, Object
 from scope.registry.port import NotFound, Refused, RegistryError, Unavailable
 from scope.resources import InvalidResource
 from scope_operator.gateway.joining import public_half
@@ -53,7 +55,8 @@ from scope_operator.reconcile import ReconcileHealth, Reconciler
 log = logging.getLogger(__name__)
 
 SECRET = "scope-cluster"  # noqa: S105 - its name
-LEASE = "scope-operator"
+CONFIG_MAP = "scope-gateway"
+LEASE = MANAGER = "scope-operator"
 JWKS, DISCOVERY = "/openid/v1/jwks", "/.well-known/openid-configuration"
 KEYS_SECONDS = 3600.0  # between looks at the API server's keys: an old one signs for as long as a token lives
 SWEEP_SECONDS = 300.0  # between lists of everything
@@ -83,6 +86,7 @@ class Membership:
     pin: bytes | None
     mesh: str
     registry: str
+    registry_key: PublicKey
     token_id: str
     signing: Secret
 
@@ -118,6 +122,7 @@ class JoinedOperator:
         """What the leader does."""
         tokens = await _persist(self._tokens)
         membership = await _persist(lambda: self._member(tokens))
+        await _persist(lambda: self._tell_agents(membership))
         credential = ClusterCredential(
             membership.mesh, self._config.cluster, self._uid, membership.registry, membership.signing
         )
@@ -168,8 +173,34 @@ class JoinedOperator:
         async with HttpRegistry(invitation.url, pin=invitation.pin, credential=None) as gateway:
             answer = await gateway.join_cluster(cluster_enrolment_to_dict(request))
         return Membership(
-            invitation.url, invitation.pin, invitation.mesh, answer.registry, invitation.token_id, signing
+            invitation.url,
+            invitation.pin,
+            invitation.mesh,
+            answer.registry,
+            invitation.registry_key,
+            invitation.token_id,
+            signing,
         )
+
+    async def _tell_agents(self, membership: Membership) -> None:
+        """Write where the registry is for the agents of this cluster. Raises Refused, Unavailable."""
+        file = GatewayFile(membership.url, membership.pin, membership.mesh, membership.registry_key)
+        namespace = self._config.namespace
+        document = {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": {"name": CONFIG_MAP, "namespace": namespace},
+            "data": {gateway_file.NAME: file.format()},
+        }
+        path = f"/api/v1/namespaces/{quote(namespace, safe='')}/configmaps/{CONFIG_MAP}"
+        query = {"fieldManager": MANAGER, "force": "true"}
+        try:
+            await self._client.ask("PATCH", path, query=query, body=document, content_type=APPLY)
+        except Refused as error:
+            raise Refused(
+                f"may not write the ConfigMap {CONFIG_MAP}, by which agents find the registry: {error}; "
+                "apply the operator's Role"
+            ) from None
 
     async def _tokens(self) -> AgentTokens:
         """What this cluster's agents are known by. Raises Refused, Unavailable."""
@@ -320,6 +351,7 @@ def read_secret(secret: Mapping[str, Any]) -> tuple[Secret, Membership | None]:
             pin,
             str(joined["mesh"]),
             str(joined["registry"]),
+            PublicKey.parse(str(joined["registryKey"])),
             str(joined["tokenID"]),
             signing,
         )
@@ -350,6 +382,7 @@ async def _keep(client: KubeClient, namespace: str, membership: Membership) -> N
         "pin": None if membership.pin is None else base64url(membership.pin),
         "mesh": membership.mesh,
         "registry": membership.registry,
+        "registryKey": str(membership.registry_key),
         "tokenID": membership.token_id,
     }
     text = base64.b64encode(json.dumps(document).encode()).decode()

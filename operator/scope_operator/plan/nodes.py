@@ -16,13 +16,13 @@ backup, nothing is deleted at all. `now` is monotonic.
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from scope.model import Mesh, Meta, Peer, PeerSpec
+from scope.names import peer_name
 from scope.selectors import selects
 from scope_operator.plan.conditions import PortConflict
 
@@ -30,9 +30,6 @@ FEW = 3  # peers that may always go at once: a small cluster is scaled down by s
 SHARE = 10  # a tenth of a mesh: what a rolling replacement of Nodes takes at a time
 CONFIRM = 30.0  # seconds: an API server that lost its Nodes' store is found out, or repaired, by then
 HOLD = 600.0  # seconds after a restore: kubelets register their Nodes anew within minutes
-
-MAX_NAME = 253  # a DNS subdomain, the longest name that Kubernetes takes
-HASH_LETTERS = 16  # 64 bits: of the names that are cut, no two meet
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,15 +72,6 @@ class NodeDeleted:
 
 
 NodeFact: TypeAlias = NodesListed | NodePut | NodeDeleted
-
-
-def peer_name(mesh: str, cluster: str, node: str) -> str:
-    """The name of a Node's peer; one that would be too long is cut and ends with a hash of the whole."""
-    name = f"{mesh}.{cluster}.{node}"
-    if len(name) <= MAX_NAME:
-        return name
-    digest = hashlib.sha256(name.encode()).hexdigest()[:HASH_LETTERS]
-    return f"{name[: MAX_NAME - len(digest) - 1].rstrip('-.')}.{digest}"
 
 
 class NodePeers:
