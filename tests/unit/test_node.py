@@ -17,9 +17,10 @@ import pytest
 from scope_agent import node as shell
 from scope_agent.inputs import DiskState
 from scope_agent.node import KubeModule, NodeAgent, NodeConfig
-from scope_agent.run import RemovedFromMesh
+from scope_agent.run import HttpModule, RemovedFromMesh
 from scope_agent.state import Enrolment, StateDir, make_identity
 
+from scope.gateway_file import NAME, GatewayFile
 from scope.model import (
     Assignment,
     ConfigError,
@@ -29,12 +30,13 @@ from scope.model import (
     PeerReport,
     PeerSpec,
     PublicKey,
+    Resource,
     Revision,
     Snapshot,
     Tombstone,
 )
 from scope.registry.memory import MemoryRegistry
-from scope.registry.port import Listed
+from scope.registry.port import Listed, PeerRemoved
 from tests.unit.registry_conformance import created
 
 TOMBSTONE = Tombstone("mesh", "peer", PublicKey(bytes(32)), PublicKey(bytes(32)), bytes(64))
@@ -167,7 +169,7 @@ class World:
             state.save(DiskState(Snapshot(own=own), listen_port=20000))
         return enrolment
 
-    def new_agent(self) -> NodeAgent:
+    def new_agent(self, *, gateway: Path | None = None) -> NodeAgent:
         """Its agent."""
         config = NodeConfig(
             node="n1",
@@ -177,13 +179,14 @@ class World:
             run_dir=self.root / "run",
             api_server="https://192.0.2.1",
             service_account=self.root,
+            gateway=gateway,
         )
         return NodeAgent(config)
 
     @asynccontextmanager
-    async def agent(self) -> AsyncIterator[NodeAgent]:
+    async def agent(self, *, gateway: Path | None = None) -> AsyncIterator[NodeAgent]:
         """Its agent, from start to stop."""
-        agent = self.new_agent()
+        agent = self.new_agent(gateway=gateway)
         running = asyncio.ensure_future(agent.run())
         try:
             yield agent
@@ -427,3 +430,140 @@ def test_importing_the_agent_of_a_node_loads_no_client() -> None:
     code = f"import sys, scope_agent.node; print([name for name in {late!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# --- where the registry is elsewhere ------------------------------------------------------------------------
+
+GATEWAY = GatewayFile("https://east:7443", None, "home", PublicKey(bytes([7]) * 32))
+
+
+class Gateway(Cluster):
+    """A gateway: one ScopePeer is asked for; `removed` is what it says of one that was removed on purpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.removed = False
+        self.asked = 0
+
+    async def get(self, kind: Kind, name: str) -> Resource:
+        self.asked += 1
+        if self.removed:
+            raise PeerRemoved("it was removed")
+        return await super().get(kind, name)
+
+
+class Joined(World):
+    """A Node whose cluster joined a mesh elsewhere, and what its kubelet brought."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.registry: Gateway = Gateway()
+        self.mounted = root / "gateway"
+        self.mounted.mkdir()
+
+    def mount(self, gateway: GatewayFile = GATEWAY) -> None:
+        """Bring the file."""
+        (self.mounted / NAME).write_text(gateway.format())
+
+    async def asked(self, times: int) -> None:
+        """Return once the gateway was asked so often from now on."""
+        before = self.registry.asked
+        await until(lambda: self.registry.asked >= before + times)
+
+
+def joined(root: Path, monkeypatch: pytest.MonkeyPatch, body: Callable[[Joined], Awaitable[None]]) -> None:
+    """Run `body` in a joined cluster, whose own API server nobody can ask."""
+    world = Joined(root)
+    module = HttpModule(stands_for(world.registry), stands_for(None), stands_for(None))
+    monkeypatch.setattr(shell, "import_http", lambda: module)
+    monkeypatch.setattr(shell, "ASK_AGAIN", 0.01)
+
+    async def run() -> None:
+        async with asyncio.timeout(10):
+            await body(world)
+
+    asyncio.run(run())
+
+
+def test_a_node_of_a_joined_cluster_waits_for_its_gateway_and_its_peer_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+
+    async def body(world: Joined) -> None:
+        async with world.agent(gateway=world.mounted):
+            await until(lambda: "node.no_gateway" in caplog.text)
+            world.mount()
+            await world.asked(3)
+            assert caplog.text.count("node.no_peer") == 1
+            peer = await world.peer("home")
+            await until(lambda: "home" in FakeRunner.running)
+            assert FakeRunner.running["home"].registry_key == GATEWAY.registry_key
+            assert FakeRunner.running["home"].peer_uid == peer.meta.uid
+            keys = (await world.report_of(peer.meta.name)).keys
+            assert keys == FakeRunner.running["home"].identity.public
+
+    joined(tmp_path, monkeypatch, body)
+
+
+def test_a_gateway_that_knows_no_peer_any_more_is_believed_late_and_one_that_says_removed_soon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(world: Joined) -> None:
+        world.mount()
+        peer = await world.peer("home")
+        async with world.agent(gateway=world.mounted):
+            await until(lambda: "home" in FakeRunner.running)
+            await world.registry.delete(Kind.PEER, peer.meta.name, uid=peer.meta.uid)
+            await world.asked(1)
+            await asyncio.sleep(2 * shell.SECOND_LIST_AFTER)
+            await world.asked(2)
+            assert "home" in FakeRunner.running
+            world.registry.removed = True
+            await until(lambda: not world.state("home").is_enrolled())
+            assert FakeDevice.deleted == ["scope0"]
+
+    joined(tmp_path, monkeypatch, body)
+
+
+def test_a_mesh_that_the_gateway_does_not_serve_is_left_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shell, "RESTORE_PATIENCE", 0.05)
+
+    async def body(world: Joined) -> None:
+        world.mount()
+        world.enrol("before")
+        await world.peer("home")
+        async with world.agent(gateway=world.mounted):
+            await until(lambda: FakeRunner.running.keys() == {"before", "home"})
+            await until(lambda: FakeRunner.running.keys() == {"home"})
+
+    joined(tmp_path, monkeypatch, body)
+
+
+def test_a_peer_that_was_made_anew_is_run_although_the_one_before_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(world: Joined) -> None:
+        world.mount()
+        FakeRunner.failures.append(RemovedFromMesh("it was"))
+        await world.peer("home")
+        async with world.agent(gateway=world.mounted):
+            await until(lambda: not FakeRunner.failures and "home" in FakeRunner.running)
+
+    joined(tmp_path, monkeypatch, body)
+
+
+def test_an_agent_ends_when_another_gateway_is_named_so_that_it_starts_with_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(world: Joined) -> None:
+        world.mount()
+        agent = world.new_agent(gateway=world.mounted)
+        running = asyncio.ensure_future(agent.run())
+        await world.asked(1)
+        world.mount(replace(GATEWAY, url="https://elsewhere:7443"))
+        await running
+
+    joined(tmp_path, monkeypatch, body)
