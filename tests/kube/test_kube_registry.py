@@ -307,6 +307,23 @@ def test_a_silent_watch_is_opened_anew_without_a_list_of_everything(control_plan
     asyncio.run(run())
 
 
+def test_a_watch_ends_as_lost_when_our_own_network_has_changed(control_plane: ControlPlane) -> None:
+    async def body(registry: KubeRegistry) -> None:
+        listed = await registry.list(Kind.PEER)
+        changes = registry.watch(Kind.PEER, listed.revision)
+        first = asyncio.ensure_future(anext(changes))
+        made = await created(registry, bare(1))
+        assert resource_of(await first) == made  # it is open, and read
+        second = asyncio.ensure_future(anext(changes))
+        await asyncio.sleep(0)
+        await registry.reconnect()
+        with pytest.raises(Unavailable):
+            await second
+        assert (await registry.list(Kind.PEER)).resources == (made,)
+
+    on(control_plane, body)
+
+
 def test_a_frozen_server_is_lost_and_found_again(own_control_plane: Callable[..., ControlPlane]) -> None:
     plane = own_control_plane()
     facts: list[Fact] = []

@@ -61,6 +61,7 @@ class KubeClient:
         self._access = access
         self._silence = silence
         self._session: aiohttp.ClientSession | None = None
+        self._answers: set[aiohttp.ClientResponse] = set()  # that are being read
         self._closed = False
 
     async def __aenter__(self) -> KubeClient:
@@ -87,6 +88,8 @@ class KubeClient:
     async def reconnect(self) -> None:
         """End every connection and make new ones from now on: our network, or an authority, has changed."""
         session, self._session = self._session, None
+        for answer in self._answers:  # aiohttp forgets who reads what it aborts: he would wait for ever
+            answer.content.set_exception(aiohttp.ClientConnectionError("it is connected to anew"))
         if session is not None:
             await session.close()
             await asyncio.sleep(0)  # what was aborted is closed in the loop's next round
@@ -165,7 +168,11 @@ class KubeClient:
                 allow_redirects=False,
                 server_hostname=self._access.server_name,
             ) as response:
-                yield response
+                self._answers.add(response)
+                try:
+                    yield response
+                finally:
+                    self._answers.discard(response)
         except aiohttp.SocketTimeoutError as error:
             if is_watch and not isinstance(error, aiohttp.ConnectionTimeoutError):
                 raise Silent from None
