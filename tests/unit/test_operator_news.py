@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from scope_operator.kube.news import SHOWN, KeysSeen, News, news_of, together
-from scope_operator.plan.planner import Action, CreatePeer, DeletePeer, Why, WriteAssignment, WriteMeshStatus
+from scope_operator.plan.planner import CreatePeer, DeletePeer, Why, Write, WriteAssignment, WriteMeshStatus
 from scope_operator.reconcile import Done
 
 from scope.model import Assignment, Condition, Mesh, Meta, Peer, PeerReport, PeerSpec, Revision
@@ -19,11 +19,11 @@ NODE_PEER = Peer(
 GIVEN = Assignment(online=True)
 
 
-def told(action: Action) -> tuple[News, ...]:
+def told(action: Write) -> tuple[News, ...]:
     return news_of(Done(action, None, None, 0.0))
 
 
-def reasons(action: Action) -> list[str]:
+def reasons(action: Write) -> list[str]:
     return [each.reason for each in told(action)]
 
 
