@@ -363,6 +363,8 @@ class NodeAgent:
                     await Runner(ours, state.load_enrolment(), connect=connect).run()
             except RemovedFromMesh as error:
                 log.warning("mesh.removed mesh=%s reason=%s", mesh, error)
+                if self._elsewhere is not None:
+                    self._elsewhere.ask_now()  # the peer may be there anew already, as its Node is
                 return
             except ConfigError as error:
                 log.error("mesh.stopped mesh=%s error=%s", mesh, error)  # noqa: TRY400 - it is a sentence
@@ -439,6 +441,11 @@ class _Elsewhere:
         self._directory = directory
         self._finding: asyncio.Task[GatewayFile] | None = None
         self._registry: HttpRegistry | None = None
+        self._hurry = asyncio.Event()
+
+    def ask_now(self) -> None:
+        """Let `own_peers` ask before its interval is over."""
+        self._hurry.set()
 
     async def own_peers(self) -> AsyncIterator[Peer | NotFound | PeerRemoved]:
         """What the gateway says of our ScopePeer, again and again; ends once another gateway is named."""
@@ -467,7 +474,10 @@ class _Elsewhere:
                 failures, said = 0, ""
                 if isinstance(found, Peer):
                     yield found
-            await asyncio.sleep(delay)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await self._hurry.wait()
+            self._hurry.clear()
         log.warning("node.gateway_changed: starting anew with the one that the cluster's operator names now")
 
     async def connect(self, mesh: str) -> HttpRegistry:

@@ -263,7 +263,12 @@ class LabPair:
 
     def keys(self, name: str) -> Any:
         """The keys of a ScopePeer; none where its agent never came."""
-        found = asyncio.run(self.east.plane.request("GET", f"{PEERS}/{name}"))
+        try:
+            found = asyncio.run(self.east.plane.request("GET", f"{PEERS}/{name}"))
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            return None
         return found.get("status", {}).get("keys")
 
     def until(self, done: Callable[[], Any], *logs: Path) -> None:
@@ -327,6 +332,16 @@ def test_agents_of_both_clusters_ping_each_other(lab_pair: LabPair) -> None:
         lab_pair.pinger.flow(west.machine, str(addresses[0])),
     ]
     lab_pair.until(lambda: all(flow.first for flow in flows), east.log, west.log)
+
+    # A ScopePeer that was deleted by hand is made again, and its agent is the peer that it was.
+    path, before = f"{PEERS}/home.west.w-1", lab_pair.keys("home.west.w-1")
+    asyncio.run(lab_pair.east.plane.request("DELETE", path))
+    lab_pair.until(lambda: says(west.log, "mesh.removed mesh=home"), west.log)
+    lab_pair.until(lambda: lab_pair.keys("home.west.w-1") == before, west.log)
+    for flow in flows:
+        lab_pair.pinger.restart(flow)
+    lab_pair.until(lambda: all(flow.first for flow in flows), east.log, west.log)
+    lab_pair.until(lambda: (status := west.status()) and status.address == addresses[1], west.log)
 
 
 def reaches(member: Member, name: str) -> bool:

@@ -17,6 +17,7 @@ import pytest
 from scope_agent import node as shell
 from scope_agent.inputs import DiskState
 from scope_agent.node import KubeModule, NodeAgent, NodeConfig
+from scope_agent.run import Gateway as Courier
 from scope_agent.run import HttpModule, RemovedFromMesh
 from scope_agent.state import Enrolment, StateDir, make_identity
 
@@ -35,6 +36,8 @@ from scope.model import (
     Snapshot,
     Tombstone,
 )
+from scope.registry.http import HttpRegistry
+from scope.registry.kube.registry import KubeRegistry
 from scope.registry.memory import MemoryRegistry
 from scope.registry.port import Listed, PeerRemoved
 from tests.unit.registry_conformance import created
@@ -483,6 +486,11 @@ def joined(root: Path, monkeypatch: pytest.MonkeyPatch, body: Callable[[Joined],
             await body(world)
 
     asyncio.run(run())
+
+
+def test_a_gateway_brings_datagrams_and_an_api_server_does_not() -> None:
+    assert isinstance(HttpRegistry(GATEWAY.url, pin=None, credential=None), Courier)
+    assert not issubclass(KubeRegistry, Courier)
 
 
 def test_a_node_of_a_joined_cluster_waits_for_its_gateway_and_its_peer_and_says_so_once(
