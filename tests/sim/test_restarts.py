@@ -180,7 +180,8 @@ def _size(machine: Machine) -> dict[str, int]:
             for inner in names:
                 count(f"{name}.{inner}", getattr(value, inner, None), depth + 1)
 
-    for name in ("_paths", "_membership", "_channel", "_sessions", "_allowance", "_origins", "_passed"):
+    rooms = ("_paths", "_membership", "_channel", "_carrying", "_reporting")
+    for name in (*rooms, "_sessions", "_origins", "_passed", "_backlog", "_touched"):
         count(name, getattr(machine.agent, name), 0)
     # A ping's trace and a moved appointment come and go; what matters is that they are few.
     assert all(n <= 200 for n in found.values()), found
