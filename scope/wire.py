@@ -26,7 +26,7 @@ A message is one byte of type and then:
     3 Nominate     sequence u32, there endpoint, here endpoint
     4 Nominated    sequence u32
     5 CallMeMaybe  count u8, then for each candidate: kind u8, endpoint;
-                   count u8, then that many opened endpoints (absent: none)
+                   count u8, then that many opened endpoints (earlier releases: nothing)
     6 Forward      to 32 bytes, length u16, datagram
     7 Forwarded    sender 32 bytes, length u16, datagram
     8 Removed      mesh uid, peer uid (each: length u8, UTF-8), key 32, signer 32, signature 64
@@ -255,8 +255,6 @@ def encode_message(message: Message) -> bytes:
                 raise ValueError(f"at most {MAX_CANDIDATES} opened endpoints, not {len(message.opened)}")
             listed = b"".join(map(_encode_candidate, message.candidates))
             body = bytes((_Type.CALL_ME_MAYBE, len(message.candidates))) + listed
-            if not message.opened:
-                return body
             return body + bytes((len(message.opened),)) + b"".join(map(_encode_endpoint, message.opened))
         case Forward():
             return _encode_forward(_Type.FORWARD, message.to, message.datagram)

@@ -57,7 +57,7 @@ def check_body(body: bytes) -> Message | None:
     except WireError:
         return None
     encoded = encode_message(message)
-    assert len(encoded) <= len(body)
+    assert len(encoded) <= len(body) + 1  # a call of an earlier release does not count what it opened
     assert decode_message(encoded) == message
     if isinstance(message, Forward):
         assert len(message.datagram) <= MAX_FORWARDED

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from scope import wire
@@ -79,6 +79,7 @@ def test_every_message_comes_back_from_its_bytes(message: Message) -> None:
     assert decode_message(body) == message
 
 
+@example(CallMeMaybe(()), b"\x01")
 @given(messages, st.binary(max_size=40))
 def test_fields_that_a_later_release_appends_are_ignored(message: Message, appended: bytes) -> None:
     assert decode_message(encode_message(message) + appended) == message
@@ -115,7 +116,7 @@ def test_any_bytes_are_a_message_or_a_wire_error(body: bytes) -> None:
         (Nominated(9), "04 00000009"),
         (
             CallMeMaybe((Candidate(HERE, CandidateKind.MAPPED),)),
-            "05 01 05 00000000000000000000ffffc0000207 ca6c",
+            "05 01 05 00000000000000000000ffffc0000207 ca6c 00",
         ),
         (
             CallMeMaybe((Candidate(HERE, CandidateKind.MAPPED),), opened=(THERE,)),
