@@ -60,6 +60,7 @@ ATTEMPTS = 5  # at a write that names no revision and meets other writers
 # A watch that ends earlier than the server was asked to end it was cut short; one that ends at once would be
 # opened again and again.
 CUT_SECONDS, AT_ONCE_SECONDS = WATCH_SECONDS[0] - 10.0, 1.0
+OWNER_SECONDS = 1.0  # peers that are created together ask for their mesh once a second, not one by one
 IDENTITY = "/api/v1/namespaces/kube-system"
 
 STATUS_PARTS: Mapping[Kind, tuple[type[StatusPart], ...]] = {
@@ -101,6 +102,7 @@ class KubeRegistry:
         self._now = now
         self._leases = leases if leases is not None else Leases(client, namespace, now=now)
         self._seen: dict[Kind, int] = {}  # the newest revision that a list or watch of ours told
+        self._owners: dict[str, tuple[float, Object]] = {}  # mesh -> when it was read, its owner reference
         self._beating: dict[str, tuple[str, str]] = {}  # peer -> (uid, Lease): whose heartbeat we are
 
     @property
@@ -321,11 +323,18 @@ class KubeRegistry:
         """The mesh that a peer goes with; None where there is none to go with."""
         if not isinstance(resource, Peer):
             return None
+        name = resource.spec.mesh
+        read_at, owner = self._owners.get(name, (float("-inf"), {}))
+        if self._now() - read_at < OWNER_SECONDS:
+            return owner
+        self._owners.pop(name, None)
         try:
-            mesh = await self.get(Kind.MESH, resource.spec.mesh)
+            mesh = await self.get(Kind.MESH, name)
         except NotFound:
             return None
-        return owner_reference(Kind.MESH, mesh.meta.name, mesh.meta.uid)
+        owner = owner_reference(Kind.MESH, name, mesh.meta.uid)
+        self._owners[name] = self._now(), owner
+        return owner
 
     def _fact(self, kind: Kind, event: Object, *, registry_id: str) -> tuple[int, Put | Deleted | None]:
         """The revision of a watch event, and the change; None for a bookmark or what cannot be read."""
