@@ -263,6 +263,36 @@ class LabelSelector:
     match_expressions: tuple[Requirement, ...] = ()
 
 
+class HubMode(enum.StrEnum):
+    """Who says which peers are hubs."""
+
+    DECLARED = "Declared"  # the user
+    AUTO = "Auto"  # the registry, among the peers that can be reached by all
+
+
+@dataclass(frozen=True, slots=True)
+class RelayLimits:
+    """Bytes per second that a hub relays for one pair, both ways together, and in all; 0: no limit."""
+
+    pair: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Hubs:
+    """Which peers relay for others, and how.
+
+    `names` are ScopePeers, `selector` means Nodes; either makes hubs of whom it means. A peer whose spec says
+    Hub is one too, and one whose spec says Edge is none, whatever stands here.
+    """
+
+    mode: HubMode = HubMode.DECLARED
+    names: tuple[str, ...] = ()
+    selector: LabelSelector | None = None  # None: no Node by its labels
+    ports: tuple[int, int] = (26000, 26255)  # UDP, first and last, where hubs are reached by relayed peers
+    limits: RelayLimits = RelayLimits()
+
+
 @dataclass(frozen=True, slots=True)
 class MeshSpec:
     """What the user asks of a mesh."""
@@ -274,6 +304,7 @@ class MeshSpec:
     mtu: int | None = None  # None: Auto, the underlay's MTU less WireGuard's 80 bytes
     peer_expiry: float = 30 * 86400.0
     node_selector: LabelSelector = LabelSelector()  # which Kubernetes Nodes are peers: all, unless it says
+    hubs: Hubs = Hubs()
 
 
 @dataclass(frozen=True, slots=True)
@@ -363,6 +394,15 @@ class Cluster:
 
 
 @dataclass(frozen=True, slots=True)
+class HubChoice:
+    """Whether a peer is a hub, and why or why not, in words."""
+
+    peer: str  # name of the ScopePeer
+    chosen: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class MeshStatus:
     """What the registry says of a mesh."""
 
@@ -372,6 +412,7 @@ class MeshStatus:
     conditions: tuple[Condition, ...] = ()
     observed_generation: int = 0
     clusters: tuple[Cluster, ...] = ()  # each name once
+    hubs: tuple[HubChoice, ...] = ()  # by name; hubs first, then candidates that were not chosen; bounded
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,6 +460,26 @@ class Link:
     observed: Endpoint | None = None  # where it was seen to send from, when it does not publish that itself
     latency: float | None = None  # round trip, seconds
     reason: str = ""  # why not direct
+    hub: str = ""  # name of the ScopePeer that relays
+    user_space: bool = False  # what relays is a process on the hub, not its kernel
+
+
+class Forwarding(enum.StrEnum):
+    """What forwards on a hub."""
+
+    KERNEL = "Kernel"  # rules in its kernel; a process for what these cannot
+    USER_SPACE = "UserSpace"  # a process for everything
+    NONE = "None"
+
+
+@dataclass(frozen=True, slots=True)
+class RelayReport:
+    """What a hub says of its relaying."""
+
+    forwarding: Forwarding
+    pairs: int = 0  # with a grant
+    refused: int = 0  # pairs that got none because no port was left, and asked lately
+    reason: str = ""  # why not in the kernel, or not at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -435,6 +496,7 @@ class PeerReport:
     unreachable: int = 0
     held_addresses: tuple[IPAddress, ...] = ()  # honoured by a rebuilt registry when they are free
     protocol: int = 1  # highest version of the probe protocol that the agent speaks
+    relay: RelayReport | None = None  # of a hub
 
 
 @dataclass(frozen=True, slots=True)

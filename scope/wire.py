@@ -16,8 +16,8 @@ sealed body and its tag of 16 bytes (`scope.channel` seals and opens them):
       48+n     16  tag
 
 The magic, version, type and length stay where they are in every version. Read as little-endian number the
-magic is none of WireGuard's types 1 to 4, and its first two bits are not those of STUN. The magic "SCoh" is
-kept for datagrams that end at a hub.
+magic is none of WireGuard's types 1 to 4, and its first two bits are not those of STUN. The magic "SCok" is
+a knock's (`scope.relay`), "SCoh" is kept for datagrams that end at a hub.
 
 A message is one byte of type and then:
 
@@ -30,11 +30,14 @@ A message is one byte of type and then:
     6 Forward      to 32 bytes, length u16, datagram
     7 Forwarded    sender 32 bytes, length u16, datagram
     8 Removed      mesh uid, peer uid (each: length u8, UTF-8), key 32, signer 32, signature 64
+    9 AskRelay     peer 32, 15 bytes of zeros
+   10 Granted      peer 32, token 8, port u16, lifetime u32, user space u8
+   11 Refused      peer 32, reason u8
 
     endpoint       address 16 bytes (IPv4 as ::ffff:a.b.c.d), port u16: 18 bytes
 
 Bytes after the last field are ignored, so that a later release may append fields; everything else is
-strict. The zeros of a Ping make it as long as the Pong that answers it.
+strict. The zeros of a Ping and of an AskRelay make them as long as the longest answer.
 """
 
 from __future__ import annotations
@@ -55,6 +58,7 @@ KEY_ID_BYTES = 8
 TICKET_BYTES = 12  # 2**32 associations of one pair repeat a ticket with a chance of 2**-33
 TAG_BYTES = 16
 SIGNATURE_BYTES = 64
+TOKEN_BYTES = 8  # of a relay's grant: what a rule of the hub's kernel can look up
 MAX_UID_BYTES = 63  # a UUID takes 36; 63 is what a Kubernetes label value may hold
 NO_TICKET = bytes(TICKET_BYTES)
 
@@ -148,7 +152,57 @@ class Removed:
     tombstone: Tombstone
 
 
-Message: TypeAlias = Ping | Pong | Nominate | Nominated | CallMeMaybe | Forward | Forwarded | Removed
+@dataclass(frozen=True, slots=True)
+class AskRelay:
+    """Ask a hub to relay between the asker and the peer with WireGuard key `peer`, or to go on doing so."""
+
+    peer: PublicKey
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A hub relays between the receiver and `peer`; said in answer, and unasked to the other side.
+
+    The receiver knocks with `token` at `port` of the hub, and reaches the peer there from then on.
+    """
+
+    peer: PublicKey  # the WireGuard key of the other side
+    token: bytes  # TOKEN_BYTES, the receiver's own
+    port: int  # 1 to 65535, another one for each peer of the receiver
+    lifetime: int  # u32, seconds from now
+    user_space: bool  # the hub's kernel does not forward: a process does
+
+
+class RefusedBecause(enum.IntEnum):
+    """Why a hub does not relay. Numbers are never used again for another reason."""
+
+    NO_HUB = 1  # it is not asked to be one, or not any more
+    UNKNOWN_PEER = 2  # no member of the mesh that the hub knows
+    NO_PORT_LEFT = 3  # the asker or the peer has a grant at every port of the range
+    NO_FORWARDING = 4  # neither its kernel nor its forwarder can
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A hub does not relay between the receiver and `peer`."""
+
+    peer: PublicKey
+    reason: RefusedBecause
+
+
+Message: TypeAlias = (
+    Ping
+    | Pong
+    | Nominate
+    | Nominated
+    | CallMeMaybe
+    | Forward
+    | Forwarded
+    | Removed
+    | AskRelay
+    | Granted
+    | Refused
+)
 
 
 class _Type(enum.IntEnum):
@@ -162,6 +216,9 @@ class _Type(enum.IntEnum):
     FORWARD = 6
     FORWARDED = 7
     REMOVED = 8
+    ASK_RELAY = 9
+    GRANTED = 10
+    REFUSED = 11
 
 
 class DatagramType(enum.IntEnum):
@@ -262,6 +319,24 @@ def encode_message(message: Message) -> bytes:
             return _encode_forward(_Type.FORWARDED, message.sender, message.datagram)
         case Removed():
             return bytes((_Type.REMOVED,)) + _encode_tombstone(message.tombstone)
+        case AskRelay():
+            return _ASK_RELAY.pack(_Type.ASK_RELAY, message.peer.raw)
+        case Granted():
+            if len(message.token) != TOKEN_BYTES:
+                raise ValueError(f"a token is {TOKEN_BYTES} bytes, not {len(message.token)}")
+            if not 1 <= message.port <= 65535:
+                raise ValueError(f"a port is 1 to 65535, not {message.port}")
+            _require_u32(message.lifetime, "lifetime")
+            return _GRANTED.pack(
+                _Type.GRANTED,
+                message.peer.raw,
+                message.token,
+                message.port,
+                message.lifetime,
+                message.user_space,
+            )
+        case Refused():
+            return _REFUSED.pack(_Type.REFUSED, message.peer.raw, message.reason)
         case _:
             assert_never(message)
 
@@ -308,6 +383,18 @@ def decode_message(body: bytes) -> Message:
                     signature=reader.take(SIGNATURE_BYTES),
                 )
             )
+        case _Type.ASK_RELAY:
+            return AskRelay(reader.key())
+        case _Type.GRANTED:
+            return Granted(
+                reader.key(),
+                token=reader.take(TOKEN_BYTES),
+                port=reader.port(),
+                lifetime=reader.u32(),
+                user_space=reader.flag(),
+            )
+        case _Type.REFUSED:
+            return Refused(reader.key(), _reason(reader.u8()))
         case _:
             raise UnknownMessage(f"no such message type: {number}; its sender may run a later release")
 
@@ -317,6 +404,9 @@ _ENDPOINT = struct.Struct(">16sH")
 _PING = struct.Struct(f">BI?Q{_ENDPOINT.size}x")
 _PONG = struct.Struct(">BI?Q")
 _SEQUENCE = struct.Struct(">BI")
+_GRANTED = struct.Struct(f">B{KEY_BYTES}s{TOKEN_BYTES}sHI?")
+_ASK_RELAY = struct.Struct(f">B{KEY_BYTES}s{_GRANTED.size - 1 - KEY_BYTES}x")
+_REFUSED = struct.Struct(f">B{KEY_BYTES}sB")
 _MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, section 2.5.5.2
 
 _KIND_NUMBERS = {
@@ -328,6 +418,13 @@ _KIND_NUMBERS = {
     CandidateKind.RELAY: 6,
 }
 _KINDS = {number: kind for kind, number in _KIND_NUMBERS.items()}
+
+
+def _reason(number: int) -> RefusedBecause:
+    try:
+        return RefusedBecause(number)
+    except ValueError:
+        raise WireError(f"no such reason to refuse a relay: {number}") from None
 
 
 def _require_u32(value: int, name: str) -> None:
@@ -414,6 +511,12 @@ class _Reader:
 
     def key(self) -> PublicKey:
         return PublicKey(self.take(KEY_BYTES))
+
+    def port(self) -> int:
+        port = int.from_bytes(self.take(2), "big")
+        if port == 0:
+            raise WireError("a port 0")
+        return port
 
     def endpoint(self) -> Endpoint:
         address, port = _ENDPOINT.unpack(self.take(_ENDPOINT.size))

@@ -15,15 +15,19 @@ from scope.wire import (
     MAX_CANDIDATES,
     MAX_DATAGRAM,
     MAX_FORWARDED,
+    AskRelay,
     CallMeMaybe,
     DatagramType,
     Forward,
     Forwarded,
+    Granted,
     Message,
     Nominate,
     Nominated,
     Ping,
     Pong,
+    Refused,
+    RefusedBecause,
     Removed,
     UnknownMessage,
     UnknownVersion,
@@ -69,6 +73,16 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Forward, keys, datagrams),
     st.builds(Forwarded, keys, datagrams),
     st.builds(Removed, st.builds(Tombstone, uids, uids, keys, keys, signatures)),
+    st.builds(AskRelay, keys),
+    st.builds(
+        Granted,
+        keys,
+        token=st.binary(min_size=8, max_size=8),
+        port=st.integers(1, 65535),
+        lifetime=u32,
+        user_space=st.booleans(),
+    ),
+    st.builds(Refused, keys, st.sampled_from(RefusedBecause)),
 )
 
 
@@ -206,7 +220,7 @@ def test_an_unknown_datagram_type_is_refused(number: int) -> None:
         unpack_datagram(data[:5] + bytes((number,)) + data[6:])
 
 
-@pytest.mark.parametrize("number", [0, 9, 255])
+@pytest.mark.parametrize("number", [0, 12, 255])
 def test_an_unknown_message_can_be_counted_apart(number: int) -> None:
     with pytest.raises(UnknownMessage, match=str(number)):
         decode_message(bytes((number,)) + b"later")
