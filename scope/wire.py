@@ -384,7 +384,9 @@ def decode_message(body: bytes) -> Message:
                 )
             )
         case _Type.ASK_RELAY:
-            return AskRelay(reader.key())
+            peer = reader.key()
+            reader.take(_ASK_RELAY_ZEROS)
+            return AskRelay(peer)
         case _Type.GRANTED:
             return Granted(
                 reader.key(),
@@ -405,7 +407,8 @@ _PING = struct.Struct(f">BI?Q{_ENDPOINT.size}x")
 _PONG = struct.Struct(">BI?Q")
 _SEQUENCE = struct.Struct(">BI")
 _GRANTED = struct.Struct(f">B{KEY_BYTES}s{TOKEN_BYTES}sHI?")
-_ASK_RELAY = struct.Struct(f">B{KEY_BYTES}s{_GRANTED.size - 1 - KEY_BYTES}x")
+_ASK_RELAY_ZEROS = _GRANTED.size - 1 - KEY_BYTES
+_ASK_RELAY = struct.Struct(f">B{KEY_BYTES}s{_ASK_RELAY_ZEROS}x")
 _REFUSED = struct.Struct(f">B{KEY_BYTES}sB")
 _MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, section 2.5.5.2
 
