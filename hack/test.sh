@@ -4,21 +4,20 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 hack/setup.sh test
 
-run() { hack/as-root.sh .venv/bin/python -m pytest --durations=10 "$@"; }
+pytest=(hack/as-root.sh .venv/bin/python -m pytest --durations=10)
 if (($#)); then
-    run "$@"
-    exit
+    exec "${pytest[@]}" "$@"
 fi
 
-# The emulated machine of the kernel tests keeps one core busy for minutes and heeds no other: it runs beside the
-# rest, and what it said is shown at the end.
-run tests/kernel >build/test-kernel.log 2>&1 &
-kernel=$!
-trap 'kill "$kernel" 2>/dev/null || true' EXIT
+# Tests against a real API server mostly wait for it, so they run beside the others, and what they said is shown at
+# the end. The emulated machine of the kernel tests keeps the cores busy and heeds no other: it comes last.
+"${pytest[@]}" tests/kube >build/test-kube.log 2>&1 &
+kube=$!
+trap 'kill "$kube" 2>/dev/null || true' EXIT
 failed=0
-run --ignore=tests/kernel || failed=$?
-printf '\n==> The tests in the virtual machine, which ran beside the others:\n'
-wait "$kernel" || failed=$?
+"${pytest[@]}" tests/unit tests/sim tests/netns tests/kernel || failed=$?
+printf '\n==> The tests against a real API server, which ran beside the others (build/test-kube.log):\n'
+wait "$kube" || failed=$?
 trap - EXIT
-cat build/test-kernel.log
+cat build/test-kube.log
 exit "$failed"
