@@ -19,15 +19,14 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from scope.credentials import base64url
 from scope.model import ConfigError, Mesh, Secret
-from scope.registry.kube.client import KubeClient, Object
-from scope.registry.kube.objects import peer_lease
+from scope.registry.kube.client import MERGE, KubeClient, Object
+from scope.registry.kube.objects import peer_lease, secret_path, secrets_path
 from scope.registry.kube.registry import KubeRegistry
 from scope.registry.port import AlreadyExists, NotFound
 from scope_operator.gateway.face import Face, Identity, administrator_document
@@ -36,7 +35,6 @@ from scope_operator.gateway.joining import public_half
 NAME = "scope-gateway"
 TYPE = "scope.ltgc.cc/gateway"
 ADMIN = "admin.json"
-MERGE = "application/merge-patch+json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +103,7 @@ def keys_of(secret: Mapping[str, Any]) -> GatewayKeys:
 async def find_keys(client: KubeClient, *, namespace: str) -> GatewayKeys | None:
     """The gateway's keys; None while there are none. Raises ConfigError, RegistryError."""
     try:
-        return keys_of(await client.ask("GET", _path(namespace, NAME)))
+        return keys_of(await client.ask("GET", secret_path(NAME, namespace)))
     except NotFound:
         return None
 
@@ -127,9 +125,9 @@ async def ensure_keys(
         )
     keys = new_keys(entropy)
     try:
-        await client.ask("POST", _path(namespace), body=secret_of(keys, namespace=namespace))
+        await client.ask("POST", secrets_path(namespace), body=secret_of(keys, namespace=namespace))
     except AlreadyExists:
-        return keys_of(await client.ask("GET", _path(namespace, NAME)))
+        return keys_of(await client.ask("GET", secret_path(NAME, namespace)))
     return keys
 
 
@@ -139,9 +137,11 @@ async def tell_administrator(
     """Let the Secret say where the gateway serves, if it says otherwise. Raises RegistryError."""
     document = administrator_document(face, keys.identity(registry_id), token=keys.token.raw.decode())
     text = base64.b64encode(json.dumps(document, indent=2).encode() + b"\n").decode()
-    stored = await client.ask("GET", _path(namespace, NAME))
+    stored = await client.ask("GET", secret_path(NAME, namespace))
     if (stored.get("data") or {}).get(ADMIN) != text:
-        await client.ask("PATCH", _path(namespace, NAME), body={"data": {ADMIN: text}}, content_type=MERGE)
+        await client.ask(
+            "PATCH", secret_path(NAME, namespace), body={"data": {ADMIN: text}}, content_type=MERGE
+        )
 
 
 class GatewayRegistry(KubeRegistry):
@@ -169,8 +169,3 @@ def _require_own(keys: GatewayKeys, meshes: Iterable[Mesh]) -> None:
                 f"ScopeMesh {mesh.meta.name} names another registry key than the Secret {NAME} holds: "
                 "restore the Secret that belongs to it"
             )
-
-
-def _path(namespace: str, name: str = "") -> str:
-    secrets = f"/api/v1/namespaces/{quote(namespace, safe='')}/secrets"
-    return f"{secrets}/{name}" if name else secrets

@@ -41,7 +41,8 @@ from scope.model import AgentTokens, Cluster, ClusterTrust, ConfigError, PublicK
 from scope.registry.follow import backoff
 from scope.registry.http import HttpRegistry
 from scope.registry.kube.access import Access
-from scope.registry.kube.client import APPLY, JSON, KubeClient, Object
+from scope.registry.kube.client import APPLY, JSON, MERGE, KubeClient, Object
+from scope.registry.kube.objects import secret_path, secrets_path
 from scope.registry.port import NotFound, Refused, RegistryError, Unavailable
 from scope.resources import InvalidResource
 from scope_operator.gateway.joining import public_half
@@ -61,7 +62,6 @@ JWKS, DISCOVERY = "/openid/v1/jwks", "/.well-known/openid-configuration"
 KEYS_SECONDS = 3600.0  # between looks at the API server's keys: an old one signs for as long as a token lives
 SWEEP_SECONDS = 300.0  # between lists of everything
 REWATCH_SECONDS = 1.0
-MERGE = "application/merge-patch+json"
 
 T = TypeVar("T")
 
@@ -330,7 +330,7 @@ def _invitation(file: Path) -> JoinString | None:
 async def _kept(client: KubeClient, namespace: str) -> tuple[Secret | None, Membership | None]:
     """The key and where it joined, as far as there are any. Raises ConfigError, RegistryError."""
     try:
-        secret = await client.ask("GET", _path(namespace, SECRET))
+        secret = await client.ask("GET", secret_path(SECRET, namespace))
     except NotFound:
         return None, None
     return read_secret(secret)
@@ -372,7 +372,7 @@ async def _new_key(client: KubeClient, namespace: str) -> Secret:
         "type": "scope.ltgc.cc/cluster",
         "data": {"signing": text},
     }
-    await client.ask("POST", _path(namespace), body=body)
+    await client.ask("POST", secrets_path(namespace), body=body)
     return signing
 
 
@@ -387,10 +387,5 @@ async def _keep(client: KubeClient, namespace: str, membership: Membership) -> N
     }
     text = base64.b64encode(json.dumps(document).encode()).decode()
     await client.ask(
-        "PATCH", _path(namespace, SECRET), body={"data": {"joined.json": text}}, content_type=MERGE
+        "PATCH", secret_path(SECRET, namespace), body={"data": {"joined.json": text}}, content_type=MERGE
     )
-
-
-def _path(namespace: str, name: str = "") -> str:
-    path = f"/api/v1/namespaces/{quote(namespace, safe='')}/secrets"
-    return f"{path}/{name}" if name else path

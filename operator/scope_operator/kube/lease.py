@@ -18,9 +18,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TypeAlias
-from urllib.parse import quote
 
 from scope.registry.kube.client import KubeClient, Object
+from scope.registry.kube.objects import lease_path, leases_path
 from scope.registry.port import AlreadyExists, Conflict, NotFound, RegistryError
 
 log = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ class Election:
 
     async def _read(self) -> Record | None:
         try:
-            answer = await self._client.ask("GET", self._path(self._name))
+            answer = await self._client.ask("GET", lease_path(self._name, self._namespace))
         except NotFound:
             return None
         return self._taken(answer)
@@ -250,9 +250,9 @@ class Election:
         # Of what is asked for meanwhile, the answer to a later write may come first.
         newest = self._newest()
         if over is None:
-            answer = await self._client.ask("POST", self._path(), body=body)
+            answer = await self._client.ask("POST", leases_path(self._namespace), body=body)
         else:
-            answer = await self._client.ask("PUT", self._path(self._name), body=body)
+            answer = await self._client.ask("PUT", lease_path(self._name, self._namespace), body=body)
         record = self._taken(answer)
         if record.revision < newest:
             self._restored(record.revision, newest)
@@ -268,7 +268,3 @@ class Election:
             lasts=float(spec.get("leaseDurationSeconds") or LASTS),
             revision=revision,
         )
-
-    def _path(self, name: str = "") -> str:
-        leases = f"/apis/coordination.k8s.io/v1/namespaces/{quote(self._namespace, safe='')}/leases"
-        return f"{leases}/{quote(name, safe='')}" if name else leases

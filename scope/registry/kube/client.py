@@ -46,6 +46,7 @@ DENIED = "denied request: "  # what stands before an admission policy's own sent
 
 JSON = "application/json"
 APPLY = "application/apply-patch+yaml"  # server-side apply; JSON is YAML
+MERGE = "application/merge-patch+json"  # what is named is replaced, all else stays
 
 Object = dict[str, Any]
 

@@ -45,7 +45,7 @@ LEASE_SECONDS = 180  # two renewals of 60 s may be lost, and some
 def collection(kind: Kind, namespace: str) -> str:
     """The path of all objects of a kind."""
     if kind is Kind.TOKEN:
-        return f"/api/v1/namespaces/{quote(namespace, safe='')}/secrets"
+        return secrets_path(namespace)
     return f"/apis/{resources.API_VERSION}/{resources.PLURALS[kind]}"
 
 
@@ -53,6 +53,16 @@ def object_path(kind: Kind, name: str, namespace: str) -> str:
     """The path of one object."""
     stored = TOKEN_PREFIX + name if kind is Kind.TOKEN else name
     return f"{collection(kind, namespace)}/{quote(stored, safe='')}"
+
+
+def secret_path(name: str, namespace: str) -> str:
+    """The path of a Secret."""
+    return f"{secrets_path(namespace)}/{quote(name, safe='')}"
+
+
+def secrets_path(namespace: str) -> str:
+    """The path of all Secrets of a namespace."""
+    return f"/api/v1/namespaces/{quote(namespace, safe='')}/secrets"
 
 
 def lease_path(name: str, namespace: str) -> str:
