@@ -22,6 +22,7 @@ import yaml
 from kubelab import APPLY, MERGE, ApiError, ControlPlane
 from scope_operator.kube import __main__ as operator_program
 from scope_operator.kube.cluster import list_nodes
+from scope_operator.plan.nodes import NodePeers
 
 from scope import resources
 from scope.model import (
@@ -502,10 +503,8 @@ def test_the_operators_adapter_does_its_work_with_its_rights(cluster: Cluster) -
             client = await stack.enter_async_context(
                 KubeClient(await from_kubeconfig(cluster.plane.kubeconfig(token=token)))
             )
-            assert {node.name for node in (await list_nodes(client, asked_at=0.0, after=0)).nodes} == {
-                "n1",
-                "n2",
-            }
+            listed = await list_nodes(client, NodePeers(cluster=CLUSTER, uid="any"))
+            assert {node.name for node in listed.nodes} == {"n1", "n2"}
 
     asyncio.run(work())
 

@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from scope_operator.kube import joined
+from scope_operator.kube import joined, lease, replica
+from scope_operator.kube.cluster import NODES
 from scope_operator.kube.joined import JoinedConfig, JoinedOperator, Membership, read_secret
 from scope_operator.kube.report import Report
 
 from scope.model import AgentTokens, ConfigError, PublicKey, Secret
+from scope.registry.memory import MemoryRegistry
 from scope.registry.port import NotFound, Refused, Unavailable
 from scope.resources import tokens_to_dict
 from tests.unit.cluster_fixture import ACCOUNT, ISSUER, ApiServer, JoiningCluster
+from tests.unit.test_gateway import until
 
 SEED = bytes(range(32))
 REGISTRY_KEY = PublicKey(bytes(range(1, 33)))
@@ -141,7 +146,7 @@ def registered(
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joined, "KEYS_SECONDS", 0.0)
-    monkeypatch.setattr(joined, "backoff", lambda failures, *, uniform: 0.0)
+    monkeypatch.setattr(replica, "backoff", lambda failures, *, uniform: 0.0)
 
 
 @pytest.mark.usefixtures("hurried")
@@ -154,6 +159,68 @@ def test_keys_are_told_at_the_start_and_when_they_change(tmp_path: Path) -> None
 def test_keys_are_told_once_whoever_was_away_is_back(tmp_path: Path) -> None:
     told = registered(ApiServerStub(OLD, None, None, NEW), GatewayStub(failures=3), tmp_path, count=2)
     assert [tokens.keys for _, tokens in told] == [(OLD.public,), (NEW.public,)]
+
+
+class RestoredApiServer(ApiServerStub):
+    """An API server with one Node and a Lease, whose revisions a restore sets back."""
+
+    def __init__(self) -> None:
+        super().__init__(OLD)
+        self.revision = 100
+
+    async def ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+        if path == NODES:
+            node = {"metadata": {"name": "n1", "uid": "u1", "resourceVersion": "7"}}
+            return {"metadata": {"resourceVersion": str(self.revision)}, "items": [node]}
+        if "/leases" in path:
+            if method == "GET":
+                raise NotFound("no Lease")
+            self.revision += 1
+            return {"metadata": {"resourceVersion": str(self.revision)}, "spec": options["body"]["spec"]}
+        return await super().ask(method, path)
+
+
+def test_nodes_of_a_joined_cluster_that_is_restored_are_watched_and_listed_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    west = RestoredApiServer()
+    elsewhere = MemoryRegistry(
+        "r", wall=time.time, now=time.monotonic, new_uid=lambda: "u", new_signal=asyncio.Event
+    )
+    watches: list[int] = []  # at which revision each was opened
+
+    async def watching(*_: object, **__: object) -> None:
+        watches.append(west.revision)
+        await asyncio.Event().wait()
+
+    @asynccontextmanager
+    async def gateway(*_: object, **__: object) -> AsyncIterator[MemoryRegistry]:
+        yield elsewhere
+
+    async def nothing(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    async def member(*_: object) -> Membership:
+        return Membership("https://east:7443", None, "home", "r", REGISTRY_KEY, "tk-1", Secret(SEED))
+
+    monkeypatch.setattr(replica, "watch", watching)
+    monkeypatch.setattr(joined, "HttpRegistry", gateway)
+    monkeypatch.setattr(lease, "RENEW", 0.01)
+    monkeypatch.setattr(JoinedOperator, "_register", nothing)
+    monkeypatch.setattr(JoinedOperator, "_member", member)
+    monkeypatch.setattr(JoinedOperator, "_tell_agents", member)
+
+    async def run() -> None:
+        leading = asyncio.create_task(operator(west, tmp_path).lead())
+        async with asyncio.timeout(20):
+            await until(lambda: len(watches) == 1 and west.revision > 110)
+            west.revision = 50
+            await until(lambda: len(watches) == 2)
+        leading.cancel()
+        await asyncio.wait([leading])
+
+    asyncio.run(run())
+    assert watches[1] < 100
 
 
 def test_an_api_server_whose_keys_cannot_be_used_is_refused(tmp_path: Path) -> None:
@@ -190,7 +257,7 @@ def test_a_damaged_join_string_is_refused(tmp_path: Path) -> None:
 def test_a_replica_that_waits_is_ready_and_one_that_joins_is_not_yet(tmp_path: Path) -> None:
     west = operator(ApiServerStub(OLD), tmp_path)
     assert west._health().listed
-    west._election.is_leader = True
+    west._replica.election.is_leader = True
     assert not west._health().listed
 
 

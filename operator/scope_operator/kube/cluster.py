@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from scope.model import ConfigError, Kind
 from scope.registry.kube.client import KubeClient
 from scope.registry.kube.objects import collection
 from scope.registry.port import NotFound, Refused, Unavailable
-from scope_operator.plan.nodes import Node, NodesListed
+from scope_operator.plan.nodes import Node, NodePeers, NodesListed
 
 NODES = "/api/v1/nodes"
 IDENTITY = "/api/v1/namespaces/kube-system"
@@ -26,8 +27,9 @@ def read_node(document: Mapping[str, Any]) -> Node:
     return Node(name, uid, {str(key): str(value) for key, value in labels.items()}, int(str(revision)))
 
 
-async def list_nodes(client: KubeClient, *, asked_at: float, after: int) -> NodesListed:
-    """All Nodes at one revision; `after` is the newest that is known. Raises RegistryError."""
+async def list_nodes(client: KubeClient, known: NodePeers) -> NodesListed:
+    """All Nodes at one revision, to compare with what is `known` now. Raises RegistryError."""
+    asked_at, after = time.monotonic(), known.revision
     query = {"limit": str(PAGE)}
     found: list[Node] = []
     while True:

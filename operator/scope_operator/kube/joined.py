@@ -22,14 +22,12 @@ import json
 import logging
 import random
 import secrets
-import signal
-import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote
 
 from scope import gateway_file, resources
@@ -38,32 +36,26 @@ from scope.credentials import ClusterCredential, base64url, read_base64url
 from scope.gateway_file import GatewayFile
 from scope.join import JoinString
 from scope.model import AgentTokens, Cluster, ClusterTrust, ConfigError, PublicKey, Secret, ServiceAccount
-from scope.registry.follow import backoff
 from scope.registry.http import HttpRegistry
 from scope.registry.kube.access import Access
 from scope.registry.kube.client import APPLY, JSON, MERGE, KubeClient, Object
-from scope.registry.kube.objects import secret_path, secrets_path
-from scope.registry.port import NotFound, Refused, RegistryError, Unavailable
+from scope.registry.kube.objects import OPERATOR, secret_path, secrets_path
+from scope.registry.port import NotFound, Refused, RegistryError
 from scope.resources import InvalidResource
 from scope_operator.gateway.joining import public_half
+from scope_operator.kube import replica
 from scope_operator.kube.cluster import identity, list_nodes
-from scope_operator.kube.lease import Election
-from scope_operator.kube.report import STARTING, Report, site
-from scope_operator.kube.watching import watch
-from scope_operator.plan.nodes import NodePeers, NodesListed
+from scope_operator.kube.replica import Replica, persist
+from scope_operator.kube.report import STARTING, Report
+from scope_operator.plan.nodes import NodePeers
 from scope_operator.reconcile import ReconcileHealth, Reconciler
 
 log = logging.getLogger(__name__)
 
 SECRET = "scope-cluster"  # noqa: S105 - its name
 CONFIG_MAP = "scope-gateway"
-LEASE = MANAGER = "scope-operator"
 JWKS, DISCOVERY = "/openid/v1/jwks", "/.well-known/openid-configuration"
 KEYS_SECONDS = 3600.0  # between looks at the API server's keys: an old one signs for as long as a token lives
-SWEEP_SECONDS = 300.0  # between lists of everything
-REWATCH_SECONDS = 1.0
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,31 +90,25 @@ class JoinedOperator:
         self, client: KubeClient, access: Access, config: JoinedConfig, *, uid: str, report: Report
     ) -> None:
         self._client = client
-        self._access = access
         self._config = config
         self._uid = uid
         self._nodes = NodePeers(cluster=config.cluster, uid=uid)
         self._reconciler: Reconciler | None = None
         self._report = report
-        self._election = Election(
-            client,
-            namespace=config.namespace,
-            name=LEASE,
-            identity=f"{socket.gethostname()}-{secrets.token_hex(4)}",
-            now=time.monotonic,
-            wall=time.time,
+        self._replica = Replica(
+            client, access, namespace=config.namespace, uid=uid, newest=lambda: self._nodes.revision
         )
-        report.watch(health=self._health, is_leader=lambda: self._election.is_leader)
+        report.watch(health=self._health, is_leader=lambda: self._replica.election.is_leader)
 
     async def lead(self) -> None:
         """Keep the peers while elected. Raises LeaseLost, ConfigError, Refused (it may not join)."""
-        await self._election.lead(self._keep)
+        await self._replica.election.lead(self._keep)
 
     async def _keep(self) -> None:
         """What the leader does."""
-        tokens = await _persist(self._tokens)
-        membership = await _persist(lambda: self._member(tokens))
-        await _persist(lambda: self._tell_agents(membership))
+        tokens = await persist(self._tokens)
+        membership = await persist(lambda: self._member(tokens))
+        await persist(lambda: self._tell_agents(membership))
         credential = ClusterCredential(
             membership.mesh, self._config.cluster, self._uid, membership.registry, membership.signing
         )
@@ -134,15 +120,14 @@ class JoinedOperator:
                 wall=time.time,
                 uniform=random.uniform,
                 nodes=self._nodes,
-                list_nodes=self._list_nodes,
+                list_nodes=lambda: list_nodes(self._client, self._nodes),
                 assigns=False,
                 told=self._report.tell,
             )
             self._reconciler = reconciler
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._register(registry, tokens))
-                tasks.create_task(self._watch(reconciler))
-                tasks.create_task(self._sweep(reconciler))
+                tasks.create_task(self._replica.hear(reconciler, kinds=()))
                 tasks.create_task(reconciler.follow())
 
     async def _member(self, tokens: AgentTokens) -> Membership:
@@ -193,7 +178,7 @@ class JoinedOperator:
             "data": {gateway_file.NAME: file.format()},
         }
         path = f"/api/v1/namespaces/{quote(namespace, safe='')}/configmaps/{CONFIG_MAP}"
-        query = {"fieldManager": MANAGER, "force": "true"}
+        query = {"fieldManager": OPERATOR, "force": "true"}
         try:
             await self._client.ask("PATCH", path, query=query, body=document, content_type=APPLY)
         except Refused as error:
@@ -224,93 +209,36 @@ class JoinedOperator:
     async def _register(self, registry: HttpRegistry, tokens: AgentTokens) -> None:
         """Let the gateway know the API server's keys: those of now, and then each change."""
         while True:
-            await _persist(
-                partial(registry.replace_cluster_tokens, self._config.cluster, tokens), always=True
+            await persist(
+                partial(registry.replace_cluster_tokens, self._config.cluster, tokens), through=RegistryError
             )
             log.info("cluster.keys keys=%s", [key.id for key in tokens.keys])
             told = tokens
             while tokens == told:
                 await asyncio.sleep(KEYS_SECONDS)
-                tokens = await _persist(self._tokens, always=True)
-
-    async def _watch(self, reconciler: Reconciler) -> None:
-        relisted = asyncio.Event()
-        catching_up = asyncio.create_task(self._catch_up(reconciler, relisted))
-        try:
-            while True:
-                try:
-                    await watch(
-                        self._access,
-                        registry_id=self._uid,
-                        take=reconciler.take,
-                        relisted=relisted.set,
-                        kinds=(),
-                    )
-                except Exception as error:  # noqa: BLE001 - whatever kopf gives up on, Nodes are watched anew
-                    log.warning("watch.ended reason=%r", error)
-                await asyncio.sleep(REWATCH_SECONDS)
-        finally:
-            catching_up.cancel()
-
-    async def _catch_up(self, reconciler: Reconciler, relisted: asyncio.Event) -> None:
-        """What was deleted before kopf listed, it does not tell: our own list does."""
-        while True:
-            await relisted.wait()
-            await asyncio.sleep(REWATCH_SECONDS)
-            relisted.clear()
-            await _persist(reconciler.list_all, always=True)
-
-    async def _sweep(self, reconciler: Reconciler) -> None:
-        while True:
-            await _persist(reconciler.list_all, always=True)
-            await asyncio.sleep(random.uniform(SWEEP_SECONDS, 2 * SWEEP_SECONDS))  # noqa: S311 - jitter
-
-    async def _list_nodes(self) -> NodesListed:
-        return await list_nodes(self._client, asked_at=time.monotonic(), after=self._nodes.revision)
+                tokens = await persist(self._tokens, through=RegistryError)
 
     def _health(self) -> ReconcileHealth:
         if self._reconciler is not None:
             return self._reconciler.health
         # Who waits for the Lease has nothing to list, and takes over at once.
-        return replace(STARTING, listed=not self._election.is_leader)
+        return replace(STARTING, listed=not self._replica.election.is_leader)
 
 
 async def operate(access: Access, config: JoinedConfig) -> None:
     """Run one replica until SIGTERM or SIGINT. Raises ConfigError, LeaseLost, Refused."""
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    report = Report()
-    pages = site(report.application(), host=config.metrics_address, port=config.metrics_port)
-    async with KubeClient(access) as client, pages as port:
-        log.info("operator.serving cluster=%s metrics_port=%d", config.cluster, port)
-        running = asyncio.create_task(_run(client, access, config, report))
-        stopping = asyncio.create_task(stop.wait())
-        await asyncio.wait((running, stopping), return_when=asyncio.FIRST_COMPLETED)
-        for task in (running, stopping):
-            task.cancel()
-        await asyncio.wait((running, stopping))
-        if not running.cancelled():
-            running.result()
 
+    async def run(client: KubeClient, report: Report) -> None:
+        uid = await persist(lambda: identity(client))
+        await JoinedOperator(client, access, config, uid=uid, report=report).lead()
 
-async def _run(client: KubeClient, access: Access, config: JoinedConfig, report: Report) -> None:
-    uid = await _persist(lambda: identity(client))
-    await JoinedOperator(client, access, config, uid=uid, report=report).lead()
-
-
-async def _persist(ask: Callable[[], Awaitable[T]], *, always: bool = False) -> T:
-    """The answer of a server that may be away for a while; `always`: also of one that refuses for now."""
-    failures = 0
-    while True:
-        try:
-            return await ask()
-        except RegistryError as error:
-            if not always and not isinstance(error, Unavailable):
-                raise
-            failures += 1
-            log.warning("joined.unanswered error=%s", error)
-            await asyncio.sleep(backoff(failures, uniform=random.uniform))
+    await replica.operate(
+        access,
+        cluster=config.cluster,
+        metrics_address=config.metrics_address,
+        metrics_port=config.metrics_port,
+        run=run,
+    )
 
 
 def _invitation(file: Path) -> JoinString | None:
