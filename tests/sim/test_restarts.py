@@ -87,6 +87,32 @@ def test_one_restarted_agent_without_registry_or_reflector_finds_peers_that_run(
     assert world.until(world.is_converged, within=10.0) < 1.5
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_nat_that_moves_while_the_registry_is_gone_is_followed(
+    seed: int,
+) -> None:
+    world = World(seed)
+    home, office = world.site(Nat.PORT_RESTRICTED), world.site(Nat.PORT_RESTRICTED)
+    at_home, away, open_peer = (world.machine(site) for site in (home, office, world.site(Nat.NONE)))
+    for machine in (at_home, away, open_peer):
+        machine.join()
+    world.until(world.is_converged, within=5.0)
+    for machine in (at_home, away):
+        machine.stream(open_peer, rate=10.0, seconds=60.0)
+    at_home.stream(away, rate=10.0, seconds=60.0)
+    world.run(20.0)
+    for box in home.boxes:
+        box.rebind()
+    world.run(8.0)
+    world.registry.go_down()
+    away.crash()
+    world.run(0.3)
+    away.start()
+    for box in home.boxes:
+        box.rebind()
+    assert world.until(world.is_converged, within=20.0) < 8.0
+
+
 def test_two_restored_peers_with_no_echo_get_their_last_good_endpoints_after_a_second() -> None:
     world, (a, b) = _mesh(5)
     for machine in (a, b):

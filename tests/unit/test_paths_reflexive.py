@@ -113,3 +113,38 @@ def test_silent_reflectors_are_said_to_be_silent_and_not_asked_without_end() -> 
     loop.seen = dict.fromkeys(TARGETS, HERE)
     loop.run(REFRESH + 1.0)
     assert loop.machine.silent_since() is None
+
+
+def test_a_mapping_that_moved_is_asked_of_every_reflector_at_once() -> None:
+    loop = _Loop()
+    loop.run(30.0)
+    elsewhere = Endpoint.parse("198.51.100.7:50000")
+    loop.seen = dict.fromkeys(TARGETS, elsewhere)
+    loop.machine.check(loop.now)
+    loop.run(1.0)
+    assert loop.machine.endpoints(loop.now) == {elsewhere}
+    assert loop.mapping("10.0.0.5") is Mapping.ENDPOINT_INDEPENDENT
+
+
+def test_a_refresher_that_falls_silent_makes_us_ask_those_that_answered_lately() -> None:
+    peer = ReflectorTarget(PublicKey(bytes([2] * 32)), Endpoint.parse("203.0.113.9:41641"))
+    loop = _Loop((*TARGETS, peer))
+    loop.run(1.0)
+    elsewhere = Endpoint.parse("198.51.100.7:50000")
+    loop.seen = {TARGETS[0]: None, TARGETS[1]: None, peer: elsewhere}
+    loop.machine.check(loop.now)
+    loop.run(4.0)
+    assert elsewhere in loop.machine.endpoints(loop.now)
+
+
+def test_what_a_silent_reflector_saw_before_is_no_sign_of_a_dependent_mapping() -> None:
+    peer = ReflectorTarget(PublicKey(bytes([2] * 32)), Endpoint.parse("203.0.113.9:41641"))
+    loop = _Loop((TARGETS[0], peer))
+    loop.seen[peer] = None
+    loop.run(30.0)
+    elsewhere = Endpoint.parse("198.51.100.7:50000")
+    loop.seen = {TARGETS[0]: None, peer: elsewhere}
+    loop.machine.check(loop.now)
+    loop.run(4.0)
+    assert loop.machine.endpoints(loop.now) == {elsewhere}
+    assert loop.mapping("10.0.0.5") is Mapping.UNKNOWN

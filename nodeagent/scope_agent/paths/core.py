@@ -283,7 +283,8 @@ class Paths:
         if isinstance(message, Pong) and self._reflexive.answer(
             sender, message.transaction, message.observed, now
         ):
-            self._mapping_changed(now)
+            self._publish(now)
+            self._tell_mapping(now)
         if pair is None or key is None:
             return
         if self._origins.get(sender) != origin:
@@ -339,7 +340,8 @@ class Paths:
             for question in self._reflexive.handle_timer(now, self._next_transaction):
                 ping = Ping(question.transaction, has_session=False, received=0)
                 self._out.append(Outgoing(question.target.probe_key, ping, question.target.endpoint))
-            self._publish(now)
+            if self._publish(now):
+                self._tell_mapping(now)
         self._tokens = min(PACE_BURST, self._tokens + (now - self._tokens_at) * PACE_PER_SECOND)
         self._tokens_at = now
         while self._heap and self._heap[0][0] <= now:
@@ -428,8 +430,8 @@ class Paths:
                 self._changes.moved |= before is None or replace(before, rtt=view.rtt) != view
         self._dirty.clear()
 
-    def _publish(self, now: float) -> None:
-        """Work out anew what we say of ourselves."""
+    def _publish(self, now: float) -> bool:
+        """Work out anew what we say of ourselves; whether it is something else."""
         own = self._snapshot.own
         addresses = frozenset(interface.ip for interface in self._interfaces)
         candidates = own_candidates(
@@ -440,9 +442,11 @@ class Paths:
             mesh=self._mesh_prefixes(),
         )
         mapping = self._reflexive.mapping(addresses, now)
-        if (candidates, mapping) != (self._candidates, self._mapping):
-            self._candidates, self._mapping = candidates, mapping
-            self._changes.own = True
+        if (candidates, mapping) == (self._candidates, self._mapping):
+            return False
+        self._candidates, self._mapping = candidates, mapping
+        self._changes.own = True
+        return True
 
     @property
     def any_alive(self) -> bool:
@@ -570,9 +574,8 @@ class Paths:
         """Whether a peer is there, by its path or by the registry's word, which may be old."""
         return key in self._living or self._snapshot.peers[key].assignment.online
 
-    def _mapping_changed(self, now: float) -> None:
+    def _tell_mapping(self, now: float) -> None:
         """Peers that do not hear us yet should hear of the new mapping."""
-        self._publish(now)
         for key, pair in self._pairs.items():
             if not pair.alive:
                 pair.mapping_known(now)

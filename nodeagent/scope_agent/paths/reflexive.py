@@ -8,6 +8,7 @@ answer it is unknown. A reflector that sees one of our own interface addresses s
 A peer that reflects may have sent to us before we sent to it, and there are NATs that then move our port for
 it alone; so what the registry's reflectors, which only ever answer, agree on outweighs what peers see. A call
 that they pass on may come first too, after the NAT has forgotten us: then a peer that agrees with one wins.
+What a reflector saw before it fell silent says nothing against what another sees now.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ ANSWER_VALID = 65.0  # three refreshes and a little: one lost ping must not unpu
 SECOND_VIEW = 60.0  # another reflector is asked so often besides: the class takes two
 MAX_TARGETS = 8  # reflector endpoints asked per family
 CHECK_INTERVAL = 1.0  # a thousand paths that fall into doubt together are one question
+OVERDUE = 0.5  # an answer that takes longer than that of any reflector on Earth
 PATIENCE = 2.0  # a refresh unanswered for so long: everyone is asked
 
 
@@ -50,6 +52,10 @@ class _Asked:
     pending: dict[int, float] = field(default_factory=dict)
     seen: Endpoint | None = None
     at: float = float("-inf")
+
+    def is_overdue(self, now: float) -> bool:
+        """Whether it left a question unanswered since it last answered."""
+        return any(at > self.at and now - at > OVERDUE for at in self.pending.values())
 
 
 class Reflexive:
@@ -101,12 +107,14 @@ class Reflexive:
             if target.probe_key == sender and transaction in asked.pending:
                 del asked.pending[transaction]
                 before = self.endpoints(now), self.mapping_of(target.endpoint.family, now)
-                if asked.seen is not None and asked.seen != observed:
+                has_moved = asked.seen not in (None, observed)
+                if has_moved:
                     self._forget_family(target.endpoint.family)
-                    self._due = now
                 asked.seen, asked.at = observed, now
                 if self._awaited is asked:
                     self._awaited, self._due = None, now + REFRESH
+                if has_moved:
+                    self._due = now
                 self._silent_since = None
                 return before != (self.endpoints(now), self.mapping_of(target.endpoint.family, now))
         return False
@@ -125,7 +133,8 @@ class Reflexive:
         self._awaited = None
         first_round = self._attempt < len(RETRIES) - 1
         self._attempt += 1
-        unanswered = any(now - asked.at > REFRESH for asked in self._targets.values())
+        wanted_since = max(now - REFRESH, self._silent_since or 0.0)
+        unanswered = any(asked.at < wanted_since for asked in self._targets.values())
         if first_round and unanswered:
             self._due = now + RETRIES[self._attempt] - RETRIES[self._attempt - 1]
         else:
@@ -135,7 +144,7 @@ class Reflexive:
         places: dict[Family, int] = {}
         for target, asked in self._by_freshness():
             place = places[target.endpoint.family] = places.get(target.endpoint.family, -1) + 1
-            missing = (first_round or self._silent_since is not None) and now - asked.at > REFRESH
+            missing = (first_round or self._silent_since is not None) and asked.at < wanted_since
             second = place == 1 and now - asked.at > SECOND_VIEW
             if place > 0 and not missing and not second:
                 continue
@@ -149,7 +158,12 @@ class Reflexive:
 
     def endpoints(self, now: float) -> frozenset[Endpoint]:
         """The endpoints that reflectors saw lately."""
-        return frozenset(a.seen for a in self._targets.values() if a.seen and now - a.at < ANSWER_VALID)
+        return frozenset(
+            asked.seen
+            for family in Family
+            for _, asked in self._views(family, now)
+            if asked.seen and now - asked.at < ANSWER_VALID
+        )
 
     def published(self, now: float) -> frozenset[Endpoint]:
         """What others may try: all that was seen, or of a dependent mapping one port per address.
@@ -176,11 +190,7 @@ class Reflexive:
 
     def mapping_of(self, family: Family, now: float) -> Mapping:
         """The mapping class in one family (without regard to our own addresses)."""
-        views = [
-            (target.only_answers, asked.seen)
-            for target, asked in self._targets.items()
-            if target.endpoint.family is family and asked.seen and now - asked.at < 3 * ANSWER_VALID
-        ]
+        views = [(target.only_answers, asked.seen) for target, asked in self._views(family, now)]
         if len(views) < 2:
             return Mapping.UNKNOWN
         weighty = [seen for only_answers, seen in views if only_answers]
@@ -205,6 +215,20 @@ class Reflexive:
     def silent_since(self) -> float | None:
         """Since when no reflector has answered; None when one has."""
         return self._silent_since
+
+    def _views(self, family: Family, now: float) -> list[tuple[ReflectorTarget, _Asked]]:
+        """What reflectors saw, but for what one that no longer answers saw otherwise than the latest."""
+        views = [
+            (target, asked)
+            for target, asked in self._targets.items()
+            if target.endpoint.family is family and asked.seen and now - asked.at < 3 * ANSWER_VALID
+        ]
+        latest = max((asked for _, asked in views), key=lambda asked: asked.at, default=None)
+        return [
+            (target, asked)
+            for target, asked in views
+            if latest is None or asked.seen == latest.seen or not asked.is_overdue(now)
+        ]
 
     def _forget_family(self, family: Family) -> None:
         """A mapping moved: what other reflectors saw of the old one says nothing of the new one."""
