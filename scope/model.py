@@ -395,11 +395,16 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class HubChoice:
-    """Whether a peer is a hub, and why or why not, in words."""
+    """Whether a peer is a hub, and why or why not, in words.
+
+    `contested_since` is the wall clock since which the choice ought to be the other way, 0 where it ought
+    not: what is so for long enough is done. It is all that the choice of hubs remembers.
+    """
 
     peer: str  # name of the ScopePeer
     chosen: bool
     reason: str
+    contested_since: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,6 +114,7 @@ def right() -> Iterator[Case]:
     long = "a" * 61
     key = f"{long}.{long}.{long}.{long}/{'K' * 63}"
     yield Case("a long key of a label", mesh(nodeSelector={"matchLabels": {key: "v" * 63}}))
+    yield from _right_hubs()
 
     yield Case("the shortest peer", peer())
     yield Case("a peer with everything", everything_of_a_peer())
@@ -156,6 +157,29 @@ def right() -> Iterator[Case]:
     yield Case("seen in the last second", peer(status={"lastSeen": "9999-12-31T23:59:59Z"}))
 
 
+def _right_hubs() -> Iterator[Case]:
+    def hubs(**parts: Any) -> Document:
+        return mesh(hubs=parts)
+
+    yield Case("hubs of nothing", hubs())
+    yield Case("hubs that the registry chooses", hubs(mode="Auto"))
+    yield Case("hubs by name", hubs(names=["home.fra.n1", "home.external.nas"]))
+    yield Case("as many hubs as may be named", hubs(names=[f"home.external.p{n}" for n in range(64)]))
+    yield Case("every Node a hub", hubs(selector={}))
+    yield Case("hubs by label", hubs(selector={"matchLabels": {"example.com/hub": ""}}))
+    for first, last in ((1024, 1039), (65520, 65535), (29984, 29999), (32768, 32783), (1024, 29999)):
+        yield Case(f"hubs at {first} to {last}", hubs(ports={"first": first, "last": last}))
+    yield Case("hubs up to another port", hubs(ports={"last": 26015}))
+    yield Case("hubs at ports of nothing", hubs(ports={}))
+    for port in (25999, 26256):
+        yield Case(f"WireGuard beside the hubs, at {port}", mesh(listenPort=port, hubs={}))
+    yield Case("WireGuard where hubs would be, and none", mesh(listenPort=26100))
+    yield Case("limits of nothing", hubs(limits={}))
+    yield Case("a limit for pairs", hubs(limits={"pairBytesPerSecond": 1}))
+    yield Case("the highest limits", hubs(limits=dict.fromkeys(LIMITS, 125_000_000_000)))
+
+
+LIMITS = ("pairBytesPerSecond", "totalBytesPerSecond")
 TIMERS = ("probeInterval", "addressFallback", "report", "connectBack", "hubFallback")
 
 
@@ -170,6 +194,13 @@ def everything_of_a_mesh() -> Document:
         mtu=1420,
         peerExpiry="7d",
         nodeSelector={"matchLabels": {"scope": "on"}, "matchExpressions": [requirement]},
+        hubs={
+            "mode": "Auto",
+            "names": ["home.external.nas"],
+            "selector": {"matchLabels": {"hub": "yes"}, "matchExpressions": [requirement]},
+            "ports": {"first": 26000, "last": 26511},
+            "limits": {"pairBytesPerSecond": 1_000_000, "totalBytesPerSecond": 100_000_000},
+        },
         status={
             "signingKey": KEY,
             "reflectors": [{"probeKey": KEY, "endpoints": ["192.0.2.1:51820", "[2001:db8::1]:51820"]}],
@@ -177,6 +208,14 @@ def everything_of_a_mesh() -> Document:
             "conditions": [_condition()],
             "observedGeneration": 7,
             "clusters": [JOINED, {"name": "ber", "uid": "77"}],
+            "hubs": [
+                {
+                    "peer": "home.external.nas",
+                    "chosen": True,
+                    "reason": "offline",
+                    "contestedSince": "2026-01-31T12:00:00Z",
+                }
+            ],
         },
     )
 
@@ -194,12 +233,17 @@ def everything_of_a_peer() -> Document:
             "endpoints": [{"endpoint": "10.0.0.1:51820", "kind": "Host"}],
             "mapping": "EndpointIndependent",
             "device": "Kernel",
-            "links": [link | {"observed": "[2001:db8::1]:9", "reason": "no echo"}],
+            "links": [
+                link
+                | {"observed": "[2001:db8::1]:9", "reason": "no echo"}
+                | {"hub": "home.external.nas", "userSpace": True}
+            ],
             "direct": 0,
             "relayed": 1,
             "unreachable": 0,
             "heldAddresses": ["100.80.0.7", "fd5c::7"],
             "protocol": 1,
+            "relay": {"forwarding": "UserSpace", "pairs": 3, "refused": 1, "reason": "no nftables"},
             "addresses": ["100.80.0.7/16", "fd5c::7/64"],
             "role": "Edge",
             "online": True,
@@ -214,6 +258,7 @@ def wrong() -> Iterator[Case]:
     """Documents that are refused."""
     yield from _wrong_meshes()
     yield from _wrong_selectors()
+    yield from _wrong_hubs()
     yield from _wrong_mesh_statuses()
     yield from _wrong_peers()
     yield from _wrong_reports()
@@ -302,6 +347,34 @@ def _wrong_selectors() -> Iterator[Case]:
     )
 
 
+def _wrong_hubs() -> Iterator[Case]:
+    def hubs(**parts: Any) -> Document:
+        return mesh(hubs=parts)
+
+    at = "spec.hubs"
+    yield Case("hubs as a list", mesh(hubs=["home.external.nas"]), at)
+    yield Case("hubs of no kind", hubs(mode="auto"), f"{at}.mode")
+    yield Case("a hub of an odd name", hubs(names=["home.nas", "Home"]), f"{at}.names[1]")
+    yield Case("a hub named twice", hubs(names=["home.nas", "home.nas"]), f"{at}.names[1]")
+    yield Case("65 hubs", hubs(names=[f"home.p{n}" for n in range(65)]), f"{at}.names")
+    yield Case("hubs by an odd label", hubs(selector={"matchLabels": {"-": ""}}), f"{at}.selector")
+    yield Case("hubs as a text of ports", hubs(ports="26000-26255"), f"{at}.ports")
+    for name, port in (("first", 1023), ("last", 65536), ("first", "26000"), ("last", 26255.5)):
+        yield Case(f"hubs with {name} port {port!r}", hubs(ports={name: port}), f"{at}.ports.{name}")
+    for first, last in (
+        *((26000, 26014), (26255, 26000), (26256, 26255)),
+        *((29985, 30000), (30000, 30015), (32767, 32782), (1024, 65535), (31000, 31100)),
+    ):
+        yield Case(f"hubs at {first} to {last}", hubs(ports={"first": first, "last": last}), f"{at}.ports")
+    for port in (26000, 26255):
+        yield Case(f"WireGuard among the hubs, at {port}", mesh(listenPort=port, hubs={}), f"{at}.ports")
+    for name in LIMITS:
+        for limit in (-1, 125_000_000_001, "1M"):
+            yield Case(f"{name} {limit!r}", hubs(limits={name: limit}), f"{at}.limits.{name}")
+    yield Case("a limit of no kind", hubs(limits={"pair": 1}), f"{at}.limits.pair")
+    yield Case("hubs with a field that nobody knows", hubs(peers=[]), f"{at}.peers")
+
+
 def _wrong_mesh_statuses() -> Iterator[Case]:
     def status(**parts: Any) -> Document:
         return mesh(status=parts)
@@ -323,6 +396,15 @@ def _wrong_mesh_statuses() -> Iterator[Case]:
     many = status(clusters=[{"name": f"c{n}", "uid": "1"} for n in range(65)])
     yield Case("65 clusters", many, "status.clusters")
     yield Case("a condition twice", status(conditions=[_condition()] * 2), "status.conditions[1]")
+    choice: dict[str, object] = {"peer": "home.nas", "chosen": True}
+    for name, value in (
+        *(("peer", None), ("peer", "Home"), ("chosen", None), ("chosen", "yes"), ("reason", "r" * 161)),
+        *(("reason", "two\nlines"), ("contestedSince", "now"), ("contestedSince", "1969-12-31T23:59:59Z")),
+    ):
+        chosen = {field: part for field, part in (choice | {name: value}).items() if part is not None}
+        what = f"a choice of a hub with {name} {value!r}"[:60]
+        yield Case(what, status(hubs=[chosen]), f"status.hubs[0].{name}")
+    yield Case("65 choices of hubs", status(hubs=[choice] * 65), "status.hubs")
 
     def joined(**parts: Any) -> Document:
         entry = {name: part for name, part in (JOINED | parts).items() if part is not None}
@@ -439,9 +521,21 @@ def _wrong_reports() -> Iterator[Case]:
         *(("peer", "Home"), ("path", "Guessed"), ("endpoint", "host:1"), ("observed", "[::1]")),
         *(("latencyMs", -1), ("latencyMs", 600001), ("latencyMs", "3"), ("reason", "r" * 161)),
         *(("reason", "red \x1b[31m"), ("reason", "two\nlines"), ("reason", "a\u00a0b"), ("reason", "\u200b")),
+        *(("hub", "Home"), ("userSpace", "yes")),
     ):
         what = f"a link with {name} {value!r}"[:60]
         yield Case(what, peer(status=_links(**{name: value})), f"status.links[0].{name}")
+    for name, relay in (
+        *(("forwarding", {}), ("forwarding", {"forwarding": "Kern"})),
+        *(
+            ("pairs", {"forwarding": "None", "pairs": -1}),
+            ("refused", {"forwarding": "None", "refused": "1"}),
+        ),
+        ("reason", {"forwarding": "None", "reason": "r" * 161}),
+        ("reason", {"forwarding": "None", "reason": "\x07"}),
+    ):
+        yield Case(f"relaying as {relay}"[:60], report(relay=relay), f"status.relay.{name}")
+    yield Case("relaying without keys", peer(status={"relay": {"forwarding": "None"}}), "status")
     yield Case("17 links", report(links=[{"peer": "a", "path": "None"}] * 17), "status.links")
 
 

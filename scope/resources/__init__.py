@@ -21,9 +21,9 @@ In dictionaries durations are strings ("500ms", "2s", "30d", whole milliseconds)
 UTC, latencies milliseconds (whole microseconds), keys and hashes base64, endpoints "192.0.2.1:51820" or
 "[2001:db8::1]:51820", prefixes CIDR.
 
-Inside, each kind of resource is a file that reads and writes it (`mesh` with `cluster`, `peer`, `token`),
-over what all have in common (`meta`). `fields` asks an object for its fields, `values` and `addresses` read
-one value each, `limits` says how much is allowed, and `problems` what was wrong.
+Inside, each kind of resource is a file that reads and writes it (`mesh` with `hubs` and `cluster`, `peer`,
+`token`), over what all have in common (`meta`, `selector`). `fields` asks an object for its fields, `values`
+and `addresses` read one value each, `limits` says how much is allowed, and `problems` what was wrong.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from scope.resources.cluster import (
 )
 from scope.resources.document import fit_report, parse, parse_status, status_bytes, status_to_dict, to_dict
 from scope.resources.limits import (
+    FIRST_PORT,
     IPV4_LENGTHS,
     IPV4_RANGES,
     IPV6_LENGTHS,
@@ -53,6 +54,7 @@ from scope.resources.limits import (
     MAX_ENDPOINT,
     MAX_EXPIRY,
     MAX_EXPONENT,
+    MAX_HUBS,
     MAX_ISSUER,
     MAX_KEY_ID,
     MAX_LABEL,
@@ -64,6 +66,7 @@ from scope.resources.limits import (
     MAX_NAME,
     MAX_PROBE,
     MAX_PROBLEMS,
+    MAX_RATE,
     MAX_REASON,
     MAX_REFLECTORS,
     MAX_REQUIREMENTS,
@@ -77,8 +80,10 @@ from scope.resources.limits import (
     MAX_VALUES,
     MIN_EXPIRY,
     MIN_MTU,
+    MIN_PORTS,
     MIN_PROBE,
     MIN_ROUTE_LENGTH,
+    NODE_PORTS,
     RSA_BITS,
     SHOWN_VALUE,
 )
@@ -94,6 +99,7 @@ __all__ = [
     "ALGORITHMS",
     "API_VERSION",
     "EXTERNAL",
+    "FIRST_PORT",
     "GROUP",
     "IPV4_LENGTHS",
     "IPV4_RANGES",
@@ -109,6 +115,7 @@ __all__ = [
     "MAX_ENDPOINT",
     "MAX_EXPIRY",
     "MAX_EXPONENT",
+    "MAX_HUBS",
     "MAX_ISSUER",
     "MAX_KEY_ID",
     "MAX_LABEL",
@@ -120,6 +127,7 @@ __all__ = [
     "MAX_NAME",
     "MAX_PROBE",
     "MAX_PROBLEMS",
+    "MAX_RATE",
     "MAX_REASON",
     "MAX_REFLECTORS",
     "MAX_REQUIREMENTS",
@@ -133,8 +141,10 @@ __all__ = [
     "MAX_VALUES",
     "MIN_EXPIRY",
     "MIN_MTU",
+    "MIN_PORTS",
     "MIN_PROBE",
     "MIN_ROUTE_LENGTH",
+    "NODE_PORTS",
     "PLURALS",
     "RSA_ALGORITHM",
     "RSA_BITS",

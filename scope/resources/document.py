@@ -113,11 +113,16 @@ def status_to_dict(part: StatusPart) -> dict[str, object]:
 
 
 def fit_report(report: PeerReport, limit: int = MAX_STATUS_BYTES) -> PeerReport:
-    """The report with as many of its first links as `limit` bytes of compact JSON hold; counts stay whole."""
-    links = report.links[:MAX_LINKS]
-    while links and status_bytes(replace(report, links=links)) > limit:
-        links = links[:-1]
-    return replace(report, links=links)
+    """The report with as many of its first links as `limit` bytes of compact JSON hold; counts stay whole.
+
+    A hub that has no room for any says less of why it relays as it does.
+    """
+    fitted = replace(report, links=report.links[:MAX_LINKS])
+    while fitted.links and status_bytes(fitted) > limit:
+        fitted = replace(fitted, links=fitted.links[:-1])
+    while fitted.relay and fitted.relay.reason and status_bytes(fitted) > limit:
+        fitted = replace(fitted, relay=replace(fitted.relay, reason=fitted.relay.reason[:-1]))
+    return fitted
 
 
 def status_bytes(part: StatusPart) -> int:

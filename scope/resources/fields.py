@@ -80,6 +80,11 @@ class Fields:
             self.problems.append(Problem(self._at(name), "missing", "an object"))
         return self._child(self._at(name), {} if value is None else value, silent=value is None and required)
 
+    def sub_if_any(self, name: str) -> Fields | None:
+        """The object in a field; None where it is absent."""
+        self.expected.add(name)
+        return self.sub(name) if name in self.present() else None
+
     def refused(self, *names: str) -> bool:
         """Whether one of the fields has a problem already."""
         return any(problem.path == self._at(name) for problem in self.problems for name in names)

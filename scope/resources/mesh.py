@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from scope.model import (
     Addressing,
     Family,
+    Hubs,
     IPNetwork,
     Kind,
-    LabelSelector,
     Mesh,
     MeshCounts,
     MeshSpec,
     MeshStatus,
-    Operator,
     Reflector,
-    Requirement,
     Timers,
 )
 from scope.resources.addresses import read_endpoint, read_mesh_ipv4, read_mesh_ipv6
 from scope.resources.cluster import cluster_to_dict, read_cluster
 from scope.resources.fields import Fields, each_once, unless_empty
+from scope.resources.hubs import hub_choice_dict, hubs_dict, read_hub_choice, read_hubs
 from scope.resources.limits import (
     MAX_CANDIDATES,
     MAX_CLUSTERS,
     MAX_EXPIRY,
+    MAX_HUBS,
     MAX_PROBE,
     MAX_REFLECTORS,
-    MAX_REQUIREMENTS,
     MAX_TIMER,
-    MAX_VALUES,
     MIN_EXPIRY,
     MIN_PROBE,
 )
 from scope.resources.meta import conditions_dict, read_conditions, read_meta
 from scope.resources.problems import Problem
+from scope.resources.selector import read_selector, selector_dict
 from scope.resources.times import format_duration
 from scope.resources.values import (
     NO_KEY,
@@ -45,9 +45,6 @@ from scope.resources.values import (
     read_duration,
     read_integer,
     read_key,
-    read_label_key,
-    read_label_value,
-    read_labels,
     read_mtu,
 )
 
@@ -92,7 +89,7 @@ def _read_mesh_spec(fields: Fields) -> MeshSpec:
     ipv6 = addressing.optional("ipv6", read_mesh_ipv6, None)
     if fields.is_mapping("addressing") and not addressing.present() & {"ipv4", "ipv6"}:
         addressing.refuse("no prefix", "ipv4, ipv6 or both", 'for example ipv6: "fd5c:0be1:7a30::/64"')
-    return MeshSpec(
+    spec = MeshSpec(
         addressing=Addressing(ipv4, ipv6),
         prefer=fields.optional("prefer", lambda value: read_choice(Family, value), Family.IPV6),
         timers=_read_timers(fields.sub("timers")),
@@ -101,29 +98,11 @@ def _read_mesh_spec(fields: Fields) -> MeshSpec:
         peer_expiry=fields.optional(
             "peerExpiry", lambda value: read_duration(value, MIN_EXPIRY, MAX_EXPIRY), _USUAL_EXPIRY
         ),
-        node_selector=_read_selector(fields.sub("nodeSelector")),
+        node_selector=read_selector(fields.sub("nodeSelector")),
     )
-
-
-def _read_selector(fields: Fields) -> LabelSelector:
-    return LabelSelector(
-        match_labels=fields.optional("matchLabels", read_labels, ()),
-        match_expressions=fields.parts("matchExpressions", _read_requirement, limit=MAX_REQUIREMENTS),
-    )
-
-
-def _read_requirement(fields: Fields) -> Requirement:
-    requirement = Requirement(
-        key=fields.required("key", read_label_key, ""),
-        operator=fields.required("operator", lambda value: read_choice(Operator, value), Operator.EXISTS),
-        values=fields.items("values", read_label_value, limit=MAX_VALUES),
-    )
-    compares = requirement.operator in (Operator.IN, Operator.NOT_IN)
-    if compares != bool(fields.values.get("values")) and not fields.refused("operator", "values"):
-        found = "no value" if compares else "values that nothing is compared with"
-        allowed = "one value or more" if compares else "none"
-        fields.refuse(f"{found} for {requirement.operator}", allowed, at="values")
-    return requirement
+    # Who asks for no hubs may have WireGuard listen where hubs usually are reached.
+    hubs = fields.sub_if_any("hubs")
+    return replace(spec, hubs=read_hubs(hubs, listen_port=spec.listen_port)) if hubs else spec
 
 
 def _read_timers(fields: Fields) -> Timers:
@@ -168,6 +147,7 @@ def read_mesh_status(fields: Fields) -> MeshStatus:
             fields.parts("clusters", read_cluster, limit=MAX_CLUSTERS),
             key=lambda cluster: cluster.name,
         ),
+        hubs=fields.parts("hubs", read_hub_choice, limit=MAX_HUBS),
     )
 
 
@@ -197,18 +177,8 @@ def mesh_spec_dict(spec: MeshSpec) -> dict[str, object]:
         "listenPort": spec.listen_port,
         "mtu": "Auto" if spec.mtu is None else spec.mtu,
         "peerExpiry": format_duration(spec.peer_expiry),
-        **({"nodeSelector": selector} if (selector := _selector_dict(spec.node_selector)) else {}),
-    }
-
-
-def _selector_dict(selector: LabelSelector) -> dict[str, object]:
-    expressions = [
-        {"key": each.key, "operator": str(each.operator), **unless_empty("values", each.values)}
-        for each in selector.match_expressions
-    ]
-    return {
-        **({"matchLabels": dict(selector.match_labels)} if selector.match_labels else {}),
-        **({"matchExpressions": expressions} if expressions else {}),
+        **({"nodeSelector": selector} if (selector := selector_dict(spec.node_selector)) else {}),
+        **({"hubs": hubs_dict(spec.hubs)} if spec.hubs != Hubs() else {}),
     }
 
 
@@ -227,4 +197,5 @@ def mesh_status_dict(status: MeshStatus) -> dict[str, object]:
         **conditions_dict(status.conditions),
         **({"observedGeneration": status.observed_generation} if status.observed_generation else {}),
         **({"clusters": [cluster_to_dict(each) for each in status.clusters]} if status.clusters else {}),
+        **({"hubs": [hub_choice_dict(each) for each in status.hubs]} if status.hubs else {}),
     }

@@ -10,6 +10,7 @@ from scope.model import (
     Candidate,
     CandidateKind,
     DeviceKind,
+    Forwarding,
     Kind,
     Link,
     PathKind,
@@ -17,6 +18,7 @@ from scope.model import (
     PeerKeys,
     PeerReport,
     PeerSpec,
+    RelayReport,
     Resource,
     Role,
     Tombstone,
@@ -106,7 +108,7 @@ def forbidden_changes(stored: Resource, asked: Resource) -> tuple[Problem, ...]:
 REPORT_FIELDS = frozenset(
     {
         *("keys", "endpoints", "mapping", "device", "links", "direct", "relayed", "unreachable"),
-        *("heldAddresses", "protocol"),
+        *("heldAddresses", "protocol", "relay"),
     }
 )
 
@@ -152,6 +154,18 @@ def read_report(fields: Fields) -> PeerReport:
         unreachable=fields.optional("unreachable", read_count, 0),
         held_addresses=fields.items("heldAddresses", read_address, limit=MAX_ADDRESSES),
         protocol=fields.optional("protocol", lambda value: read_integer(value, 1, 255), 1),
+        relay=_read_relay(relay) if (relay := fields.sub_if_any("relay")) else None,
+    )
+
+
+def _read_relay(fields: Fields) -> RelayReport:
+    return RelayReport(
+        forwarding=fields.required(
+            "forwarding", lambda value: read_choice(Forwarding, value), Forwarding.NONE
+        ),
+        pairs=fields.optional("pairs", read_count, 0),
+        refused=fields.optional("refused", read_count, 0),
+        reason=fields.optional("reason", lambda value: read_text(value, MAX_REASON), ""),
     )
 
 
@@ -170,6 +184,8 @@ def _read_link(fields: Fields) -> Link:
         observed=fields.optional("observed", read_endpoint, None),
         latency=fields.optional("latencyMs", read_latency, None),
         reason=fields.optional("reason", lambda value: read_text(value, MAX_REASON), ""),
+        hub=fields.optional("hub", read_subdomain, ""),
+        user_space=fields.optional("userSpace", read_boolean, False),
     )
 
 
@@ -226,6 +242,16 @@ def report_dict(report: PeerReport) -> dict[str, object]:
         "unreachable": report.unreachable,
         **unless_empty("heldAddresses", report.held_addresses),
         "protocol": report.protocol,
+        **({"relay": _relay_dict(report.relay)} if report.relay else {}),
+    }
+
+
+def _relay_dict(relay: RelayReport) -> dict[str, object]:
+    return {
+        "forwarding": str(relay.forwarding),
+        "pairs": relay.pairs,
+        "refused": relay.refused,
+        **({"reason": relay.reason} if relay.reason else {}),
     }
 
 
@@ -238,6 +264,8 @@ def _link_dict(link: Link) -> dict[str, object]:
         **({"observed": str(link.observed)} if link.observed else {}),
         **({"latencyMs": latency} if latency is not None else {}),
         **({"reason": link.reason} if link.reason else {}),
+        **({"hub": link.hub} if link.hub else {}),
+        **({"userSpace": True} if link.user_space else {}),
     }
 
 

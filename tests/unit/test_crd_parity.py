@@ -157,7 +157,9 @@ def test_a_list_is_as_long_as_the_parser_lets_it_be(
 def test_a_number_has_the_parsers_bounds(kind: Kind, path: tuple[Step, ...], schema: Schema) -> None:
     lowest, highest = schema["minimum"], schema.get("maximum", 2**63 - 1)
     for allowed in (lowest, highest):
-        assert not refusals(with_value(kind, path, allowed))
+        said = refusals(with_value(kind, path, allowed))
+        # Two bounds of one range: whether they fit each other is another question.
+        assert not said.keys() - ({"spec.hubs.ports"} if "ports" in path else set())
     for refused in (lowest - 1, highest + 1):
         assert list(refusals(with_value(kind, path, refused))) == [dotted(path)]
 
@@ -181,28 +183,31 @@ def test_everything_is_bounded_and_described(kind: Kind) -> None:
             assert len(rule["message"].split()) > 3, at
 
 
+SELECTORS = ("spec.nodeSelector", "spec.hubs.selector")
 # Each bound of a text, by the constant of the parser that it is.
 LENGTHS = {
     Kind.MESH: {
         resources.MAX_CIDR: {"spec.addressing.ipv4", "spec.addressing.ipv6"},
         resources.MAX_DURATION_TEXT: {f"spec.timers.{name}" for name in corpus.TIMERS} | {"spec.peerExpiry"},
-        resources.MAX_LABEL_KEY: {"spec.nodeSelector.matchExpressions[0].key"},
+        resources.MAX_LABEL_KEY: {f"{selector}.matchExpressions[0].key" for selector in SELECTORS},
         resources.MAX_LABEL: {
-            "spec.nodeSelector.matchExpressions[0].values[0]",
+            *(f"{selector}.matchExpressions[0].values[0]" for selector in SELECTORS),
             "status.conditions[0].type",
             "status.clusters[0].name",
             "status.clusters[0].serviceAccount.namespace",
         },
-        resources.MAX_NAME: {"status.clusters[0].serviceAccount.name"},
+        resources.MAX_NAME: {
+            *("status.clusters[0].serviceAccount.name", "spec.hubs.names[0]", "status.hubs[0].peer"),
+        },
         resources.MAX_ISSUER: {"status.clusters[0].issuer"},
         resources.MAX_UID: {"status.clusters[0].uid"},
         resources.MAX_ENDPOINT: {"status.reflectors[0].endpoints[0]"},
-        resources.MAX_REASON: {"status.conditions[0].reason"},
+        resources.MAX_REASON: {"status.conditions[0].reason", "status.hubs[0].reason"},
         resources.MAX_MESSAGE: {"status.conditions[0].message"},
     },
     Kind.PEER: {
         resources.MAX_LABEL: {"spec.mesh", "spec.cluster", "status.conditions[0].type"},
-        resources.MAX_NAME: {"spec.nodeName", "status.links[0].peer"},
+        resources.MAX_NAME: {"spec.nodeName", "status.links[0].peer", "status.links[0].hub"},
         resources.MAX_UID: {"spec.nodeUID", "status.tombstone.meshUID", "status.tombstone.peerUID"},
         resources.MAX_CIDR: {"spec.routes[0]", "status.addresses[0]", "status.heldAddresses[0]"},
         resources.MAX_ENDPOINT: {
@@ -211,7 +216,9 @@ LENGTHS = {
             "status.links[0].endpoint",
             "status.links[0].observed",
         },
-        resources.MAX_REASON: {"status.links[0].reason", "status.conditions[0].reason"},
+        resources.MAX_REASON: {
+            *("status.links[0].reason", "status.conditions[0].reason", "status.relay.reason"),
+        },
         resources.MAX_MESSAGE: {"status.conditions[0].message"},
     },
 }
@@ -219,7 +226,7 @@ LENGTHS = {
 ALIKE = (
     {"signingKey", "probeKey", "wireGuard", "probe", "signing", "key", "signer"},
     {"signature"},
-    {"lastSeen", "lastTransitionTime"},
+    {"lastSeen", "lastTransitionTime", "contestedSince"},
 )
 
 
@@ -243,9 +250,11 @@ def test_a_name_is_as_long_as_the_parser_lets_it_be() -> None:
         schema_of(Kind.MESH)["properties"]["metadata"]["properties"]["name"]["maxLength"]
         == resources.MAX_LABEL
     )
-    selector = schema_of(Kind.MESH)["properties"]["spec"]["properties"]["nodeSelector"]["properties"]
-    assert selector["matchLabels"]["maxProperties"] == resources.MAX_REQUIREMENTS
-    assert selector["matchLabels"]["additionalProperties"]["maxLength"] == resources.MAX_LABEL
+    selectors = [schema for at, schema in walk(schema_of(Kind.MESH)) if dotted(at) in SELECTORS]
+    for labels in (selector["properties"]["matchLabels"] for selector in selectors):
+        assert labels["maxProperties"] == resources.MAX_REQUIREMENTS
+        assert labels["additionalProperties"]["maxLength"] == resources.MAX_LABEL
+    assert len(selectors) == len(SELECTORS)
 
 
 @pytest.mark.parametrize("shortest", [corpus.mesh(), corpus.peer()], ids=["ScopeMesh", "ScopePeer"])
@@ -274,12 +283,26 @@ def test_the_defaults_are_the_models(shortest: Document) -> None:
     )
 
 
+def test_whoever_asks_for_hubs_gets_the_models_defaults() -> None:
+    written = resources.to_dict(resources.parse(corpus.mesh(hubs={"mode": "Auto"})))["spec"]
+    assert isinstance(written, dict)
+    properties = schema_of(Kind.MESH)["properties"]["spec"]["properties"]["hubs"]["properties"]
+    defaulted = {name: schema["default"] for name, schema in properties.items() if "default" in schema}
+    assert defaulted | {"mode": "Auto"} == written["hubs"]
+    assert defaulted["mode"] == model.Hubs().mode
+    for name in ("ports", "limits"):
+        inner = {each: schema["default"] for each, schema in properties[name]["properties"].items()}
+        assert inner == defaulted[name]
+
+
 OTHERWISE_CALLED = {
     "wireguard": "wireGuard",
     "node_uid": "nodeUID",
     "mesh_uid": "meshUID",
     "peer_uid": "peerUID",
     "latency": "latencyMs",
+    "pair": "pairBytesPerSecond",
+    "total": "totalBytesPerSecond",
     "changed": "lastTransitionTime",
 }
 
@@ -297,6 +320,10 @@ def camel(name: str) -> str:
         ((model.Timers,), Kind.MESH, "spec.timers"),
         ((model.LabelSelector,), Kind.MESH, "spec.nodeSelector"),
         ((model.Requirement,), Kind.MESH, "spec.nodeSelector.matchExpressions[0]"),
+        ((model.Hubs,), Kind.MESH, "spec.hubs"),
+        ((model.LabelSelector,), Kind.MESH, "spec.hubs.selector"),
+        ((model.RelayLimits,), Kind.MESH, "spec.hubs.limits"),
+        ((model.HubChoice,), Kind.MESH, "status.hubs[0]"),
         ((model.MeshStatus,), Kind.MESH, "status"),
         ((model.Reflector,), Kind.MESH, "status.reflectors[0]"),
         ((model.MeshCounts,), Kind.MESH, "status.counts"),
@@ -306,6 +333,7 @@ def camel(name: str) -> str:
         ((model.PeerKeys,), Kind.PEER, "status.keys"),
         ((model.Candidate,), Kind.PEER, "status.endpoints[0]"),
         ((model.Link,), Kind.PEER, "status.links[0]"),
+        ((model.RelayReport,), Kind.PEER, "status.relay"),
         ((model.Condition,), Kind.PEER, "status.conditions[0]"),
         ((model.Tombstone,), Kind.PEER, "status.tombstone"),
     ],

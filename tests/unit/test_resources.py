@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from ipaddress import IPv4Network, IPv6Network, ip_interface, ip_network
 from typing import cast
@@ -27,6 +28,10 @@ from scope.model import (
     EcKey,
     Endpoint,
     Family,
+    Forwarding,
+    HubChoice,
+    HubMode,
+    Hubs,
     JoinToken,
     Kind,
     LabelSelector,
@@ -44,6 +49,8 @@ from scope.model import (
     PeerSpec,
     PublicKey,
     Reflector,
+    RelayLimits,
+    RelayReport,
     Requirement,
     Resource,
     Role,
@@ -141,6 +148,24 @@ IPV4 = _prefix(tuple(map(str, resources.IPV4_RANGES)), resources.IPV4_LENGTHS)
 IPV6 = _prefix(("fc00::/7",), resources.IPV6_LENGTHS)
 ROUTES = _prefix(("10.0.0.0/8", "203.0.113.0/24"), range(8, 33)) | _prefix(("2001:db8::/32",), range(16, 129))
 TIMERS = st.lists(MILLISECONDS, min_size=5, max_size=5).map(lambda steps: Timers(*sorted(steps)))
+# Below and above the ports of Services of type NodePort.
+PORTS = st.tuples(st.integers(1024, 29_900), st.integers(15, 99)) | st.tuples(
+    st.integers(32_768, 65_000), st.integers(15, 535)
+)
+
+
+def _with_hubs(spec: MeshSpec) -> st.SearchStrategy[MeshSpec]:
+    asked = st.builds(
+        Hubs,
+        st.sampled_from(HubMode),
+        st.lists(NAMES, max_size=3, unique=True).map(tuple),
+        st.none() | SELECTORS,
+        PORTS.map(lambda of: (of[0], of[0] + of[1])),
+        st.builds(RelayLimits, st.integers(0, resources.MAX_RATE), st.integers(0, resources.MAX_RATE)),
+    ).filter(lambda hubs: not hubs.ports[0] <= spec.listen_port <= hubs.ports[1])
+    return st.just(spec) | asked.map(lambda hubs: replace(spec, hubs=hubs))
+
+
 MESHES = st.builds(
     Mesh,
     MESH_METAS,
@@ -153,7 +178,7 @@ MESHES = st.builds(
         st.none() | st.integers(1280, 9000),
         st.integers(60_000, 3650 * 86_400_000).map(lambda n: n / 1000),
         SELECTORS,
-    ),
+    ).flatmap(_with_hubs),
     st.builds(
         MeshStatus,
         st.none() | KEYS,
@@ -164,6 +189,7 @@ MESHES = st.builds(
         CONDITIONS,
         st.integers(0, 2**62),
         CLUSTERS,
+        st.lists(st.builds(HubChoice, NAMES, st.booleans(), REASONS, WALL), max_size=3).map(tuple),
     ),
 )
 LINKS = st.builds(
@@ -174,6 +200,8 @@ LINKS = st.builds(
     st.none() | ENDPOINTS,
     st.none() | st.integers(0, 600_000_000).map(lambda n: n / 1_000_000),
     REASONS,
+    st.just("") | NAMES,
+    st.booleans(),
 )
 REPORTS = st.builds(
     PeerReport,
@@ -187,6 +215,7 @@ REPORTS = st.builds(
     COUNTS,
     st.lists(ADDRESSES, max_size=resources.MAX_ADDRESSES).map(tuple),
     st.integers(1, 255),
+    st.none() | st.builds(RelayReport, st.sampled_from(Forwarding), COUNTS, COUNTS, REASONS),
 )
 INTERFACES = st.builds(
     lambda a, n: ip_interface((a, n if a.version == 4 else 4 * n)), ADDRESSES, st.integers(0, 32)
@@ -375,6 +404,58 @@ def test_a_document_with_endless_problems_gets_a_short_answer() -> None:
 def test_an_address_space_that_cannot_work_is_refused(addressing: object, refusal: str) -> None:
     [line] = _refusal(_mesh(addressing=addressing))
     assert refusal in line.replace("a prefix, as 100.64.0.0/16 or fd5c:be1:7a30::/64", "text")
+
+
+@pytest.mark.parametrize(
+    ("hubs", "refusal"),
+    [
+        (
+            {"ports": {"first": 29990, "last": 30010}},
+            "spec.hubs.ports: 29990 to 30010 overlaps 30000 to 32767; "
+            "allowed: ports below 30000 or above 32767; "
+            "Kubernetes gives these to Services of type NodePort, and would take what is relayed there",
+        ),
+        (
+            {"ports": {"first": 26000, "last": 26014}},
+            "26000 to 26014 is too short; allowed: 16 ports or more",
+        ),
+        ({"ports": {"first": 40000}}, "40000 to 26255 is too short"),
+        (
+            {"ports": {"first": 26300, "last": 26399}},
+            "spec.hubs.ports: 26300 to 26399 holds 26345; allowed: a range without spec.listenPort; "
+            "WireGuard of the hub itself listens there",
+        ),
+        ({"names": ["home.a", "home.a"]}, 'spec.hubs.names[1]: a second "home.a"; allowed: each one once'),
+        ({"mode": "automatic"}, 'spec.hubs.mode: "automatic" is not allowed; allowed: Declared, Auto'),
+        (
+            {"limits": {"pairBytePerSecond": 1}},
+            "spec.hubs.limits.pairBytePerSecond: unknown field; allowed: pairBytesPerSecond, "
+            'totalBytesPerSecond; did you mean "pairBytesPerSecond"?',
+        ),
+    ],
+)
+def test_hubs_that_could_not_work_are_refused_with_the_reason(hubs: object, refusal: str) -> None:
+    [line] = _refusal(_mesh(hubs=hubs, listenPort=26345))
+    assert refusal in line
+
+
+def test_no_hubs_are_asked_for_unless_someone_asks() -> None:
+    specs: tuple[dict[str, object], ...] = ({}, {"hubs": None}, {"hubs": {}})
+    for spec in specs:
+        parsed = resources.parse_mesh(_mesh(**spec))
+        assert parsed.spec.hubs == Hubs()
+        assert "hubs" not in cast("dict[str, object]", resources.to_dict(parsed)["spec"])
+
+
+def test_a_selector_of_hubs_without_requirements_is_another_than_none() -> None:
+    every = resources.parse_mesh(_mesh(hubs={"selector": {}}))
+    assert every.spec.hubs.selector == LabelSelector()
+    assert resources.parse_mesh(resources.to_dict(every)) == every
+
+
+def test_a_mesh_that_asks_for_no_hubs_may_have_wireguard_where_hubs_usually_are_reached() -> None:
+    mesh = resources.parse_mesh(_mesh(listenPort=26100))
+    assert resources.parse_mesh(resources.to_dict(mesh)) == mesh
 
 
 @pytest.mark.parametrize(
@@ -667,6 +748,7 @@ def test_a_fitted_report_is_at_most_two_kilobytes_and_keeps_its_first_links(repo
     assert resources.status_bytes(fitted) <= 2048
     assert report.links[: len(fitted.links)] == fitted.links
     assert (fitted.endpoints, fitted.direct, fitted.keys) == (report.endpoints, report.direct, report.keys)
+    assert (fitted.relay is None) == (report.relay is None)
 
 
 def test_sixteen_ordinary_links_fit_whole() -> None:
