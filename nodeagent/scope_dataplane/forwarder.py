@@ -228,7 +228,7 @@ class Forwarder:
         try:
             found = os.stat(self._grants)
             seen = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
-            grants = None if seen == self._seen else _read(self._grants)
+            grants = None if seen == self._seen else read_grants(self._grants)
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -459,8 +459,8 @@ class Forwarder:
         }
 
 
-def _read(path: str) -> Grants:
-    """Raises OSError, GrantsFileError."""
+def read_grants(path: str) -> Grants:
+    """Read the file, and see that its ports are such. Raises OSError, GrantsFileError."""
     with open(path, encoding="utf-8") as file:
         try:
             grants = decode_grants(file.read())
