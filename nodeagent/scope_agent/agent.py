@@ -16,14 +16,26 @@ from typing import TypeVar, assert_never
 from scope.channel import Channel, Confirmed, Hello, Received
 from scope.model import (
     DeviceKind,
+    Family,
     IPInterface,
+    PathKind,
     Peer,
     PublicKey,
+    Role,
     Snapshot,
     Tombstone,
 )
 from scope.topology import Topology, peers_for
-from scope.wire import Forward, Forwarded, Message, Removed
+from scope.wire import (
+    AskRelay,
+    Forward,
+    Forwarded,
+    Granted,
+    Message,
+    Refused,
+    RefusedBecause,
+    Removed,
+)
 from scope_agent.carrying import Carrying, back
 from scope_agent.desired import (
     DeviceSettings,
@@ -50,6 +62,7 @@ from scope_agent.inputs import (
     Output,
     Reply,
     SaveState,
+    Send,
     Socket,
     Target,
     TrafficMoved,
@@ -57,8 +70,10 @@ from scope_agent.inputs import (
     WriteReport,
 )
 from scope_agent.membership import Membership
-from scope_agent.paths.candidates import contains
+from scope_agent.paths.candidates import contains, public_addresses
 from scope_agent.paths.core import Call, Changes, Outgoing, Paths, PathsView, PeerReading
+from scope_agent.paths.route import Relay
+from scope_agent.relay.asking import Ask, Asking, Hub, Knock, Knocked, Offered, Standing
 from scope_agent.reporting import Reporting
 from scope_agent.status import DeviceStatus, status
 from scope_agent.wireguard.device import (
@@ -132,6 +147,7 @@ class Agent:
         own = config.identity.public.wireguard
         self._membership = Membership(own=own, mesh=config.mesh, registry_key=config.registry_key, now=now)
         self._paths = Paths(own=own, random=random)
+        self._asking = Asking(random=random)
         self._listen_port = state.listen_port
         self._interfaces: frozenset[IPInterface] = frozenset()
         self._underlay_mtu = 1500
@@ -171,6 +187,7 @@ class Agent:
         self._reporting = Reporting(own=own, written=written, random=random)
         self._membership.restore(state.snapshot)
         self._paths.restore(state.last_good, now)
+        self._asking.restore(state.grants)
 
     # --- the five verbs ------------------------------------------------------------------------------------
 
@@ -186,9 +203,11 @@ class Agent:
                 self._reporting.receive(fact)
                 self._snapshot_changed(now)
             case InterfacesChanged(addresses, mtu):
-                self._interfaces, self._underlay_mtu = self._usable(addresses), mtu
+                before, self._interfaces = self._interfaces, self._usable(addresses)
+                self._underlay_mtu = mtu
                 self._plan_all = True
-                self._paths.set_interfaces(self._interfaces, self._listen_port, now)
+                if self._interfaces != before:
+                    self._network_changed(now)
                 self._snapshot_changed(now)
             case DeviceObserved(device, kind, wall):
                 self._device_observed(device, kind, wall, now)
@@ -211,6 +230,7 @@ class Agent:
     def handle_timer(self, now: float) -> None:
         """Do what is due."""
         self._paths.handle_timer(now)
+        self._asking.handle_timer(now)
         if self._membership.wants_list(now):
             self._out.append(ListAgain())
         for uid, (tombstone, at) in list(self._passed.items()):
@@ -223,6 +243,7 @@ class Agent:
         """When `handle_timer` wants to run next."""
         times = [
             self._paths.get_timer(),
+            self._asking.get_timer(),
             self._membership.get_timer(),
             self._observe_at if self._observing_since is None and not self._device_busy else None,
             self._reporting.get_timer(),
@@ -296,6 +317,11 @@ class Agent:
             case Removed(tombstone):
                 if self._membership.bury(tombstone):
                     self._snapshot_changed(now)
+            case Granted() | Refused():
+                self._answered(sender, message, now)
+            case AskRelay(peer):
+                refusal = Refused(peer, RefusedBecause.NO_HUB)
+                self._out += self._carrying.seal(sender, refusal, back(leg, sender), now)
             case _:
                 source = leg.endpoint if isinstance(leg, Socket) else None
                 self._paths.receive(sender, message, source, origin=origin, now=now)
@@ -306,6 +332,56 @@ class Agent:
             return
         for tombstone in self._snapshot.tombstones[-MAX_BATCH:]:
             self._out += self._carrying.seal(sender, Removed(tombstone), back(leg, sender), now)
+
+    # --- relays --------------------------------------------------------------------------------------------
+
+    def _answered(self, sender: PublicKey, message: Granted | Refused, now: float) -> None:
+        hub = self._peer_keys.get(sender)
+        if hub is None:
+            return
+        match message:
+            case Granted():
+                self._asking.granted(hub, message, now)
+            case Refused():
+                self._asking.refused(hub, message, now)
+            case _:
+                assert_never(message)
+
+    def _stand(self, key: PublicKey, now: float) -> None:
+        """Tell how a pair stands to what asks hubs for it."""
+        view, peer = self._paths.view(now).pairs.get(key), self._snapshot.peers.get(key)
+        if view is None or peer is None:
+            return
+        standing = Standing(
+            view.path,
+            since=view.since,
+            is_in_doubt=view.is_in_doubt,
+            is_expected=not view.declared or peer.assignment.online,
+            endpoint=view.endpoint if view.path is not PathKind.NONE else None,
+            rtt=view.rtt,
+        )
+        self._asking.observe(key, standing, now)
+
+    def _ask_hubs(self, now: float) -> None:
+        """Do what the asking room wants."""
+        for out in self._asking.outputs():
+            match out:
+                case Ask(hub, peer):
+                    self._ask(hub, peer, now)
+                case Knock(endpoint, data):
+                    self._out.append(Send(Socket(endpoint), data))
+                case Knocked(peer):
+                    self._paths.knocked(peer, now)
+                case Offered(peer, relays):
+                    self._paths.set_relays(peer, {at: Relay(*relay) for at, relay in relays.items()}, now)
+                case _:
+                    assert_never(out)
+
+    def _ask(self, hub: PublicKey, peer: PublicKey, now: float) -> None:
+        report = self._snapshot.peers[hub].report
+        endpoint = self._paths.endpoint_of(report.keys.probe, now) if report is not None else None
+        if report is not None and endpoint is not None:
+            self._out += self._carrying.seal(report.keys.probe, AskRelay(peer), Socket(endpoint), now)
 
     # --- membership ----------------------------------------------------------------------------------------
 
@@ -322,7 +398,7 @@ class Agent:
         mesh = snapshot.mesh
         if mesh is not None and mesh.spec.listen_port and mesh.spec.listen_port != self._listen_port:
             self._listen_port = mesh.spec.listen_port
-            self._paths.set_interfaces(self._interfaces, self._listen_port, now)
+            self._network_changed(now)
         if snapshot.peers.keys() != before.peers.keys() or mesh is not before.mesh:
             self._peer_keys = {p.report.keys.probe: k for k, p in snapshot.peers.items() if p.report}
             reflectors = {r.probe_key for r in mesh.status.reflectors} if mesh is not None else set()
@@ -332,6 +408,11 @@ class Agent:
             self._topology = peers_for(snapshot)
             self._plan_all = True
         self._paths.set_snapshot(snapshot, now)
+        self._asking.set_members(snapshot.peers, _hubs(snapshot), now)
+        for key, peer in snapshot.peers.items():
+            if before.peers.get(key) is not peer:
+                self._stand(key, now)
+        self._ask_hubs(now)
         self._adopt(now, new=snapshot.peers.keys() - before.peers.keys())
         self._reporting.expect()
         self._save_soon(now, urgent=snapshot.tombstones != before.tombstones)
@@ -343,6 +424,12 @@ class Agent:
                 continue
             leg = Socket(pair.endpoint)
             self._out += self._carrying.seal(peer.report.keys.probe, Removed(tombstone), leg, now)
+
+    def _network_changed(self, now: float) -> None:
+        self._paths.set_interfaces(self._interfaces, self._listen_port, now)
+        versions = {interface.version for interface in self._interfaces}
+        families = {Family.IPV4 if version == 4 else Family.IPV6 for version in versions}
+        self._asking.set_families(frozenset(families), now)
 
     def _usable(self, addresses: frozenset[IPInterface]) -> frozenset[IPInterface]:
         """Our own addresses that the underlay may use: not the mesh's."""
@@ -536,7 +623,7 @@ class Agent:
                 ):
                     self._listen_port = pick_port(self._random)
                     self._plan_all = True
-                    self._paths.set_interfaces(self._interfaces, self._listen_port, now)
+                    self._network_changed(now)
                     self._save_soon(now)
                 self._observing_since = None
                 self._plan_after = self._observe_floor = self._observe_at = now + self._device_retry
@@ -551,6 +638,10 @@ class Agent:
 
     def _collect(self, now: float) -> None:
         """Turn what the rooms want into outputs."""
+        changes = self._paths.changes(now)
+        for key in sorted(changes.pairs):
+            self._stand(key, now)
+        self._ask_hubs(now)
         for out in self._paths.outputs():
             match out:
                 case Outgoing(to, message, endpoint, ttl):
@@ -559,7 +650,6 @@ class Agent:
                     self._out += self._carrying.call(out, now)
                 case _:
                     assert_never(out)
-        changes = self._paths.changes(now)
         self._touched |= changes.pairs
         self._plan_device(now)
         if self._observe_at is not None and now >= self._observe_at:
@@ -594,13 +684,18 @@ class Agent:
             self._save_at = at
 
     def _plan_save(self, changes: Changes, now: float) -> None:
-        if changes.last_good:
+        if changes.last_good or self._asking.take_change():
             self._save_soon(now)
         if self._saving is not None or self._save_at is None or now < self._save_at:
             return
         self._save_at = None
         last_good = dict(self._paths.last_good())
-        state = DiskState(self._snapshot, last_good=last_good, listen_port=self._listen_port)
+        state = DiskState(
+            self._snapshot,
+            last_good=last_good,
+            listen_port=self._listen_port,
+            grants=self._asking.held(),
+        )
         if state != self._saved:
             self._saving = state
             self._out.append(SaveState(state))
@@ -641,6 +736,14 @@ class Agent:
 def pick_port(random: Callable[[], float]) -> int:
     """A port of one's own: below the ephemeral and NodePort ranges, and below those that hubs relay on."""
     return 20000 + int(random() * 6000)
+
+
+def _hubs(snapshot: Snapshot) -> dict[PublicKey, Hub]:
+    return {
+        key: Hub(peer.meta.name, public_addresses(peer))
+        for key, peer in snapshot.peers.items()
+        if peer.assignment.role is Role.HUB
+    }
 
 
 def _shape_differs(before: Snapshot, after: Snapshot) -> bool:

@@ -64,9 +64,12 @@ class Carrying:
                 assert_never(leg)
 
     def call(self, call: Call, now: float) -> list[Send]:
-        """Over carriers that answer, else over the gateway."""
+        """By a hub that relays to the peer, and over carriers that answer, else over the gateway."""
+        relayed = self._paths.endpoint_of(call.to, now)
+        legs: list[Leg] = [Socket(relayed)] if relayed is not None else []
         carriers = self._paths.carriers(call.to, now)
-        legs: list[Leg] = [Via(carrier, call.to) for carrier in carriers] or [Courier(call.to)]
+        legs += [Via(carrier, call.to) for carrier in carriers]
+        legs = legs or [Courier(call.to)]
         return [send for leg in legs for send in self.seal(call.to, call.message, leg, now)]
 
     def forward(self, asker: PublicKey, request: Forward, *, peers: Set[PublicKey], now: float) -> list[Send]:

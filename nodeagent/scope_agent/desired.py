@@ -136,6 +136,8 @@ def _link(snapshot: Snapshot, key: PublicKey, pair: PairView) -> Link | None:
         observed=observed,
         latency=round(pair.rtt, 3) if pair.rtt is not None and pair.path is not PathKind.NONE else None,
         reason=pair.reason,
+        hub=pair.hub,
+        user_space=pair.user_space,
     )
 
 

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from scope.model import DeviceKind, Endpoint, IPInterface, PeerReport, PublicKey, Snapshot, Tombstone
 from scope.registry.port import Fact
+from scope_agent.relay.asking import HeldGrant
 from scope_agent.wireguard.device import DesiredDevice, ObservedDevice, PlannedAction
 
 
@@ -52,11 +53,12 @@ class Target(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DiskState:
-    """The last good snapshot, what worked last, and the port: all that a restart needs to need nobody."""
+    """The last good snapshot, what worked last, and what hubs granted: a restart needs nobody else."""
 
     snapshot: Snapshot
     last_good: dict[PublicKey, Endpoint] = field(default_factory=dict)  # by WireGuard key
     listen_port: int = 0
+    grants: tuple[HeldGrant, ...] = ()  # in the order of peers and hubs
 
 
 # --- inputs -------------------------------------------------------------------------------------------------
@@ -148,7 +150,7 @@ Input: TypeAlias = (
 
 @dataclass(frozen=True, slots=True)
 class Send:
-    """Send a sealed datagram at once; nobody waits for it. `leg` is a Socket or a Courier."""
+    """Send a sealed datagram, or a knock, at once; nobody waits for it. `leg` is a Socket or a Courier."""
 
     leg: Socket | Courier
     data: bytes

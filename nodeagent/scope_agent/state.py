@@ -4,8 +4,8 @@ Two files in one directory per mesh, both 0600 and replaced whole (written besid
 through a symbolic link:
 
 - `enrolment.json`: keys, gateway, registry. Written at join and never again; losing it means joining anew.
-- `snapshot.json`: what was last believed of the mesh, the last good endpoints, the port. A damaged one is put
-  aside and the agent starts from the registry.
+- `snapshot.json`: what was last believed of the mesh, the last good endpoints, the port, what hubs granted. A
+  damaged one is put aside and the agent starts from the registry.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from scope import resources
 from scope.model import ConfigError, Endpoint, Peer, PeerKeys, PublicKey, Revision, Secret, Snapshot
+from scope.wire import TOKEN_BYTES
 from scope_agent.desired import Identity
 from scope_agent.inputs import DiskState
+from scope_agent.relay.asking import HeldGrant
 
 STATE_ROOT = Path("/var/lib/scope")
 T = TypeVar("T")
@@ -343,6 +345,17 @@ def _state_dict(state: DiskState) -> dict[str, object]:
         ),
         "lastGood": {str(key): str(endpoint) for key, endpoint in state.last_good.items()},
         "listenPort": state.listen_port,
+        "grants": [
+            {
+                "hub": str(grant.hub),
+                "peer": str(grant.peer),
+                "token": b64encode(grant.token).decode(),
+                "port": grant.port,
+                "lifetime": grant.lifetime,
+                "userSpace": grant.user_space,
+            }
+            for grant in state.grants
+        ],
     }
 
 
@@ -366,7 +379,22 @@ def _parse_state(document: Mapping[str, object]) -> DiskState:
         ),
         last_good={PublicKey.parse(key): Endpoint.parse(value) for key, value in last_good.items()},
         listen_port=int(str(document["listenPort"])),
+        grants=_parse_grants(document.get("grants", [])),  # earlier releases keep none
     )
+
+
+def _parse_grants(documents: object) -> tuple[HeldGrant, ...]:
+    if not isinstance(documents, list):
+        raise ValueError("grants are a list")  # noqa: TRY004 - damage, as any other
+    grants = []
+    for document in documents:
+        token, port = b64decode(str(document["token"]), validate=True), int(document["port"])
+        if len(token) != TOKEN_BYTES or not 1 <= port <= 65535:
+            raise ValueError(f"a grant has a token of {TOKEN_BYTES} bytes and a port")
+        hub, peer = (PublicKey.parse(str(document[name])) for name in ("hub", "peer"))
+        lifetime = float(document["lifetime"])
+        grants.append(HeldGrant(hub, peer, token, port, lifetime, bool(document["userSpace"])))
+    return tuple(grants)
 
 
 def _without_links(peer: Peer) -> Peer:

@@ -93,5 +93,7 @@ def _peer_status(
         "online": peer.assignment.online,
         "mapping": peer.report.mapping if peer.report is not None else Mapping.UNKNOWN,
         "sinceSeconds": round(now - pair.since, 3) if pair is not None else None,
+        "hub": pair.hub or None if pair is not None else None,
+        "userSpace": pair.user_space if pair is not None else False,
         "reason": pair.reason if pair is not None else "",
     }

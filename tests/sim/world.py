@@ -71,6 +71,7 @@ from scope.model import (
     PublicKey,
     Reflector,
     Resource,
+    Role,
     Secret,
     Snapshot,
     Timers,
@@ -81,7 +82,8 @@ from scope.projection import is_told, projected
 from scope.registry.memory import Create, Delete, Store, Update, UpdateStatus
 from scope.registry.port import Deleted, Disconnected, Put, RegistryError
 from scope.tombstones import sign_tombstone
-from scope.wire import Forward, Forwarded, Message, Ping, Pong, WireError
+from scope.wire import AskRelay, Forward, Forwarded, Message, Ping, Pong, WireError
+from tests.sim import relay
 from tests.sim.network import Network, Site
 from tests.sim.wireguard import Device, Transport
 
@@ -201,6 +203,13 @@ class World:
         machine.join()
         return machine
 
+    def hub(self, *, kind: Nat = Nat.NONE, ipv6: bool = False, delay: float = 0.01) -> Machine:
+        """A machine that relays, in a site of its own, joined and started."""
+        machine = self.machine(self.site(kind, ipv6=ipv6, delay=delay))
+        self.registry.enrol(machine, role=Role.HUB)
+        machine.start()
+        return machine
+
     # --- judging -------------------------------------------------------------------------------------------
 
     def members(self) -> list[Machine]:
@@ -210,6 +219,14 @@ class World:
     def is_direct(self, a: Machine, b: Machine) -> bool:
         """Whether both know a direct path, programmed it, and WireGuard's session stands."""
         return a.reaches(b) and b.reaches(a)
+
+    def is_relayed(self, a: Machine, b: Machine) -> bool:
+        """Whether both reach each other through a hub."""
+        return a.reaches(b, PathKind.RELAYED) and b.reaches(a, PathKind.RELAYED)
+
+    def is_connected(self, a: Machine, b: Machine) -> bool:
+        """Whether both reach each other, one way or the other."""
+        return self.is_direct(a, b) or self.is_relayed(a, b)
 
     def traversable(self, a: Machine, b: Machine) -> bool:
         """Whether the pair can have a direct path, by the table that demo and tests share."""
@@ -237,7 +254,8 @@ class World:
                 if view is not None:
                     peer = machine.device.peers.get(other.key)
                     lines.append(
-                        f"  -> {other.name}: {view.path} {view.endpoint} ready={view.ready} {view.reason!r}"
+                        f"  -> {other.name}: {view.path} {view.hub} {view.endpoint} ready={view.ready}"
+                        f" {view.reason!r}"
                         f" device={peer.endpoint if peer else None} allowed={bool(peer and peer.allowed_ips)}"
                         f" handshake={peer.last_handshake if peer else None}"
                     )
@@ -280,6 +298,8 @@ class Machine:
         self._spun_at = -1.0
         self._traffic_noted = False
         self._polled = 0
+        self.is_off = False
+        self.relay = relay.Relay(lambda: world.now, world.bytes, self._send_relayed)
         self.device = Device(
             name="scope0",
             now=lambda: world.now,
@@ -295,8 +315,8 @@ class Machine:
         """Where it is, for the table of traversable pairs."""
         return Place(self.site.name, self.site.kind, self.site.prefix is not None)
 
-    def reaches(self, other: Machine) -> bool:
-        """Whether this machine's agent and device have a direct path to the other."""
+    def reaches(self, other: Machine, kind: PathKind = PathKind.DIRECT) -> bool:
+        """Whether this machine's agent and device have a path of that kind to the other."""
         if self.agent is None:
             return False
         view = self.agent.paths(self.world.now).pairs.get(other.key)
@@ -304,7 +324,7 @@ class Machine:
         return (
             view is not None
             and peer is not None
-            and view.path is PathKind.DIRECT
+            and view.path is kind
             and view.ready
             and peer.session is not None
             and self.world.now - peer.session.born < 180.0
@@ -377,6 +397,18 @@ class Machine:
         self._later(0.01, lambda: self.give(self._interfaces()))
         self.world.registry.disconnect(self, "the connection broke")
 
+    def switch_off(self) -> None:
+        """The machine loses its power, or its network."""
+        self.is_off = True
+        self.crash()
+
+    def switch_on(self) -> None:
+        """It boots: the device is gone, and what a hub's kernel has learned."""
+        self.is_off = False
+        self.device.delete()
+        self.relay.forget()
+        self.start()
+
     def leave(self) -> None:
         """Sign our own tombstone, and stop."""
         self.world.registry.remove(self, by=self.identity.signing)
@@ -429,6 +461,11 @@ class Machine:
 
     def arrived(self, source: Endpoint, port: int, payload: object) -> None:
         """A datagram for our socket: WireGuard's, or the probe protocol's."""
+        if self.is_off:
+            return
+        if relay.FIRST_PORT <= port <= relay.LAST_PORT:
+            self.relay.arrived(source, port, payload)
+            return
         if port != (self.device.listen_port or self.disk.listen_port):
             return
         if isinstance(payload, bytes):
@@ -450,8 +487,14 @@ class Machine:
 
     def _put(self, to: Endpoint, payload: object, *, ttl: int | None = None) -> None:
         port = self.device.listen_port or (self.agent.listen_port if self.agent else 0)
+        self._put_from(port, to, payload, ttl=ttl)
+
+    def _send_relayed(self, port: int, to: Endpoint, payload: object) -> None:
+        self._put_from(port, to, payload)
+
+    def _put_from(self, port: int, to: Endpoint, payload: object, *, ttl: int | None = None) -> None:
         for address in self.addresses:
-            if address.version == to.address.version and port:
+            if address.version == to.address.version and port and not self.is_off:
                 self.world.network.send(self.site, Endpoint(address, port), to, payload, ttl=ttl)
                 return
 
@@ -579,7 +622,22 @@ class _Overheard(Agent):
     def __init__(self, machine: Machine, config: AgentConfig, *, channel: Channel, state: DiskState) -> None:
         world = machine.world
         super().__init__(config, channel=channel, state=state, random=world.random.random, now=world.now)
+        self._machine = machine
         self._carrying = _Ear(machine, channel, paths=self._paths, membership=self._membership)
+
+    def _message(self, sender: PublicKey, message: Message, leg: Leg, *, origin: bytes, now: float) -> None:
+        own = self._snapshot.own
+        if not isinstance(message, AskRelay) or own is None or own.assignment.role is not Role.HUB:
+            super()._message(sender, message, leg, origin=origin, now=now)
+            return
+        probes = {key: probe for probe, key in self._peer_keys.items()}
+        if sender not in self._peer_keys:
+            return
+        members = frozenset(self._snapshot.peers)
+        for key, answer in self._machine.relay.ask(self._peer_keys[sender], message, members):
+            endpoint = self._paths.endpoint_of(probes[key], now)
+            if endpoint is not None:
+                self._out += self._carrying.seal(probes[key], answer, Socket(endpoint), now)
 
 
 class _Ear(Carrying):
@@ -645,7 +703,7 @@ class RegistryServer:
 
     # --- resources -----------------------------------------------------------------------------------------
 
-    def enrol(self, machine: Machine) -> None:
+    def enrol(self, machine: Machine, *, role: Role = Role.EDGE) -> None:
         """Make the machine's ScopePeer, with addresses."""
         self._numbers += 1
         addresses: tuple[IPInterface, ...] = (
@@ -660,7 +718,7 @@ class RegistryServer:
                     Meta(machine.name),
                     PeerSpec(MESH),
                     PeerReport(machine.identity.public),
-                    Assignment(addresses, online=True),
+                    Assignment(addresses, role=role, online=True),
                 )
             )
         )

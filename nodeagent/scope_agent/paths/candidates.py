@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from ipaddress import IPv4Network, IPv6Network
 
-from scope.model import Candidate, CandidateKind, Endpoint, Family, IPAddress, IPInterface, IPNetwork
+from scope.model import Candidate, CandidateKind, Endpoint, Family, IPAddress, IPInterface, IPNetwork, Peer
 
 # Prefixes that stand for one site: an endpoint in one of them is reached, if at all, without a NAT between.
 _PRIVATE: tuple[IPNetwork, ...] = (
@@ -65,6 +65,24 @@ def misplacement(
 def is_private(address: IPAddress) -> bool:
     """Whether the address is of a site's own range (RFC 1918, RFC 4193) or a carrier's (RFC 6598)."""
     return contains(_PRIVATE, address)
+
+
+def claims(peer: Peer) -> frozenset[Endpoint]:
+    """Where a peer says to be, and its user."""
+    published = peer.report.endpoints if peer.report is not None else ()
+    return frozenset(candidate.endpoint for candidate in published) | frozenset(peer.spec.endpoints)
+
+
+def public_addresses(peer: Peer) -> tuple[IPAddress, ...]:
+    """Where a peer may be reached at whichever port, by its own word and its user's, likeliest first."""
+    static = [endpoint.address for endpoint in peer.spec.endpoints]
+    found = {
+        kind: [c.endpoint.address for c in (peer.report.endpoints if peer.report else ()) if c.kind is kind]
+        for kind in (CandidateKind.STATIC, CandidateKind.HOST, CandidateKind.REFLEXIVE)
+    }
+    hosts = [address for address in found[CandidateKind.HOST] if not is_private(address)]
+    ordered = static + found[CandidateKind.STATIC] + hosts + found[CandidateKind.REFLEXIVE]
+    return tuple(dict.fromkeys(ordered))
 
 
 def rank(endpoint: Endpoint, prefer: Family) -> tuple[int, int]:

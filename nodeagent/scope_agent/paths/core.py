@@ -21,20 +21,23 @@ from scope.model import (
     CandidateKind,
     Endpoint,
     Family,
+    IPAddress,
     IPInterface,
     IPNetwork,
     Mapping,
     PathKind,
     Peer,
     PublicKey,
+    Role,
     Snapshot,
     Timers,
 )
 from scope.wire import MAX_CANDIDATES, CallMeMaybe, Message, Nominate, Nominated, Ping, Pong
-from scope_agent.paths.candidates import is_private, misplacement, own_candidates, refusal
+from scope_agent.paths.candidates import claims, is_private, misplacement, own_candidates, refusal
 from scope_agent.paths.due import CallPeer, CheckMapping, SendTo
 from scope_agent.paths.pair import Pair
 from scope_agent.paths.reflexive import MAX_TARGETS, ReflectorTarget, Reflexive
+from scope_agent.paths.route import Relay
 from scope_agent.paths.view import PairView
 
 # A ping is about 150 bytes on the wire. A thousand peers that are searched at once are spread over seconds, a
@@ -141,6 +144,8 @@ class Paths:
         self._mapping = Mapping.UNKNOWN
         self._families: frozenset[Family] = frozenset()
         self._own_endpoints: frozenset[Endpoint] = frozenset()
+        self._relays: dict[PublicKey, MappingOf[Endpoint, Relay]] = {}  # of pairs that have any
+        self._hub_addresses: frozenset[IPAddress] = frozenset()
         self._routed: frozenset[IPNetwork] = frozenset()  # what peers offer beyond their addresses
 
     # --- what is known -------------------------------------------------------------------------------------
@@ -154,6 +159,11 @@ class Paths:
         gone = before.peers.keys() - snapshot.peers.keys()
         news = [key for key, peer in snapshot.peers.items() if before.peers.get(key) is not peer]
         stale = set(news)  # whose routes are to be worked out anew
+        hubs = (peer for peer in snapshot.peers.values() if peer.assignment.role is Role.HUB)
+        hub_addresses = frozenset(endpoint.address for hub in hubs for endpoint in claims(hub))
+        if hub_addresses != self._hub_addresses:
+            self._hub_addresses = hub_addresses
+            stale |= snapshot.peers.keys()
         routed = frozenset(prefix for peer in snapshot.peers.values() for prefix in peer.spec.routes)
         if routed != self._routed:
             self._routed = routed
@@ -236,11 +246,39 @@ class Paths:
                 pair.restore(last_good[key], now)
                 self._touch(key, now)
 
+    def set_relays(self, key: PublicKey, relays: MappingOf[Endpoint, Relay], now: float) -> None:
+        """Take the hubs' ports that are granted to us and the peer with WireGuard key `key`."""
+        usable = {
+            endpoint: relay
+            for endpoint, relay in relays.items()
+            if self._never(endpoint) is None and (not self._families or endpoint.family in self._families)
+        }
+        self._relays[key] = usable
+        if not usable:
+            del self._relays[key]
+        if key in self._pairs:
+            self._pairs[key].set_relays(usable, now)
+            self._touch(key, now)
+
+    def knocked(self, key: PublicKey, now: float) -> None:
+        """Hubs were just told where we are to be found by this peer."""
+        if key in self._pairs:
+            self._pairs[key].knocked(now)
+            self._touch(key, now)
+
+    def hub_endpoint(self, key: PublicKey, now: float) -> tuple[Endpoint, float] | None:
+        """Where a peer is reached straight, and in how many seconds there and back; None when it is not."""
+        pair = self._pairs.get(key)
+        if pair is None or not pair.direct:
+            return None
+        view = pair.view(now)
+        return (view.endpoint, view.rtt) if view.endpoint is not None and view.rtt is not None else None
+
     def adopt(self, key: PublicKey, endpoint: Endpoint, *, session: bool, now: float) -> None:
         """The device already reaches the peer at `endpoint`."""
         pair = self._pairs.get(key)
         # A pair that rests has its device send nowhere; an agent that starts then goes by what the disk says.
-        if pair is not None and self._refusal(endpoint) is None:
+        if pair is not None and not self._is_refused(endpoint, pair):
             pair.adopt(endpoint, session=session, now=now)
             self._touch(key, now)
 
@@ -302,7 +340,7 @@ class Paths:
                     now=now,
                 )
             case Ping() | Pong() | Nominate() | Nominated() if source is not None:
-                if isinstance(message, Nominate) and self._refusal(message.here) is not None:
+                if isinstance(message, Nominate) and self._is_refused(message.here, pair):
                     return
                 for due in pair.receive(message, source, now):
                     if isinstance(due, SendTo):
@@ -316,7 +354,9 @@ class Paths:
         """The channel can seal for `sender` now."""
         key = self._peer_of.get(sender)
         if key is not None and key in self._pairs:
-            self._pairs[key].confirmed(source, now)
+            pair = self._pairs[key]
+            is_refused = source is not None and self._is_refused(source, pair)
+            pair.confirmed(None if is_refused else source, now)
             self._touch(key, now)
         if any(target.probe_key == sender for target in self._targets):
             self._reflexive.restart(now, forget=False)
@@ -349,7 +389,8 @@ class Paths:
             if self._armed.get(key) == at:
                 del self._armed[key]
                 pair = self._pairs[key]
-                if pair.alive or (pair.is_answering(now) and self._tokens > -PACE_BURST):
+                is_there = pair.is_answering(now) and self._tokens > -PACE_BURST
+                if pair.direct or pair.is_urgent or is_there:
                     self._serve(key, now)
                 elif pair.is_punching(now):
                     self._young[key] = None
@@ -361,10 +402,10 @@ class Paths:
     def _serve(self, key: PublicKey, now: float) -> None:
         """Do what is due for one pair."""
         pair = self._pairs[key]
-        is_searched = not pair.alive
+        is_searched = not pair.direct
         self._young.pop(key, None)
         self._waiting.pop(key, None)
-        can_call = not pair.alive and self._can_call(key, now)
+        can_call = not pair.direct and self._can_call(key, now)
         for due in pair.take(now, self._next_transaction, can_call=can_call):
             match due:
                 case SendTo(message, endpoint, ttl):
@@ -377,7 +418,7 @@ class Paths:
                     opened = pair.opened(now)[:MAX_CANDIDATES]
                     call = CallMeMaybe(self._candidates[:MAX_CANDIDATES], opened)
                     self._out.append(Call(self._keys[key], call))
-        if not pair.alive:
+        if not pair.direct:
             pair.explain(self._why_not(key, now))
         self._touch(key, now)
 
@@ -427,7 +468,9 @@ class Paths:
             if view != before:
                 self._views[key] = view
                 self._changes.pairs.add(key)
-                self._changes.moved |= before is None or replace(before, rtt=view.rtt) != view
+                self._changes.moved |= before is None or (
+                    replace(before, rtt=view.rtt, is_in_doubt=view.is_in_doubt) != view
+                )
         self._dirty.clear()
 
     def _publish(self, now: float) -> bool:
@@ -505,6 +548,17 @@ class Paths:
         return tuple(prefix for prefix in (addressing.ipv4, addressing.ipv6) if prefix is not None)
 
     def _refusal(self, endpoint: Endpoint) -> str | None:
+        return self._never(endpoint) or self._relay_only(endpoint)
+
+    def _relay_only(self, endpoint: Endpoint) -> str | None:
+        """A hub's ports for relaying lead to whom it granted them, whoever claims to be there."""
+        mesh = self._snapshot.mesh
+        if mesh is None or endpoint.address not in self._hub_addresses:
+            return None
+        first, last = mesh.spec.hubs.ports
+        return "a hub's port for relaying" if first <= endpoint.port <= last else None
+
+    def _never(self, endpoint: Endpoint) -> str | None:
         never = refusal(endpoint, mesh=self._mesh_prefixes(), own=self._own_endpoints)
         return never or misplacement(endpoint, interfaces=self._interfaces, routed=self._routed)
 
@@ -524,6 +578,7 @@ class Paths:
         self._pairs[key] = pair
         if key in self._restored:
             pair.restore(self._restored[key], now)
+        pair.set_relays(self._relays.get(key, {}), now)
         pair.search(now)
         return pair
 
@@ -536,6 +591,7 @@ class Paths:
         self._young.pop(key, None)
         self._waiting.pop(key, None)
         self._restored.pop(key, None)
+        self._relays.pop(key, None)
         self._open_peers.pop(key, None)
         self._living.pop(key, None)
         self._busy.pop(key, None)
@@ -544,10 +600,7 @@ class Paths:
         self._changes.moved |= self._views.pop(key, None) is not None
 
     def _routes_to(self, peer: Peer) -> frozenset[Endpoint]:
-        report = peer.report
-        published = {c.endpoint for c in report.endpoints} if report is not None else set()
-        observed = set(self._observers.get(peer.meta.name, {}).values())
-        claimed = published | set(peer.spec.endpoints) | observed
+        claimed = claims(peer) | set(self._observers.get(peer.meta.name, {}).values())
         return frozenset(
             e
             for e in claimed
@@ -577,7 +630,7 @@ class Paths:
     def _tell_mapping(self, now: float) -> None:
         """Peers that do not hear us yet should hear of the new mapping."""
         for key, pair in self._pairs.items():
-            if not pair.alive:
+            if not pair.direct:
                 pair.mapping_known(now)
                 self._touch(key, now)
 

@@ -35,4 +35,4 @@ class Openers:
         return self._is_behind_nat(route) and route.endpoint != last_good
 
     def _is_behind_nat(self, route: Route) -> bool:
-        return self.mapping is not Mapping.NONE and route.rank[0] > 0
+        return self.mapping is not Mapping.NONE and route.is_public

@@ -22,6 +22,9 @@ The algorithm, for the pair of ourselves and one peer, and in brackets the part 
    `hub_fallback` without a path the peer is declared unreachable, with the reason, and tried again after
    60 s growing to 10 min (`search`). A pair that both sides have opened and that stays silent rests for
    longer than a NAT remembers, because a packet that came too early may have moved a port.
+6. A hub's port that was granted to the pair is a route too, the last in rank: nominated, judged and left like
+   any other. While it is in use the search of step 5 goes on as without a path; what is declared then is
+   that the pair is relayed.
 
 The parts know nothing of each other's state; what one means for another is said here, and only here.
 Time is monotonic seconds. Nothing here sends: `take` returns what is due, and `view` what the rest may know.
@@ -30,6 +33,7 @@ Time is monotonic seconds. Nothing here sends: `take` returns what is due, and `
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Mapping as MappingOf
 from typing import assert_never
 
 from scope.model import Endpoint, Family, Mapping, PathKind, PublicKey, Timers
@@ -44,7 +48,7 @@ from scope_agent.paths.liveness import Liveness
 from scope_agent.paths.nomination import Nomination, Settling
 from scope_agent.paths.openers import Openers
 from scope_agent.paths.path import Path
-from scope_agent.paths.route import FRESH, NEVER, RECENT, VERIFIED, Route
+from scope_agent.paths.route import FRESH, NEVER, RECENT, VERIFIED, Relay, Route
 from scope_agent.paths.routes import Routes
 from scope_agent.paths.search import MEETING, Search, Step
 from scope_agent.paths.view import PairView
@@ -106,6 +110,23 @@ class Pair:
                 self._routes.punch(route, now)
         self._routes.unlist_others(endpoints, in_use=self._path.endpoint, now=now)
 
+    def set_relays(self, relays: MappingOf[Endpoint, Relay], now: float) -> None:
+        """The hubs' ports that are granted to the pair; new ones are tried at once where they could help."""
+        for route in self._routes.grant(relays, in_use=self._path.endpoint):
+            if not self._path.is_direct:
+                self._routes.punch(route, now)
+        in_use = self._route_in_use
+        if in_use is not None and in_use.relay is not None and not in_use.listed and self._path.is_alive:
+            for route in self._routes:
+                if route.relay is not None and route.listed:
+                    self._routes.punch(route, now)  # whatever answers is better
+
+    def knocked(self, now: float) -> None:
+        """The hubs know where we are: what was silent may answer now."""
+        for route in self._routes:
+            if route.relay is not None and not self._path.is_alive and route.next is None:
+                route.next = now
+
     def restore(self, endpoint: Endpoint, now: float) -> None:
         """The last good endpoint from disk: asked first, and programmed after a second without an echo."""
         self._path.restore(endpoint, now)
@@ -113,7 +134,8 @@ class Pair:
 
     def adopt(self, endpoint: Endpoint, *, session: bool, now: float) -> None:
         """The device, which outlived the last agent, already reaches the peer there: leave it as it is."""
-        self._path.adopt(endpoint)
+        known = self._routes.get(endpoint)
+        self._path.adopt(endpoint, now, relayed=known is not None and known.relay is not None)
         self._gate.session = session
         self._gate.force()
         self._ask_in_full(endpoint, now)
@@ -127,10 +149,11 @@ class Pair:
         """Our own addresses changed; `lost`: one of them is gone, so the path in use is doubtful at once."""
         if lost and self._path.is_alive:
             self._lose("our network changed", now)
-        elif self._path.is_alive:
+        elif self._path.is_direct:
             self._suspect(now)
             self._punch(now, call=True)
         else:
+            self._suspect(now)
             self.search(now)
 
     def called(
@@ -144,7 +167,7 @@ class Pair:
         for endpoint in sorted(endpoints, key=self._routes.order):
             self._open(endpoint)
         self._openers.called(self._routes, opened, last_good=self._path.last_good)
-        if self._path.is_alive:
+        if self._path.is_direct:
             self._suspect(now)
         else:
             self._search.called(now)
@@ -155,7 +178,7 @@ class Pair:
 
     def mapping_known(self, now: float) -> None:
         """We learned where reflectors see us: worth telling the peer, once, while it is being searched."""
-        if not self._path.is_alive:
+        if not self._path.is_direct:
             self._search.call_again(now)
 
     def origin_changed(self, now: float) -> None:
@@ -177,12 +200,12 @@ class Pair:
         route = self._open(source) if source is not None else None
         if route is not None:
             route.opener = False
-        if not self._path.is_alive:
+        if not self._path.is_direct:
             self._punch(now, call=source is None or self._search.is_calling)
 
     def explain(self, reason: str) -> None:
-        """The agent knows better why there is no path (mappings, families, reflectors)."""
-        if not self._path.is_alive:
+        """The agent knows better why there is no direct path (mappings, families, reflectors)."""
+        if not self._path.is_direct:
             self._path.reason = reason
 
     # --- datagrams -----------------------------------------------------------------------------------------
@@ -263,7 +286,7 @@ class Pair:
     def _revive(self, route: Route, now: float) -> None:
         """Without a nomination: the path in use answers again, or is where the peer's data came from."""
         if route.endpoint == self._device_endpoint:
-            self._path.move(route.endpoint)
+            self._path.move(route.endpoint, now, relayed=route.relay is not None)
         if route.endpoint == self._path.endpoint:
             self._live(now)
 
@@ -336,7 +359,7 @@ class Pair:
         """When `take` wants to run next."""
         times = [route.next for route in self._routes]  # at most MAX_ROUTES
         times += [
-            self._search.get_timer(searching=not self._path.is_alive),
+            self._search.get_timer(searching=not self._path.is_direct),
             self._path.get_timer(),
             self._gate.until,
             self._liveness.get_timer(rtt=self._rtt) if self._path.is_alive else None,
@@ -351,7 +374,7 @@ class Pair:
         due: list[Due] = []
         if self._liveness.take_check():
             due.append(CheckMapping())
-        if not self._path.is_alive:
+        if not self._path.is_direct:
             self._climb(now)
         if self._path.handle_timer(now):
             self._gate.force()
@@ -369,7 +392,7 @@ class Pair:
         for route in self._routes:
             if route.next is not None and now >= route.next:
                 due.append(self._ping(route, now, transactions, can_call=can_call))
-        if self._search.take_call(now, searching=not self._path.is_alive):
+        if self._search.take_call(now, searching=not self._path.is_direct):
             due.append(CallPeer())
         return due
 
@@ -388,32 +411,60 @@ class Pair:
         """The pair as the rest of the agent may know it."""
         in_use = self._route_in_use
         verified = self._routes.verified(now)
+        relay = in_use.relay if in_use is not None and self._path.is_alive else None
         return PairView(
             endpoint=self._path.endpoint,
             ready=self._gate.is_open,
             settling=self._settling.is_due,
             hold=self._changeover.hold,
             verified=verified | {in_use.endpoint} if in_use is not None else verified,
-            path=PathKind.DIRECT if self._path.is_alive else PathKind.NONE,
+            path=self._kind,
             rtt=self._rtt,
             observed=self._routes.last_heard(),
             declared=self._search.declared,
-            reason="" if self._path.is_alive else self._path.reason,
+            reason="" if self._path.is_direct else self._path.reason,
             since=self._path.since,
+            hub=relay.hub if relay is not None else "",
+            user_space=(
+                relay is not None and in_use is not None and (relay.user_space or in_use.crosses_families)
+            ),
+            is_in_doubt=self._liveness.is_in_doubt,
         )
+
+    @property
+    def _kind(self) -> PathKind:
+        if not self._path.is_alive:
+            return PathKind.NONE
+        return PathKind.RELAYED if self._path.is_relayed else PathKind.DIRECT
 
     @property
     def alive(self) -> bool:
         """Whether the path in use is believed to work."""
         return self._path.is_alive
 
+    @property
+    def direct(self) -> bool:
+        """Whether it also leads straight to the peer, so that nothing is searched."""
+        return self._path.is_direct
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether a path in use waits for a verdict or an agreement: that takes no more than a few pings."""
+        return self._path.is_alive and (
+            self._liveness.is_in_doubt
+            or self._decide_at is not None
+            or self._settling.next is not None
+            or self._changeover.get_timer() is not None
+            or self._gate.until is not None
+        )
+
     def opened(self, now: float) -> tuple[Endpoint, ...]:
         """The peer's public endpoints that we have lately sent towards."""
-        return tuple(route.endpoint for route in self._routes if route.rank[0] > 0 and route.is_opened(now))
+        return tuple(route.endpoint for route in self._routes if route.is_public and route.is_opened(now))
 
     def is_answering(self, now: float) -> bool:
         """Whether the peer is there now: what is due towards it is no shot in the dark, and grows stale."""
-        return self._path.is_alive or now - self._heard_at < FRESH
+        return self._path.is_direct or now - self._heard_at < FRESH
 
     def is_punching(self, now: float) -> bool:
         """Whether the search began so lately that the two sides' pings are still to meet."""
@@ -435,8 +486,8 @@ class Pair:
 
     @property
     def tried(self) -> frozenset[Endpoint]:
-        """Endpoints that were pinged."""
-        return frozenset(route.endpoint for route in self._routes)
+        """Endpoints that were pinged, relays aside."""
+        return frozenset(route.endpoint for route in self._routes if route.relay is None)
 
     def busy_until(self, now: float) -> float | None:
         """Until when a fresh look at the device would help: a handshake is awaited, or a doubt is open."""
@@ -469,7 +520,8 @@ class Pair:
 
     def _punch(self, now: float, *, call: bool) -> None:
         for route in self._routes:
-            self._routes.punch(route, now)
+            if route.relay is None or not self._path.is_alive:
+                self._routes.punch(route, now)
         self._search.punch(now, call=call)
 
     def _climb(self, now: float) -> None:
@@ -478,7 +530,8 @@ class Pair:
                 case Step.CONNECT_BACK | Step.RETRY:
                     self._punch(now, call=True)
                 case Step.DECLARE:
-                    self._path.since = now
+                    if not self._path.is_alive:
+                        self._path.since = now
                 case Step.REST:
                     if self._search.is_met and self._openers.mapping is not Mapping.NONE:
                         self._rest(now)
@@ -488,10 +541,13 @@ class Pair:
                     assert_never(step)
 
     def _rest(self, now: float) -> None:
-        """Be silent, WireGuard's handshakes included, so that NATs forget what came too early."""
+        """Be silent, WireGuard's handshakes included, so that NATs forget what came too early.
+
+        Not towards a hub, whose NAT, if it has one, is another.
+        """
         self._search.rest(now)
         for route in self._routes:
-            if route.attempt >= len(schedule.PUNCH):
+            if route.attempt >= len(schedule.PUNCH) and route.relay is None:
                 route.next = None
         self._path.rest()
 
@@ -502,7 +558,7 @@ class Pair:
         self._punch(now, call=True)
 
     def _ping(self, route: Route, now: float, transactions: Callable[[], int], *, can_call: bool) -> SendTo:
-        ttl = schedule.ttl(route, can_call=can_call) if not self._path.is_alive else None
+        ttl = schedule.ttl(route, can_call=can_call) if not self._path.is_direct else None
         transaction = transactions()
         route.ask(transaction, now)
         route.next = self._next_ping(route, now)
@@ -514,15 +570,16 @@ class Pair:
 
     def _situation(self, now: float) -> schedule.Situation:
         interval, in_use = self._search.timers.probe_interval, self._route_in_use
+        searching = schedule.Searching(
+            interval=interval,
+            last_good=self._path.last_good,
+            lost_at=self._path.lost_at,
+            is_resting=self._search.is_resting,
+            given_up=self._search.declared,
+        )
         if not self._path.is_alive or in_use is None:
-            return schedule.Searching(
-                interval=interval,
-                last_good=self._path.last_good,
-                lost_at=self._path.lost_at,
-                is_resting=self._search.is_resting,
-                given_up=self._search.declared,
-            )
-        return schedule.Connected(
+            return searching
+        connected = schedule.Connected(
             interval=interval,
             in_use=in_use,
             since=self._path.taken_at,
@@ -530,6 +587,7 @@ class Pair:
             is_active=self._counters.is_active(now, within=2 * interval),
             search_until=self._search.eager_until,
         )
+        return schedule.Relayed(searching, connected) if self._path.is_relayed else connected
 
     # --- judging -------------------------------------------------------------------------------------------
 
@@ -647,18 +705,24 @@ class Pair:
         against = {each.endpoint for each in self._routes if each.endpoint in left and self._leads(each, now)}
         if against and self._is_flowing(now):
             self._hold_at(route, against, now)
-        self._path.take(route.endpoint, now)
+        was_direct = self._path.is_direct
+        self._path.take(route.endpoint, now, relayed=route.relay is not None)
         self._settling.start(now)
         self._live(now)
+        if was_direct and not self._path.is_direct:
+            self.search(now)  # the peer had to leave the direct path
         self._gate.start(now)
 
     def _live(self, now: float) -> None:
-        """There is a path: what a search or a doubt still had in mind is dropped."""
+        """There is a path: what a doubt still had in mind is dropped, and of a direct one the search too."""
         self._path.live(now)
-        self._search.succeed()
         self._liveness.clear()
+        if self._path.is_direct:
+            self._search.succeed()
         situation = self._situation(now)
         for route in self._routes:
+            if self._path.is_relayed and route.relay is None:
+                continue
             is_wanted = route.next is not None or route.endpoint == self._path.endpoint
             route.next = schedule.next_ping(route, now, situation) if is_wanted else None
 

@@ -1,6 +1,7 @@
 """The path towards the peer: the endpoint in use, since when it lives, why it does not, and what worked last.
 
-An endpoint is in use from when WireGuard is to send there, and alive once an echo proves it. What worked last
+An endpoint is in use from when WireGuard is to send there, and alive once an echo proves it. It is the peer's
+own, or a relay's; what worked last is always the peer's own. That
 is programmed without a proof where none comes: a WireGuard session may outlive the agent at either end.
 """
 
@@ -21,11 +22,12 @@ class Path:
     def __init__(self, now: float) -> None:
         self.endpoint: Endpoint | None = None  # in use, alive or not
         self.is_alive = False  # believed to work
-        self.since = now  # of `is_alive`, or of when the peer was declared unreachable
+        self.is_relayed = False  # `endpoint` is a hub's
+        self.since = now  # of `is_alive` and `is_relayed`, or of when the peer was declared unreachable
         self.taken_at = NEVER  # when the two sides agreed on it
-        self.last_good: Endpoint | None = None
+        self.last_good: Endpoint | None = None  # straight to the peer
         self.lost_at = NEVER
-        self.reason = ""  # why there is none
+        self.reason = ""  # why there is no direct one
         self._restore_at: float | None = None
 
     def restore(self, endpoint: Endpoint, now: float) -> None:
@@ -33,36 +35,45 @@ class Path:
         self.last_good, self.lost_at = endpoint, now
         self._restore_at = now + RESTORE_AFTER
 
-    def adopt(self, endpoint: Endpoint) -> None:
+    @property
+    def is_direct(self) -> bool:
+        """Whether it works, and leads straight to the peer."""
+        return self.is_alive and not self.is_relayed
+
+    def adopt(self, endpoint: Endpoint, now: float, *, relayed: bool) -> None:
         """Take what the device has: it is in use already."""
-        self.move(endpoint)
+        self.move(endpoint, now, relayed=relayed)
         self._restore_at = None
 
-    def take(self, endpoint: Endpoint, now: float) -> None:
+    def take(self, endpoint: Endpoint, now: float, *, relayed: bool) -> None:
         """Take what the two sides agreed on."""
-        self.adopt(endpoint)
+        self.adopt(endpoint, now, relayed=relayed)
         self.taken_at = now
 
-    def move(self, endpoint: Endpoint) -> None:
+    def move(self, endpoint: Endpoint, now: float, *, relayed: bool) -> None:
         """The device moved there by itself, and is right."""
-        self.endpoint = self.last_good = endpoint
+        if self.is_alive and relayed != self.is_relayed:
+            self.since = now
+            self.lost_at = now if relayed else self.lost_at
+        self.endpoint, self.is_relayed = endpoint, relayed
+        if not relayed:
+            self.last_good = endpoint
 
     def live(self, now: float) -> None:
         """It works."""
         if not self.is_alive:
             self.is_alive, self.since = True, now
-        self.reason = ""
 
     def lose(self, reason: str, now: float) -> None:
         """It works no more."""
-        self.is_alive, self.reason = False, reason
-        self.since = self.lost_at = now
-        self.last_good = self.endpoint
+        self.is_alive, self.reason, self.since = False, reason, now
+        if not self.is_relayed:
+            self.last_good, self.lost_at = self.endpoint, now
 
     def rest(self) -> None:
-        """Let WireGuard send nowhere, where it sends anywhere."""
-        if self.endpoint is not None:
-            self.endpoint = NOWHERE
+        """Let WireGuard send nowhere, where it sends to the peer in vain."""
+        if self.endpoint is not None and not self.is_alive:
+            self.endpoint, self.is_relayed = NOWHERE, False
 
     def wake(self, restore_at: float) -> None:
         """The rest is over; what worked last is in use again at `restore_at`, unless an echo comes before."""
@@ -80,5 +91,5 @@ class Path:
         self._restore_at = None
         if self.is_alive or self.endpoint is not None or self.last_good is None:
             return False
-        self.endpoint = self.last_good
+        self.endpoint, self.is_relayed = self.last_good, False
         return True

@@ -25,6 +25,14 @@ RTT_GAIN = 0.8  # a route of equal rank must be this much quicker, and RTT_MARGI
 RTT_MARGIN = 0.01
 
 
+@dataclass(frozen=True, slots=True)
+class Relay:
+    """What makes an endpoint a relay's: a grant of the hub with ScopePeer name `hub`."""
+
+    hub: str
+    user_space: bool  # the hub says that a process forwards, not its kernel
+
+
 @dataclass(slots=True)
 class Route:
     """An endpoint of the peer. Times are monotonic seconds, NEVER for what has not happened."""
@@ -44,6 +52,7 @@ class Route:
     probation: float = NEVER  # WireGuard moved here by itself at this time
     data_dead: float = NEVER  # echoes came, WireGuard's packets did not
     lost: float = NEVER  # given up at this time: only a later echo proves it
+    relay: Relay | None = None  # the hub's port where it is relayed; None: it leads straight to the peer
 
     # --- asking --------------------------------------------------------------------------------------------
 
@@ -77,6 +86,18 @@ class Route:
     def is_asked(self, now: float) -> bool:
         """Whether a ping is on its way."""
         return any(now - at < IN_FLIGHT for at in self.pending.values())
+
+    @property
+    def is_public(self) -> bool:
+        """Whether it leads straight to the peer, and perhaps through its NAT."""
+        return self.relay is None and self.rank[0] > 0
+
+    @property
+    def crosses_families(self) -> bool:
+        """Whether a relay receives in one address family and sends in the other: no kernel's rules do."""
+        return (
+            self.relay is not None and self.here is not None and self.here.family is not self.endpoint.family
+        )
 
     # --- what is proven ------------------------------------------------------------------------------------
 

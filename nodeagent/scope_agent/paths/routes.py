@@ -2,18 +2,22 @@
 
 A peer can claim endpoints, and speak from endpoints, without end, so the table is bounded. A claimed route is
 never pushed out by one that the peer only spoke from, and the route in use is never dropped.
+
+Relays' routes come from grants alone, which are few. They rank last, and among themselves by their RTT, which
+is the sum of both ways to the hub. One that is no longer granted ranks behind them until it is out of use.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from scope.model import Endpoint, Family
 from scope_agent.paths.candidates import rank
-from scope_agent.paths.route import NEVER, VERIFIED, Route
+from scope_agent.paths.route import NEVER, VERIFIED, Relay, Route
 from scope_agent.paths.schedule import FAMILY_DELAY
 
 MAX_ROUTES = 32  # twice what a peer may publish: the rest are sources it spoke from
+RELAYED, WITHDRAWN = (2, 0), (3, 0)  # ranks behind everything direct
 
 
 class Routes:
@@ -41,8 +45,8 @@ class Routes:
         route = self._by_endpoint.get(endpoint)
         if route is not None:
             return route
-        if len(self._by_endpoint) >= MAX_ROUTES:
-            spare = [r for r in self if not r.listed and r.endpoint != in_use]
+        if sum(route.relay is None for route in self) >= MAX_ROUTES:
+            spare = [r for r in self if not r.listed and r.relay is None and r.endpoint != in_use]
             if not spare:
                 return None
             del self._by_endpoint[min(spare, key=lambda r: r.last_seen).endpoint]
@@ -53,16 +57,34 @@ class Routes:
     def unlist_others(self, listed: frozenset[Endpoint], *, in_use: Endpoint | None, now: float) -> None:
         """Nobody publishes the others any more: they stay only while they are in use or lately seen."""
         for endpoint, route in list(self._by_endpoint.items()):
-            if endpoint not in listed:
+            if endpoint not in listed and route.relay is None:
                 route.listed = False
                 if endpoint != in_use and now - route.last_seen > VERIFIED:
                     del self._by_endpoint[endpoint]
+
+    def grant(self, relays: Mapping[Endpoint, Relay], *, in_use: Endpoint | None) -> list[Route]:
+        """Take the relays' endpoints that hold now: the routes that are new."""
+        for endpoint, route in list(self._by_endpoint.items()):
+            if route.relay is None or endpoint in relays:
+                continue
+            route.rank, route.listed = WITHDRAWN, False
+            if endpoint != in_use:
+                del self._by_endpoint[endpoint]
+        news = []
+        for endpoint, relay in relays.items():
+            known = self._by_endpoint.get(endpoint)
+            if known is None or known.relay is None:
+                known = self._by_endpoint[endpoint] = Route(endpoint, RELAYED)
+                news.append(known)
+            known.rank, known.listed, known.opener, known.relay = RELAYED, True, False, relay
+        return news
 
     def prefer(self, family: Family) -> None:
         """Rank all routes anew."""
         self._prefer = family
         for route in self:
-            route.rank = rank(route.endpoint, family)
+            if route.relay is None:
+                route.rank = rank(route.endpoint, family)
 
     def order(self, endpoint: Endpoint) -> tuple[tuple[int, int], str]:
         """A sort key: the better endpoint first."""
@@ -70,8 +92,11 @@ class Routes:
 
     def punch(self, route: Route, now: float) -> None:
         """Begin a route's pings: at once, or a little later where a preferred family may win."""
+        if route.relay is not None:
+            route.punch(now)
+            return
         is_second = route.endpoint.family is not self._prefer and route.echoed == NEVER
-        waits = is_second and any(r.endpoint.family is self._prefer for r in self)
+        waits = is_second and any(r.endpoint.family is self._prefer and r.relay is None for r in self)
         route.punch(now + (FAMILY_DELAY if waits else 0.0))
 
     def best(self, now: float) -> Route | None:
@@ -84,6 +109,6 @@ class Routes:
         return frozenset(route.endpoint for route in self if route.is_verified(now))
 
     def last_heard(self) -> Endpoint | None:
-        """Where the peer was last seen to send from."""
-        heard = max(self, key=lambda r: r.heard, default=None)
+        """Where the peer was last seen to send from, relays aside."""
+        heard = max((r for r in self if r.relay is None), key=lambda r: r.heard, default=None)
         return heard.endpoint if heard is not None and heard.heard > NEVER else None

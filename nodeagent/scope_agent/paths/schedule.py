@@ -1,6 +1,7 @@
 """When a route wants its next ping.
 
 Three situations: the peer is being searched, the route is the path in use, or it lies beside the path in use.
+While a relay is in use the last two hold for relays' routes and the first one for all others.
 Times are monotonic seconds, None while no ping is needed. `interval` is the mesh's probe interval; an active
 path is one that data leaves by.
 """
@@ -25,6 +26,7 @@ STEP_MIN = 0.01  # pings of a punch that were held up do not leave all at once
 LAST_GOOD_INTERVAL = 1.5  # what worked is the likeliest to work again
 LAST_GOOD_FOR = 600.0  # by then a rebooting router is back
 YOUNG = 10.0  # a new path is pinged every probe interval for so long
+RELAY_INTERVAL = 20.0  # how long the way over another hub is, is asked so often while data flows
 BETTER_INTERVAL = 20.0  # a better route than the one in use is asked so often: both firewalls are open then
 
 
@@ -51,7 +53,15 @@ class Connected:
     search_until: float  # until when a better route is looked for eagerly
 
 
-Situation: TypeAlias = Searching | Connected
+@dataclass(frozen=True, slots=True)
+class Relayed:
+    """There is a path over a hub, and the search for a direct one goes on."""
+
+    search: Searching
+    path: Connected
+
+
+Situation: TypeAlias = Searching | Connected | Relayed
 
 
 def next_ping(route: Route, now: float, situation: Situation) -> float | None:
@@ -61,6 +71,10 @@ def next_ping(route: Route, now: float, situation: Situation) -> float | None:
             return _while_searching(route, now, situation)
         case Connected(in_use=in_use) if route is in_use:
             return _on_path(now, situation)
+        case Relayed(search, path):
+            if route.relay is None:
+                return _while_searching(route, now, search)
+            return _on_path(now, path) if route is path.in_use else _other_relay(route, now, path)
         case Connected(in_use=in_use):
             is_better = route.rank < in_use.rank and not route.is_data_dead(now)
             return _beside_path(route, now, situation) if is_better else None
@@ -84,11 +98,18 @@ def ttl(route: Route, *, can_call: bool) -> int | None:
 def _while_searching(route: Route, now: float, situation: Searching) -> float | None:
     if route.attempt < len(PUNCH):
         return max(route.punched + PUNCH[route.attempt], now + STEP_MIN)
-    if situation.is_resting:
+    if situation.is_resting and route.relay is None:
         return None
     if route.endpoint == situation.last_good and now - situation.lost_at < LAST_GOOD_FOR:
         return now + min(LAST_GOOD_INTERVAL, situation.interval)
     return None if situation.given_up else now + situation.interval
+
+
+def _other_relay(route: Route, now: float, situation: Connected) -> float | None:
+    """Until it has echoed, then now and again: it may have become the shorter way."""
+    if route.attempt < len(PUNCH) and route.echoed < route.punched:
+        return max(route.punched + PUNCH[route.attempt], now + STEP_MIN)
+    return now + RELAY_INTERVAL if situation.is_active else None
 
 
 def _on_path(now: float, situation: Connected) -> float | None:

@@ -20,6 +20,9 @@ class PairView:
     path: PathKind
     rtt: float | None
     observed: Endpoint | None  # where the peer was last seen to send from
-    declared: bool  # the ladder's last bound has passed without a path
+    declared: bool  # the ladder's last bound has passed without a direct path
     reason: str  # why not direct; "" when direct
     since: float  # of the present `path`
+    hub: str = ""  # name of the ScopePeer that relays
+    user_space: bool = False  # a process on the hub relays, not its kernel
+    is_in_doubt: bool = False  # the path is being asked whether it still works
