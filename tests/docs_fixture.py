@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = ("scope-agent", "scope-operator", "scope-registry", "scope-wireguard", "scopectl")
+PROGRAMS = (
+    "scope-agent",
+    "scope-forwarder",
+    "scope-operator",
+    "scope-registry",
+    "scope-wireguard",
+    "scopectl",
+)
 
 _FENCE = re.compile(
     r"(?:^<!-- walk: (?P<places>[^>]*?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",

@@ -29,6 +29,7 @@ import fcntl
 import gc
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -122,6 +123,9 @@ def _run(grants: str, *, mark: int) -> int:
         return _complain(f"another scope-forwarder runs for {grants}")
     os.ftruncate(lock, 0)
     _try_mark(mark)
+    # Two sockets a port, and a range may be wider than the usual 1024 descriptors.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     while not os.path.exists(grants):
         time.sleep(WAIT_INTERVAL)
     forwarder = Forwarder(grants, counters=stem + ".sock", mark=mark)
