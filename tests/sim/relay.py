@@ -41,6 +41,7 @@ class Relay:
     has_forwarder: bool = True
     refuses: RefusedBecause | None = None
     passed: int = 0
+    knocked: Callable[[PublicKey], None] = lambda peer: None  # a side was taught
     _pairs: dict[frozenset[PublicKey], _Pair] = field(default_factory=dict)
     _by_token: dict[bytes, tuple[_Pair, Side]] = field(default_factory=dict)
     _side: dict[tuple[Endpoint, int], tuple[_Pair, Side, float]] = field(default_factory=dict)
@@ -90,6 +91,7 @@ class Relay:
                 if side.port == port:
                     self._side[(source, port)] = pair, side, now
                     self._seen[(side.id, source.family)] = source, now
+                    self.knocked(side.peer)
             return
         if not self.forwards or (isinstance(payload, bytes) and not is_datagram(payload)):
             return

@@ -758,6 +758,10 @@ class RegistryServer:
         """Write the registry's part of a status."""
         self._write(UpdateStatus(Kind.PEER, machine.name, assignment, self.peer(machine).meta.uid))
 
+    def change_peer(self, machine: Machine, spec: PeerSpec) -> None:
+        """What a user does to a ScopePeer."""
+        self._write(Update(replace(self.peer(machine), spec=spec)))
+
     def peers(self) -> list[Peer]:
         """All ScopePeers."""
         return [peer for peer in self.store.list(Kind.PEER).resources if isinstance(peer, Peer)]

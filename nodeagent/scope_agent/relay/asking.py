@@ -213,6 +213,10 @@ class Asking:
             for question in pair.questions.values():
                 if now - question.answered > TOLD_LATELY:
                     question.next = now
+        is_good = standing.path is not PathKind.NONE and not standing.is_in_doubt
+        was_good = before.path is not PathKind.NONE and not before.is_in_doubt
+        if was_good and not is_good:
+            pair.knock_at = now  # perhaps it is our own mapping that moved
         if (before.path, before.is_in_doubt, before.is_expected) != (
             standing.path, standing.is_in_doubt, standing.is_expected,
         ):  # fmt: skip
