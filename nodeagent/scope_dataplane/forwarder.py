@@ -130,6 +130,7 @@ def _run(grants: str, *, mark: int) -> int:
         time.sleep(WAIT_INTERVAL)
     forwarder = Forwarder(grants, counters=stem + ".sock", mark=mark)
     try:
+        forwarder.look(time.monotonic())
         os.pwrite(lock, RUNNING, 0)
         _log(f"relays for the pairs in {grants}")
         forwarder.run()
@@ -191,6 +192,31 @@ class Forwarder:
         if self._watch is not None:
             self._poll.register(self._watch, select.EPOLLIN)
 
+    def look(self, now: float) -> bool:
+        """Follow the file and the clock. Whether the file is still there."""
+        try:
+            found = os.stat(self._grants)
+            seen = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+            grants = None if seen == self._seen else read_grants(self._grants)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            self._refuse(error)  # and look again: it is the machine's trouble, not the file's
+            grants = None
+        except GrantsFileError as error:
+            self._refuse(error)
+            grants, self._seen = None, seen
+        wall = time.time()
+        if grants is not None:
+            self._seen, self._refused = seen, ""
+            self._pairs.replace(grants, now=now, wall=wall)
+            gc.collect()
+            self._bind(now)
+        self._pairs.expire(wall)
+        if now >= self._bind_again:
+            self._bind(now)
+        return True
+
     def run(self) -> None:
         """Relay until the file is gone."""
         # Nothing on a datagram's way makes cycles, and a collection of many pairs would hold datagrams up.
@@ -199,7 +225,7 @@ class Forwarder:
         while True:
             now = time.monotonic()
             if now >= look_at:
-                if not self._look(now):
+                if not self.look(now):
                     return
                 look_at = now + LOOK_INTERVAL
             for descriptor, events in self._poll.poll(LOOK_INTERVAL):
@@ -226,31 +252,6 @@ class Forwarder:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._counters_path)
         self._poll.close()
-
-    def _look(self, now: float) -> bool:
-        """Follow the file and the clock. Whether the file is still there."""
-        try:
-            found = os.stat(self._grants)
-            seen = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
-            grants = None if seen == self._seen else read_grants(self._grants)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            self._refuse(error)  # and look again: it is the machine's trouble, not the file's
-            grants = None
-        except GrantsFileError as error:
-            self._refuse(error)
-            grants, self._seen = None, seen
-        wall = time.time()
-        if grants is not None:
-            self._seen, self._refused = seen, ""
-            self._pairs.replace(grants, now=now, wall=wall)
-            gc.collect()
-            self._bind(now)
-        self._pairs.expire(wall)
-        if now >= self._bind_again:
-            self._bind(now)
-        return True
 
     def _refuse(self, error: Exception) -> None:
         """Say once that a file changes nothing."""
@@ -348,10 +349,12 @@ class Forwarder:
                 continue
             knocks += 1
             own = answer_from(control)
-            if own is not None and not (address[1] in self._numbers and _is_own(address, port.version)):
-                self._pairs.knock(
-                    token, port=port.port, version=port.version, address=address, answer_from=own, now=now
-                )
+            if own is None or (address[1] in self._numbers and _is_own(address, port.version)):
+                self._pairs.wrong_knocks += 1
+                continue
+            self._pairs.knock(
+                token, port=port.port, version=port.version, address=address, answer_from=own, now=now
+            )
         packets = max(1, count(start, stop, segment)) - knocks
         if packets == 0:
             return
@@ -531,7 +534,7 @@ def _listen(path: str) -> socket.socket:
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    before = os.umask(0o077)
+    before = os.umask(0o177)
     try:
         listening.bind(path)
         listening.listen(LISTENERS)
