@@ -367,13 +367,7 @@ def test_knocks_of_one_side_beyond_a_few_a_second_do_nothing(relay: Relay) -> No
 
 @both_families
 def test_a_grant_that_is_added_or_taken_away_disturbs_no_other(relay: Relay) -> None:
-    more = replace(
-        GRANTS,
-        grants=(
-            *GRANTS.grants,
-            grant(4, peers=(PEERS[0], PEERS[2]), tokens=(b"tokenofC", b"tokenofD"), ports=(26004, 26005)),
-        ),
-    )
+    more = replace(GRANTS, grants=(*GRANTS.grants, SECOND))
     relay.change(GRANTS, more)
     relay.passes()
     c, d = relay.end(relay.internet.anna), relay.end(relay.internet.mallory)
