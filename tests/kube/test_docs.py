@@ -15,8 +15,7 @@ import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,8 @@ from kubelab.programs import BUILT
 from lab import Host, Lab, LabError, Nat
 from lab.hosts import end
 
-from tests.docs_fixture import PROGRAMS, ROOT, Block, blocks
+from tests import walk_fixture
+from tests.docs_fixture import ROOT
 
 PAGE = ROOT / "docs" / "kubernetes.md"
 ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
@@ -39,7 +39,6 @@ APPS = f"/apis/apps/v1/namespaces/{NAMESPACE}"
 CORE = f"/api/v1/namespaces/{NAMESPACE}"
 PEERS = "/apis/scope.ltgc.cc/v1alpha1/scopepeers"
 MESHES = "/apis/scope.ltgc.cc/v1alpha1/scopemeshes"
-PATIENCE = 90.0  # seconds: many times what it takes, for a machine that is busy
 NODES = ("fra-1", "fra-2")
 
 
@@ -127,66 +126,45 @@ class Kubelet:
         (inside / "namespace").write_text(NAMESPACE)
 
 
-class Walk:
-    """The page, block by block."""
+class Walk(walk_fixture.Walk):
+    """The page, with two clusters, two Nodes and a machine."""
+
+    passing = (LabError, ApiError)
 
     def __init__(self, lab: Lab, stack: ExitStack, directory: Path) -> None:
-        self._hosts: dict[str, Host] = {
+        hosts: dict[str, Host] = {
             "fra": lab.server("fra"),
             "ams": lab.server("ams"),
             "fra-1": lab.site("hosted", nat=Nat.NONE).machine("fra-1"),
             "fra-2": lab.site("office", nat=Nat.PORT_RESTRICTED).machine("fra-2"),
             "berlin": lab.site("home", nat=Nat.FULL_CONE).machine("berlin"),
         }
+        super().__init__(PAGE, hosts, registry=hosts["fra"], directory=directory)
         self.planes: dict[str, ControlPlane] = {}
         for name in ("fra", "ams"):
-            plane = ControlPlane(host=self._hosts[name], controllers=True)
+            plane = ControlPlane(host=hosts[name], controllers=True)
             stack.callback(plane.close)
             asyncio.run(plane.start())
             self.planes[name] = plane
             asyncio.run(plane.create_node(f"{name}-1"))
         asyncio.run(self.planes["fra"].create_node("fra-2"))
         self.kubelets = [
-            Kubelet(plane, self._hosts[name], workload="deployments/scope-operator")
+            Kubelet(plane, hosts[name], workload="deployments/scope-operator")
             for name, plane in self.planes.items()
         ] + [
-            Kubelet(self.planes["fra"], self._hosts[node], workload="daemonsets/scope-agent", node=node)
+            Kubelet(self.planes["fra"], hosts[node], workload="daemonsets/scope-agent", node=node)
             for node in NODES
         ]
-        self.printed = ""  # by the last block
-        self._join_string = ""
-        self._programs = _programs(directory)
-        for host in self._hosts.values():
+        for host in hosts.values():
             for name in ("crds", "charts", "docs"):
                 (host.directory / name).symlink_to(ROOT / name)
-        self._rest: Iterator[Block] = iter([block for block in blocks(PAGE) if block.places])
 
-    def on(self, until: str) -> None:
-        """Go on to the block that holds `until`, that one included."""
-        for block in self._rest:
-            self._do(block)
-            if until in block.text:
-                return
-        raise AssertionError(f"the page has no further block with {until!r}")
-
-    def finish(self) -> None:
-        """Go on to the end of the page."""
-        for block in self._rest:
-            self._do(block)
-
-    def run(self, place: str, *argv: str) -> str:
-        """Run a command in a place and return what it prints; LabError when it fails."""
-        host = self._hosts[place]
-        environment = {
-            **os.environ,
-            "PATH": f"{self._programs}:{BUILT}:{os.environ['PATH']}",
-            "HOME": str(host.directory),
-            "LAB_HOST": str(host.directory),
-        }
+    def environment(self, place: str) -> dict[str, str]:
+        """Where kubectl is, and whose cluster it asks there."""
+        found = {"PATH": f"{BUILT}:{os.environ['PATH']}", "HOME": str(self.hosts[place].directory)}
         if place in self.planes:
-            environment["KUBECONFIG"] = str(self.planes[place].kubeconfig())
-        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', place, *argv]
-        return host.run(named, env=environment, cwd=host.directory, timeout=PATIENCE).stdout
+            found["KUBECONFIG"] = str(self.planes[place].kubeconfig())
+        return found
 
     def ask(self, cluster: str, path: str) -> Any:
         """An object of a cluster; None where there is none."""
@@ -211,22 +189,18 @@ class Walk:
         """The names of all ScopePeers."""
         return {peer["metadata"]["name"] for peer in self.ask("fra", PEERS)["items"]}
 
-    def paths(self, node: str) -> dict[str, str]:
-        """The path to each other peer that the agent on a machine knows."""
-        status = json.loads(self.run(node, "scopectl", "status", "-o", "json"))
-        return {peer["name"]: peer["path"] for peer in status["peers"]}
-
     def reaches(self, place: str, peer: str) -> bool:
         """Whether the agent of a place has a direct path to a peer."""
         return self.paths(place).get(peer) == "Direct"
 
-    def links(self, peer: str) -> list[Any]:
-        """The links that a peer's agent tells."""
-        return list(self.ask("fra", f"{PEERS}/{peer}")["status"].get("links", ()))
+    def tells_direct(self, peer: str, other: str) -> bool:
+        """Whether the status of a peer says that its path to the other one is direct."""
+        links = self.ask("fra", f"{PEERS}/{peer}")["status"].get("links", ())
+        return any(link["peer"] == other and link["path"] == "Direct" for link in links)
 
     def gateway_serves(self) -> bool:
         """Whether scopectl would be answered; LabError while it is not."""
-        self.run("fra", "bash", "-c", f"</dev/tcp/{self._hosts['fra'].ipv4}/7443")
+        self.run("fra", "bash", "-c", f"</dev/tcp/{self.hosts['fra'].ipv4}/7443")
         return True
 
     def has_left(self, node: str) -> bool:
@@ -241,54 +215,8 @@ class Walk:
         for number in workloads:
             self.kubelets[number].sync()
 
-    def wait_for(self, what: str, holds: Callable[[], bool]) -> None:
-        """Until it holds; with what every program said when it never does."""
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                if holds():
-                    return
-            except (LabError, ApiError) as error:
-                what = f"{what}: {error}" if time.monotonic() > deadline else what
-            assert time.monotonic() < deadline, "\n".join([what, *map(self.log, self._hosts)])
-            time.sleep(0.2)
-
-    def log(self, place: str) -> str:
-        """What the programs of a place said."""
-        logs = self._hosts[place].directory.glob("*.log")
-        return "".join(f"--- {place} {log.name}\n{log.read_text()[-3000:]}" for log in sorted(logs))
-
-    def _do(self, block: Block) -> None:
-        if block.language != "sh":
-            place, file = block.places
-            (self._hosts[place].directory / file).write_text(block.text)
-            return
-        text = block.text.replace("registry.example.net", str(self._hosts["fra"].ipv4))
-        text = text.replace("JOIN STRING", self._join_string)
-        for place in block.places:
-            try:
-                self.printed = self.run(place, "bash", "-eu", "-o", "pipefail", "-c", text)
-            except LabError as error:
-                raise AssertionError("\n".join([str(error), *map(self.log, self._hosts)])) from None
-            if "token create" in text:
-                self._join_string = self.printed.strip()
-
 
 OPERATOR, JOINED, *AGENTS = range(4)  # the kubelets of a walk
-
-
-def _programs(directory: Path) -> Path:
-    """A directory of programs to find first: ours, and stand-ins for sudo and systemctl."""
-    folder = directory / "bin"
-    folder.mkdir()
-    for program in PROGRAMS:
-        (folder / program).symlink_to(Path(sys.executable).parent / program)
-    fixture = ROOT / "tests" / "netns" / "systemctl_fixture.py"
-    systemctl = f'exec {sys.executable} {fixture} "$LAB_HOST"'
-    for name, does in (("sudo", "exec"), ("systemctl", systemctl)):
-        (folder / name).write_text(f'#!/bin/sh\n{does} "$@"\n')
-        (folder / name).chmod(0o755)
-    return folder
 
 
 @pytest.mark.timeout(600)
@@ -306,7 +234,8 @@ def test_the_walk_of_the_kubernetes_page_makes_a_mesh_of_two_clusters_and_a_mach
         walk.on("kubectl label node")
         for node, other in (NODES, NODES[::-1]):
             walk.wait_for("a direct path", partial(walk.reaches, node, f"home.fra.{other}"))
-        walk.wait_for("its link is told", lambda: walk.links(f"home.fra.{NODES[0]}") != [])
+        told = partial(walk.tells_direct, *(f"home.fra.{node}" for node in NODES))
+        walk.wait_for("its direct link is told", told)
         walk.on(".status.links[*]")
         assert walk.printed.startswith(f"home.fra.{NODES[1]}: Direct ")
 
@@ -340,7 +269,7 @@ def test_the_walk_of_the_kubernetes_page_makes_a_mesh_of_two_clusters_and_a_mach
         walk.wait_for("it goes on without the token", lambda: "home.ams.ams-2" in walk.peers())
         walk.kubelets[JOINED].stop()
         walk.on("cluster remove")
-        assert walk.peers() == {*nodes, "home.external.berlin"}
+        walk.wait_for("its peers are gone", lambda: walk.peers() == {*nodes, "home.external.berlin"})
 
         walk.on("--advertise=")
         walk.sync(OPERATOR, *AGENTS)

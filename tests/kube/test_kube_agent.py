@@ -192,6 +192,20 @@ class Cluster:
         assert isinstance(found, dict)
         return found
 
+    def await_beats(self, node: Node, names: list[str]) -> None:
+        """Return when the Lease of a Node speaks for these ScopePeers."""
+
+        def named() -> bool:
+            try:
+                lease = self.ask("GET", f"{LEASES}/agent.{node.name}")
+            except ApiError as error:
+                if error.status != 404:
+                    raise
+                return False
+            return [owner["name"] for owner in lease["metadata"]["ownerReferences"]] == names
+
+        until(named, within_s=40.0, missing=lambda: f"not {names} beat on {node.name}:\n{tail(node.log)}")
+
     def await_pings(self, flows: list[Flow]) -> None:
         """Return when a new ping of each flow has come back."""
         for flow in flows:
@@ -212,6 +226,12 @@ def is_direct(status: Status, name: str) -> bool:
     """Whether the agent reaches a peer directly."""
     reach = status.peers.get(name)
     return reach is not None and reach.is_direct
+
+
+def is_whole(status: Mapping[str, Any]) -> bool:
+    """Whether an agent tells that it holds what it was given, and reaches its one peer."""
+    given = [address.partition("/")[0] for address in status.get("addresses", ())]
+    return bool(given) and status.get("heldAddresses") == given and status.get("direct") == 1
 
 
 def knows_a_way(snapshot: Path) -> bool:
@@ -291,12 +311,9 @@ def test_two_nodes_join_through_the_api_server_and_ping_each_other(
 
 def test_each_agent_writes_its_part_and_beats_its_lease(cluster: Cluster, joined: list[Flow]) -> None:
     for node in cluster.nodes:
-        name = peer_name("home", node)
-        status = cluster.await_report("home", node, lambda status: status.get("direct") == 1)
-        assert status["heldAddresses"] == [address.partition("/")[0] for address in status["addresses"]]
+        status = cluster.await_report("home", node, is_whole)
         assert status["device"] == "UserSpace"
-        lease = cluster.ask("GET", f"{LEASES}/agent.{node.name}")
-        assert [owner["name"] for owner in lease["metadata"]["ownerReferences"]] == [name]
+        cluster.await_beats(node, [peer_name("home", node)])
 
 
 def test_what_an_agent_may_not_do_it_has_not_tried(cluster: Cluster, joined: list[Flow]) -> None:
@@ -314,8 +331,7 @@ def test_a_second_mesh_is_served_beside_the_first(cluster: Cluster, joined: list
     cluster.await_pings(flows + joined)
     for node in cluster.nodes:
         assert {"scope0", "scope1"} <= node.devices()
-        lease = cluster.ask("GET", f"{LEASES}/agent.{node.name}")
-        assert len(lease["metadata"]["ownerReferences"]) == 2
+        cluster.await_beats(node, [peer_name(mesh, node) for mesh in ("home", "work")])
 
 
 def test_agents_that_start_while_the_api_server_is_down_serve_from_disk(
@@ -352,9 +368,9 @@ def test_a_peer_that_was_made_anew_gets_the_keys_and_addresses_that_are_held(
     uid = cluster.make_peer("home", node)
     assert uid != before["metadata"]["uid"]
     assert cluster.await_keys("home", node) == before["status"]["keys"]
-    after = cluster.peer("home", node)["status"]
     (address,) = before["status"]["addresses"]
-    assert after["heldAddresses"] == [address.partition("/")[0]]
+    held = [address.partition("/")[0]]
+    cluster.await_report("home", node, lambda status: status.get("heldAddresses") == held)
     cluster.assign("home", node, address)
     cluster.await_direct("home")
     cluster.await_pings(joined)
@@ -366,12 +382,11 @@ def test_a_mesh_whose_peer_is_gone_is_left_and_the_other_stays(cluster: Cluster,
     assert (kept / "enrolment.json").exists()
     cluster.ask("DELETE", f"{PEERS}/{peer_name('work', node)}")
     until(
-        lambda: "scope1" not in node.devices(),
+        lambda: "scope1" not in node.devices() and not kept.exists(),
         within_s=90.0,
-        missing=lambda: f"scope1 is still there:\n{tail(node.log)}",
+        missing=lambda: f"scope1 or {kept} is still there:\n{tail(node.log)}",
     )
     assert "scope0" in node.devices()
-    assert not kept.exists()
     cluster.await_pings(joined)
 
 

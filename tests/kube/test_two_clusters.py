@@ -271,6 +271,18 @@ class LabPair:
             return None
         return found.get("status", {}).get("keys")
 
+    def address(self, member: Member) -> str:
+        """The address of an agent, once it has one."""
+        found: list[str] = []
+
+        def told() -> bool:
+            status = member.status()
+            found[:] = [status.address] if status is not None and status.address else []
+            return bool(found)
+
+        self.until(told, member.log)
+        return found[0]
+
     def until(self, done: Callable[[], Any], *logs: Path) -> None:
         """Return once that is true; show the ends of the logs when it never is."""
         deadline = time.monotonic() + 60.0
@@ -325,11 +337,10 @@ def test_agents_of_both_clusters_ping_each_other(lab_pair: LabPair) -> None:
     lab_pair.until(lab_pair.mount, west.log)
     for member, other in ((east, "home.west.w-1"), (west, "home.default.e-1")):
         lab_pair.until(partial(reaches, member, other), east.log, west.log)
-    addresses = [status.address for member in (east, west) if (status := member.status()) is not None]
-    assert len(addresses) == 2 and all(addresses)
+    addresses = [lab_pair.address(member) for member in (east, west)]
     flows = [
-        lab_pair.pinger.flow(east.machine, str(addresses[1])),
-        lab_pair.pinger.flow(west.machine, str(addresses[0])),
+        lab_pair.pinger.flow(east.machine, addresses[1]),
+        lab_pair.pinger.flow(west.machine, addresses[0]),
     ]
     lab_pair.until(lambda: all(flow.first for flow in flows), east.log, west.log)
 
