@@ -8,7 +8,6 @@ from ipaddress import ip_interface, ip_network
 import pytest
 from scope_operator.plan.addresses import HOLD
 from scope_operator.plan.conditions import mesh_conditions, peer_conditions
-from scope_operator.plan.roles import assign_role
 from scope_operator.plan.routes import route_conflicts
 from scope_operator.plan.status import count, is_expired, plan_assignment
 
@@ -49,7 +48,7 @@ def removed(number: int, *, at: float) -> Peer:
 
 
 def planned(peer: Peer, *, online: bool, wall: float) -> Assignment:
-    return plan_assignment(peer, mesh=HOME, taken={}, conflict=None, online=online, wall=wall)
+    return plan_assignment(peer, mesh=HOME, taken={}, conflict=None, role=Role.EDGE, online=online, wall=wall)
 
 
 def test_an_unchanged_peer_is_planned_as_it_is() -> None:
@@ -137,11 +136,6 @@ def test_peers_expire_after_the_meshs_time_offline_or_removed_and_never_online()
     assert not is_expired(online, mesh=HOME, wall=500.0 + 10 * expiry)
     assert is_expired(removed(1, at=1000.0), mesh=HOME, wall=1000.0 + expiry)
     assert not is_expired(removed(1, at=1000.0), mesh=HOME, wall=999.0 + expiry)
-
-
-@pytest.mark.parametrize(("asked", "role"), [("Auto", "Edge"), ("Edge", "Edge"), ("Hub", "Hub")])
-def test_a_hub_is_a_hub_only_when_asked(asked: str, role: str) -> None:
-    assert assign_role(Role(asked)) is Role(role)
 
 
 def test_the_elder_keeps_a_route_and_the_younger_is_told() -> None:

@@ -8,17 +8,20 @@ time of the last change of the status, so an unchanged condition is an equal val
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from scope.model import Condition, IPAddress, IPNetwork, Mesh, Peer
+from scope.model import Condition, Forwarding, IPAddress, IPNetwork, Mesh, Peer, Role
 
 READY = "Ready"
 ADDRESSES_EXHAUSTED = "AddressesExhausted"
 ROUTE_CONFLICT = "RouteConflict"
 PORT_CONFLICT = "PortConflict"
 ADDRESS_CONFLICT = "AddressConflict"
+HUBS_AVAILABLE = "HubsAvailable"
+RELAY_FAILED = "RelayFailed"  # False: it did, of a peer that is no hub any more; told to whoever chooses hubs
 REMOVED = "Removed"  # its `changed` is the time of the removal
 
+REMEMBERED = 86400.0  # seconds after which a former hub that did not forward may be chosen again
 SHOWN = 3  # names in a message: enough to start looking, short enough for a terminal
 
 
@@ -55,6 +58,22 @@ class PortConflict:
     nodes: tuple[str, ...]  # names, sorted
 
 
+@dataclass(frozen=True, slots=True)
+class HubsState:
+    """How it stands with the hubs of a mesh that asks for some; names of ScopePeers, sorted."""
+
+    hubs: tuple[str, ...]
+    is_auto: bool
+    ports: tuple[int, int]
+    selects_nobody: bool  # there is a selector, and no peer that it selects
+    missing: tuple[str, ...]  # named, and no peer
+    excluded: tuple[str, ...]  # asked for, and their specs say Edge
+    offline: tuple[str, ...]
+    behind_nat: tuple[str, ...]
+    not_forwarding: tuple[tuple[str, str], ...]  # with the reason
+    without_port: tuple[str, ...]  # some pair found none
+
+
 def mesh_conditions(
     mesh: Mesh,
     *,
@@ -64,8 +83,9 @@ def mesh_conditions(
     wall: float,
     ports: PortConflict | None = None,
     impostor: str = "",
+    hubs: HubsState | None = None,
 ) -> tuple[Condition, ...]:
-    """The conditions of a mesh.
+    """The conditions of a mesh; that of its hubs only where it asks for some.
 
     `overlaps` is an older mesh whose address space this one overlaps, `without_address` the peers for which
     no address was left, `conflicting` those with a route that another has. `impostor` is this cluster's name
@@ -89,9 +109,10 @@ def mesh_conditions(
     )
     earlier = mesh.status.conditions
     told = (
-        _ready(earlier, chain, "every peer has its addresses", wall),
+        _holds(earlier, READY, chain, "every peer has its addresses", wall),
         _problem(earlier, ADDRESSES_EXHAUSTED, exhausted if lacking else None, wall),
         _problem(earlier, ROUTE_CONFLICT, conflict if disputed else None, wall),
+        *((_hubs_available(earlier, hubs, wall),) if hubs is not None else ()),
     )
     # Only where there are Nodes, and two meshes, can this be: elsewhere it is left out.
     if ports is None and all(each.type != PORT_CONFLICT for each in earlier):
@@ -109,6 +130,7 @@ def peer_conditions(
     wall: float,
     moved: AddressConflict | None = None,
     displaced: str = "",
+    role: Role = Role.EDGE,
 ) -> tuple[Condition, ...]:
     """The conditions of a peer that is not removed; what is no problem is left out, for the sake of etcd.
 
@@ -127,7 +149,7 @@ def peer_conditions(
         None if online else Failure("Offline", "nothing heard for 180 s: is scope-agent running there?"),
     )
     earlier = peer.assignment.conditions
-    told = [_ready(earlier, chain, "online, with an address", wall)]
+    told = [_holds(earlier, READY, chain, "online, with an address", wall)]
     if conflict is not None:
         failure = Failure(
             "RoutesOverlap",
@@ -139,7 +161,101 @@ def peer_conditions(
         told.append(Condition(ADDRESS_CONFLICT, "False", "GivenAnother", message, wall))
     else:
         told.extend(each for each in earlier if each.type == ADDRESS_CONFLICT)
+    told.extend(_relay_failed(peer, role=role, wall=wall))
     return tuple(told)
+
+
+def _relay_failed(peer: Peer, *, role: Role, wall: float) -> Iterable[Condition]:
+    """What a hub says that does not forward; of a former hub it stays for `REMEMBERED` seconds."""
+    earlier = peer.assignment.conditions
+    relay = peer.report.relay if peer.report is not None else None
+    before = next((each for each in earlier if each.type == RELAY_FAILED), None)
+    if role is not Role.HUB:
+        if before is not None and before.status == "True":
+            return [_since(earlier, replace(before, status="False"), wall)]
+        return [before] if before is not None and wall < before.changed + REMEMBERED else []
+    if relay is None or relay.forwarding is not Forwarding.NONE:
+        return []
+    return [_problem(earlier, RELAY_FAILED, _not_forwarding(((peer.meta.name, relay.reason),)), wall)]
+
+
+def _hubs_available(earlier: Iterable[Condition], hubs: HubsState, wall: float) -> Condition:
+    chain = (
+        _all_offline(hubs) if hubs.hubs and hubs.offline == hubs.hubs else None,
+        _no_such_peer(hubs.missing) if hubs.missing else None,
+        _says_edge(hubs.excluded) if hubs.excluded else None,
+        _no_such_node() if hubs.selects_nobody else None,
+        _nobody_reachable() if not hubs.hubs and hubs.is_auto else None,
+        _not_reachable(hubs) if hubs.behind_nat else None,
+        _not_forwarding(hubs.not_forwarding) if hubs.not_forwarding else None,
+        _no_port_left(hubs) if hubs.without_port else None,
+    )
+    return _holds(earlier, HUBS_AVAILABLE, chain, f"relayed by {_some(hubs.hubs)}", wall)
+
+
+def _all_offline(hubs: HubsState) -> Failure:
+    mend = "start scope-agent there, or " + ("let another peer be reached" if hubs.is_auto else "name others")
+    return Failure(
+        "AllOffline",
+        f"no hub is online, of {_some(hubs.offline)}: {mend} (spec.hubs); pairs keep the paths they have",
+    )
+
+
+def _no_such_peer(names: tuple[str, ...]) -> Failure:
+    return Failure(
+        "NoSuchPeer",
+        f"the mesh has no ScopePeer {_some(names)}: correct spec.hubs.names; `scopectl get peers` has names",
+    )
+
+
+def _says_edge(names: tuple[str, ...]) -> Failure:
+    return Failure(
+        "SaysEdge",
+        f"{_some(names)} cannot be a hub, because spec.role of the ScopePeer says Edge: set that to Auto, or "
+        "take it out of spec.hubs",
+    )
+
+
+def _no_such_node() -> Failure:
+    return Failure(
+        "NoSuchNode",
+        "no peer's Node has the labels of spec.hubs.selector: label a Node, or correct it; a selector means "
+        "Nodes of the registry's own cluster, and other peers are named in spec.hubs.names",
+    )
+
+
+def _nobody_reachable() -> Failure:
+    return Failure(
+        "NobodyReachable",
+        "no peer that is online can be reached by every other one: forward UDP ports to one and give "
+        "spec.endpoints of its ScopePeer, or name a hub in spec.hubs.names",
+    )
+
+
+def _not_reachable(hubs: HubsState) -> Failure:
+    first, last = hubs.ports
+    return Failure(
+        "NotReachable",
+        f"hub {_some(hubs.behind_nat)} is behind a NAT: forward its WireGuard port and UDP ports {first} to "
+        f"{last} to it, and give its public endpoint in spec.endpoints of its ScopePeer",
+    )
+
+
+def _not_forwarding(hubs: tuple[tuple[str, str], ...]) -> Failure:
+    (name, reason), *more = hubs
+    others = f" (and {len(more)} more)" if more else ""
+    why = f": {reason}" if reason else ""
+    return Failure(
+        "NotForwarding",
+        f"hub {name}{others} does not forward{why}; mend that there, or have another hub (spec.hubs)",
+    )
+
+
+def _no_port_left(hubs: HubsState) -> Failure:
+    return Failure(
+        "NoPortLeft",
+        f"hub {_some(hubs.without_port)} has no port for some pairs: widen spec.hubs.ports, or add a hub",
+    )
 
 
 def _displaces(node: str) -> Failure:
@@ -179,13 +295,14 @@ def _no_mesh(peer: Peer) -> Failure:
     )
 
 
-def _ready(
-    earlier: Iterable[Condition], chain: Iterable[Failure | None], holds: str, wall: float
+def _holds(
+    earlier: Iterable[Condition], kind: str, chain: Iterable[Failure | None], holds: str, wall: float
 ) -> Condition:
+    """A condition that ought to hold: it does where no check fails, and its reason then is its own name."""
     failure = next((failure for failure in chain if failure is not None), None)
     if failure is None:
-        return _since(earlier, Condition(READY, "True", READY, holds), wall)
-    return _since(earlier, Condition(READY, "False", failure.reason, failure.message), wall)
+        return _since(earlier, Condition(kind, "True", kind, holds), wall)
+    return _since(earlier, Condition(kind, "False", failure.reason, failure.message), wall)
 
 
 def _problem(earlier: Iterable[Condition], kind: str, failure: Failure | None, wall: float) -> Condition:

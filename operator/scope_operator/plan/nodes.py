@@ -246,6 +246,15 @@ class NodePeers:
                 return PortConflict(port, holder=rival.meta.name, nodes=tuple(both))
         return None
 
+    def labels(self, peer: Peer) -> Mapping[str, str] | None:
+        """The labels of the peer's Node; None of a peer that stands for no Node here."""
+        node = self._nodes.get(peer.spec.node_name) if self._is_own(peer) else None
+        return node.labels if node is not None and node.uid == peer.spec.node_uid else None
+
+    def lacks_node(self, peer: Peer) -> bool:
+        """Whether the peer is this cluster's and its Node is not known, or not any more."""
+        return self._is_own(peer) and self.labels(peer) is None
+
     def displaced(self, peer: Peer) -> str:
         """The Node that is no peer because this one has the name of its; "" where there is none."""
         wanted = None if self._is_own(peer) else self._wanted(peer.meta.name)

@@ -29,6 +29,7 @@ from typing import TypeAlias
 from scope.model import (
     Assignment,
     Cluster,
+    HubMode,
     IPAddress,
     Kind,
     Mesh,
@@ -38,15 +39,18 @@ from scope.model import (
     Reflector,
     Resource,
     Revision,
+    Role,
     kind_of,
 )
 from scope.registry.port import Deleted, Listed, Put
 from scope_operator.plan.conditions import RouteConflict, mesh_conditions
 from scope_operator.plan.nodes import NodeFact, NodePeers
+from scope_operator.plan.roles import Asked, HubPlan, asked_of, assign_role, hubs_state, plan_hubs
 from scope_operator.plan.routes import route_conflicts
 from scope_operator.plan.status import ALIVE, is_expired, plan_assignment, plan_mesh_status
 
 MESH_INTERVAL = 5.0  # seconds between writes of a mesh's counts: they are for people
+HUBS_INTERVAL = 10.0  # seconds between choices of hubs, which look at every peer: none is in a hurry
 MAX_DELETED = 4096  # uids of deleted resources: what is under way when they go is answered within seconds
 MAX_IN_FLIGHT = 64  # writes under way: enough to fill a batch of the embedded registry, few for an API server
 
@@ -125,6 +129,9 @@ class _Members:
     lacking: set[str] = field(default_factory=set)  # peers for which no address was left
     routed: dict[str, Peer] = field(default_factory=dict)  # members with routes
     conflicts: dict[str, RouteConflict] = field(default_factory=dict)
+    asked: dict[str, Asked] | None = None  # who is to be a hub because someone asks; None: not looked yet
+    hubs: HubPlan | None = None  # the latest choice; None: who is a hub stands in the peers alone
+    hubs_due: float = 0.0  # when to choose anew (monotonic)
 
 
 class Planner:
@@ -414,6 +421,7 @@ class Planner:
             mesh=mesh,
             taken=members.taken,
             conflict=members.conflicts.get(name),
+            role=self._role(peer, mesh, members),
             online=self._is_online(peer),
             wall=wall,
             displaced=nodes.displaced(peer) if nodes is not None else "",
@@ -424,6 +432,72 @@ class Planner:
         for interface in part.addresses:
             members.taken[interface.ip] = name  # from now on, so that no other peer is planned onto it
         return WriteAssignment(peer, part, mesh)
+
+    def _role(self, peer: Peer, mesh: Mesh | None, members: _Members) -> Role:
+        """Hub or Edge; as it is where the mesh is away, or nobody has chosen yet since our start."""
+        if mesh is None:
+            return peer.assignment.role
+        asked = self._note_asked(peer, mesh, members)
+        chosen = peer.assignment.role is Role.HUB
+        if mesh.spec.hubs.mode is HubMode.DECLARED:
+            chosen = False
+        elif members.hubs is not None:
+            chosen = peer.meta.name in members.hubs.chosen
+        return assign_role(peer, asked=asked, chosen=chosen)
+
+    def _note_asked(self, peer: Peer, mesh: Mesh, members: _Members) -> Asked | None:
+        """Who asks that the peer be a hub; the mesh is planned where that changed."""
+        known, name = self._asked(mesh, members), peer.meta.name
+        before = known.get(name)
+        if self._nodes is not None and self._nodes.lacks_node(peer):
+            return before  # an absent Node is believed slowly, and so is what its labels said
+        asked = self._ask(peer, mesh)
+        if asked is not before:
+            if asked is None:
+                del known[name]
+            else:
+                known[name] = asked
+            members.hubs_due = 0.0
+            self._queue[Kind.MESH, mesh.meta.name] = None
+        return asked
+
+    def _asked(self, mesh: Mesh, members: _Members) -> dict[str, Asked]:
+        """Those that somebody asks for, by name."""
+        if members.asked is None:
+            members.asked = {
+                name: asked
+                for name, peer in members.peers.items()
+                if (asked := self._ask(peer, mesh)) is not None
+            }
+        return members.asked
+
+    def _ask(self, peer: Peer, mesh: Mesh) -> Asked | None:
+        labels = self._nodes.labels(peer) if self._nodes is not None else None
+        return asked_of(peer, hubs=mesh.spec.hubs, labels=labels)
+
+    def _choose_hubs(self, mesh: Mesh, members: _Members, *, now: float, wall: float) -> HubPlan:
+        """Whom the registry chooses as hubs; peers whose role that changes are planned."""
+        is_auto = mesh.spec.hubs.mode is HubMode.AUTO
+        if is_auto and members.hubs is not None and now < members.hubs_due:
+            self._delay((Kind.MESH, mesh.meta.name), members.hubs_due)
+            return members.hubs
+        asked, before = self._asked(mesh, members), self._chosen(members)
+        plan = plan_hubs(mesh, peers=members.peers, asked=asked, chosen=before, wall=wall)
+        members.hubs, members.hubs_due = plan, now + HUBS_INTERVAL
+        for name in (*sorted(plan.chosen - before), *sorted(before - plan.chosen)):
+            self._queue[Kind.PEER, name] = None
+        return plan
+
+    def _chosen(self, members: _Members) -> frozenset[str]:
+        """Whom the registry chose before, by what this process or, at its start, the peers remember."""
+        if members.hubs is not None:
+            return frozenset(name for name in members.hubs.chosen if name in members.peers)
+        asked = members.asked or {}
+        return frozenset(
+            name
+            for name, peer in members.peers.items()
+            if peer.assignment.role is Role.HUB and name not in asked and peer.assignment.tombstone is None
+        )
 
     def _note_lack(self, members: _Members, peer: Peer, part: Assignment) -> None:
         name, mesh = peer.meta.name, self._meshes.get(peer.spec.mesh)
@@ -440,6 +514,7 @@ class Planner:
 
     def _plan_mesh(self, mesh: Mesh, *, now: float, wall: float) -> Action | None:
         members, nodes = self._members_of(mesh.meta.name), self._nodes
+        hubs = self._choose_hubs(mesh, members, now=now, wall=wall)
         part = plan_mesh_status(
             mesh,
             peers=members.peers.values(),
@@ -451,10 +526,17 @@ class Planner:
                 wall=wall,
                 ports=nodes.port_conflict(mesh) if nodes is not None else None,
                 impostor=nodes.cluster if nodes is not None and nodes.is_refused(mesh) else "",
+                hubs=hubs_state(
+                    mesh,
+                    peers=members.peers,
+                    asked=self._asked(mesh, members),
+                    chosen=self._chosen(members),
+                ),
             ),
             signing_key=self._signing_key,
             reflectors=self._reflectors,
             cluster=self._cluster,
+            hubs=hubs.told,
         )
         if part == mesh.status:
             return None
@@ -567,6 +649,9 @@ class Planner:
             members = self._members_of(peer.spec.mesh)
             del self._peers[name], members.peers[name]
             members.lacking.discard(name)
+            if members.asked is not None:
+                members.asked.pop(name, None)
+            members.hubs_due = 0.0
             self._release(members, name, {interface.ip for interface in peer.assignment.addresses})
             if members.routed.pop(name, None) is not None:
                 self._judge_routes(peer.spec.mesh)
@@ -593,7 +678,9 @@ class Planner:
 
     def _mesh_changed(self, name: str) -> None:
         self._judge_routes(name)
-        self._queue.update(((Kind.PEER, peer), None) for peer in self._members_of(name).peers)
+        members = self._members_of(name)
+        members.asked, members.hubs_due = None, 0.0
+        self._queue.update(((Kind.PEER, peer), None) for peer in members.peers)
         self._queue.update(((Kind.MESH, other), None) for other in self._meshes)  # they may overlap it
 
     def _judge_routes(self, name: str) -> None:

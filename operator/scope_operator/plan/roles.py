@@ -1,14 +1,146 @@
-"""Which role a peer gets: the one that was asked for; `Auto` is an edge, since a hub must be wanted."""
+"""Which peers of a mesh are hubs, and what is told of that.
+
+    specs of mesh and peer, labels of its Node -> asked_of:   who asks that it be a hub
+    who asks, and whom the registry chose      -> assign_role: Hub or Edge
+    all peers of a mesh                        -> plan_hubs:  whom the registry chooses, and what is told
+
+A peer is asked for where its own spec says Hub, its name stands in spec.hubs.names, or its Node is selected
+by spec.hubs.selector. One whose spec says Edge never is a hub. That is judged of each peer by itself; in the
+mode Auto `hubs` chooses others besides.
+"""
 
 from __future__ import annotations
 
-from scope.model import Role
+import enum
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from scope.model import Forwarding, HubChoice, HubMode, Hubs, Mesh, Peer, Role
+from scope.resources import MAX_HUBS, MAX_REASON
+from scope.selectors import selects
+from scope_operator.plan.conditions import HubsState
+from scope_operator.plan.hubs import Choice, Trouble, Unfit, choose, trouble_of
+
+MAX_OTHERS = 16  # peers that are no hubs and are told of: as many as a person reads
 
 
-def assign_role(asked: Role) -> Role:
-    """Hub or Edge, for what the peer's spec asks."""
-    match asked:
-        case Role.HUB:
-            return Role.HUB
-        case Role.EDGE | Role.AUTO:
-            return Role.EDGE
+class Asked(enum.StrEnum):
+    """Who asks that a peer be a hub, in the words of the status."""
+
+    SPEC = "its spec says Hub"
+    NAME = "named in spec.hubs"
+    SELECTOR = "its Node is selected by spec.hubs"
+
+
+@dataclass(frozen=True, slots=True)
+class HubPlan:
+    """Whom the registry chooses, beside those that are asked for, and what is told of all of them."""
+
+    chosen: frozenset[str] = frozenset()
+    told: tuple[HubChoice, ...] = ()
+
+
+def asked_of(peer: Peer, *, hubs: Hubs, labels: Mapping[str, str] | None) -> Asked | None:
+    """Who asks that `peer` be a hub, its own spec aside that says Edge; `labels` are its Node's, if known."""
+    if peer.assignment.tombstone is not None:
+        return None
+    if peer.spec.role is Role.HUB:
+        return Asked.SPEC
+    if peer.meta.name in hubs.names:
+        return Asked.NAME
+    if hubs.selector is not None and labels is not None and selects(hubs.selector, labels):
+        return Asked.SELECTOR
+    return None
+
+
+def assign_role(peer: Peer, *, asked: Asked | None, chosen: bool) -> Role:
+    """Hub or Edge; `chosen` says whether the registry chose it."""
+    if peer.spec.role is Role.EDGE:
+        return Role.EDGE
+    return Role.HUB if asked is not None or chosen else Role.EDGE
+
+
+def plan_hubs(
+    mesh: Mesh, *, peers: Mapping[str, Peer], asked: Mapping[str, Asked], chosen: Collection[str], wall: float
+) -> HubPlan:
+    """Whom the registry chooses now, and what is told.
+
+    `peers` are all of the mesh, `asked` those that somebody asks for, `chosen` whom the registry chose last.
+    """
+    choice = Choice()
+    if mesh.spec.hubs.mode is HubMode.AUTO:
+        choice = choose(mesh, peers=peers, asked=asked, before=chosen, wall=wall)
+    named = [name for name in sorted(asked) if peers[name].spec.role is not Role.EDGE]
+    room = MAX_HUBS - MAX_OTHERS - len(choice.hubs)
+    hubs = [*(_tell_asked(peers[name], asked[name]) for name in named[:room]), *choice.hubs]
+    others = [*_tell_missed(mesh.spec.hubs, peers=peers, asked=asked), *choice.others]
+    others.sort(key=lambda each: not each.contested_since)  # these are to be remembered
+    return HubPlan(
+        frozenset(each.peer for each in choice.hubs),
+        (*sorted(hubs, key=_by_name), *sorted(others[:MAX_OTHERS], key=_by_name)),
+    )
+
+
+def hubs_state(
+    mesh: Mesh, *, peers: Mapping[str, Peer], asked: Mapping[str, Asked], chosen: Collection[str]
+) -> HubsState | None:
+    """How it stands with the hubs of a mesh, for its condition; None where nobody asks for any."""
+    hubs = mesh.spec.hubs
+    if hubs.mode is HubMode.DECLARED and not hubs.names and hubs.selector is None and not asked:
+        return None
+    excluded = {name for name in asked if peers[name].spec.role is Role.EDGE}
+    serving = sorted((asked.keys() | set(chosen)) - excluded)
+    troubles = {name: trouble_of(peers[name]) for name in serving}
+
+    def those(trouble: Trouble) -> tuple[str, ...]:
+        return tuple(name for name in serving if troubles[name] is trouble)
+
+    return HubsState(
+        hubs=tuple(serving),
+        is_auto=hubs.mode is HubMode.AUTO,
+        ports=hubs.ports,
+        selects_nobody=hubs.selector is not None and Asked.SELECTOR not in asked.values(),
+        missing=tuple(sorted(name for name in hubs.names if name not in asked)),
+        excluded=tuple(sorted(excluded)),
+        offline=those(Trouble.OFFLINE),
+        behind_nat=those(Trouble.BEHIND_NAT),
+        not_forwarding=tuple((name, _why_not_kernel(peers[name])) for name in those(Trouble.NOT_FORWARDING)),
+        without_port=those(Trouble.NO_PORT_LEFT),
+    )
+
+
+def _tell_asked(peer: Peer, asked: Asked) -> HubChoice:
+    trouble, relay = trouble_of(peer), peer.report.relay if peer.report is not None else None
+    parts: list[str] = [asked]
+    if trouble is not None:
+        parts.append(trouble)
+    elif relay is not None and relay.forwarding is Forwarding.USER_SPACE:
+        parts.append("relays in user space")
+    why = "; ".join(parts)
+    if reason := _why_not_kernel(peer):
+        why = f"{why}: {reason}"
+    return HubChoice(peer.meta.name, True, why[:MAX_REASON])
+
+
+def _tell_missed(hubs: Hubs, *, peers: Mapping[str, Peer], asked: Mapping[str, Asked]) -> list[HubChoice]:
+    """Of those that somebody asks for and that are no hubs all the same."""
+    missing = [
+        HubChoice(name, False, f"{Asked.NAME}, but the mesh has no such ScopePeer")
+        for name in hubs.names
+        if name not in asked
+    ]
+    return missing + [
+        HubChoice(name, False, f"{asked[name]}, but {Unfit.EDGE}")
+        for name in sorted(asked)
+        if peers[name].spec.role is Role.EDGE
+    ]
+
+
+def _why_not_kernel(peer: Peer) -> str:
+    """Why a hub's kernel does not forward, or nothing at all does, in its own words."""
+    relay = peer.report.relay if peer.report is not None else None
+    return relay.reason if relay is not None and relay.forwarding is not Forwarding.KERNEL else ""
+
+
+def _by_name(choice: HubChoice) -> str:
+    return choice.peer

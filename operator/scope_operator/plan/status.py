@@ -13,6 +13,7 @@ from scope.model import (
     Assignment,
     Cluster,
     Condition,
+    HubChoice,
     IPAddress,
     IPInterface,
     Mesh,
@@ -21,10 +22,10 @@ from scope.model import (
     Peer,
     PublicKey,
     Reflector,
+    Role,
 )
 from scope_operator.plan.addresses import Assigned, assign_addresses, is_released, removed_at
 from scope_operator.plan.conditions import AddressConflict, RouteConflict, peer_conditions
-from scope_operator.plan.roles import assign_role
 
 ALIVE = 180.0  # seconds that a heartbeat counts for: three of the agents', sent every 60 s
 
@@ -35,6 +36,7 @@ def plan_assignment(
     mesh: Mesh | None,
     taken: Mapping[IPAddress, str],
     conflict: RouteConflict | None,
+    role: Role,
     online: bool,
     wall: float,
     displaced: str = "",
@@ -51,7 +53,7 @@ def plan_assignment(
     assigned = assign_addresses(mesh, peer, taken=taken) if mesh else Assigned(now.addresses)
     return Assignment(
         addresses=assigned.addresses,
-        role=assign_role(peer.spec.role),
+        role=role,
         online=online,
         last_seen=wall if online != now.online else now.last_seen,
         conditions=peer_conditions(
@@ -62,6 +64,7 @@ def plan_assignment(
             online=online,
             wall=wall,
             displaced=displaced,
+            role=role,
             moved=_moved(now.addresses, assigned.addresses, taken=taken, name=peer.meta.name),
         ),
     )
@@ -99,6 +102,7 @@ def plan_mesh_status(
     signing_key: PublicKey | None,
     reflectors: tuple[Reflector, ...],
     cluster: Cluster | None = None,
+    hubs: tuple[HubChoice, ...] = (),
 ) -> MeshStatus:
     """The status of a mesh with these peers; `cluster` is the one whose Nodes are peers of it.
 
@@ -114,6 +118,7 @@ def plan_mesh_status(
         conditions=conditions,
         observed_generation=mesh.meta.generation,
         clusters=clusters,
+        hubs=hubs,
     )
 
 
