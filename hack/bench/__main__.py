@@ -24,6 +24,7 @@ from bench import (
     agents,
     cold,
     crowd,
+    forwarder,
     kube,
     moves,
     nat_grid,
@@ -48,6 +49,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     *size.BENCHMARKS,
     *traffic.BENCHMARKS,
     *throughput.BENCHMARKS,
+    *forwarder.BENCHMARKS,
     *plan.BENCHMARKS,
     *kube.BENCHMARKS,
 )

@@ -65,6 +65,7 @@ from scope_dataplane.pairs import Address, End, Pairs, Place
 LOOK_INTERVAL = (
     0.25  # how soon a change of the file is seen where the kernel does not tell, and a grant's end
 )
+READ_SHARE = 4.0  # after a read that took t seconds the next one waits so many t: grants may come by hundreds
 WAIT_INTERVAL = 0.05  # how soon the file's appearance is
 BIND_INTERVAL = 5.0  # how often a port that another program held is tried again
 LOCK_TIMEOUT = 1.0  # somebody may hold it for an instant, to see whether it is free
@@ -221,14 +222,16 @@ class Forwarder:
         """Relay until the file is gone."""
         # Nothing on a datagram's way makes cycles, and a collection of many pairs would hold datagrams up.
         gc.disable()
-        look_at = 0.0
+        look_at = rested_at = 0.0
         while True:
             now = time.monotonic()
             if now >= look_at:
                 if not self.look(now):
                     return
-                look_at = now + LOOK_INTERVAL
-            for descriptor, events in self._poll.poll(LOOK_INTERVAL):
+                ended = time.monotonic()
+                look_at = ended + LOOK_INTERVAL
+                rested_at = ended + READ_SHARE * (ended - now)
+            for descriptor, events in self._poll.poll(max(0.0, look_at - now)):
                 port = self._by_descriptor.get(descriptor)
                 if port is not None:
                     self._drain(port, time.monotonic())
@@ -238,7 +241,7 @@ class Forwarder:
                     self._answer(descriptor, events)
                 elif descriptor == self._watch:
                     _drain_watch(descriptor)
-                    look_at = 0.0
+                    look_at = min(look_at, rested_at)
 
     def close(self) -> None:
         """Give everything back."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import socket
 import struct
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from scope_agent.relay.shell import forwarder as agents
+from scope_agent.relay.shell.forwarder import ForwarderProcess, parse_counters
 from scope_dataplane import forwarder
 from scope_dataplane.batches import (
     IP_PKTINFO,
@@ -518,3 +523,60 @@ def test_a_file_that_is_right_is_read(tmp_path: Path) -> None:
     path = tmp_path / "grants.json"
     path.write_text(encode_grants(grants(grant(1))))
     assert forwarder.read_grants(str(path)) == grants(grant(1))
+
+
+# --- as the agent has it ------------------------------------------------------------------------------------
+
+
+def test_counters_are_read_as_they_are_told() -> None:
+    pairs = pairs_of(grant(1))
+    knock_at(pairs, 2, BOB6, own=HERE6)
+    told = {
+        "version": 1,
+        "pairs": pairs.report(NOW),
+        "taken": [{"port": 26001, "family": 6, "reason": "Address already in use"}],
+        "drops": {"rate": 3},
+        "sent": {"batches": 2},
+    }
+    counters = parse_counters(json.dumps(told))
+    ((first, second),) = counters.pairs
+    assert (first.id, first.families, second.id, second.families) == (1, (), 2, (6,))
+    assert [(taken.port, taken.version) for taken in counters.taken] == [(26001, 6)]
+    assert (counters.drops, counters.sent) == ({"rate": 3}, {"batches": 2})
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"version": 2}', '{"version": 1, "pairs": [{"sides": []}]}'])
+def test_what_is_no_list_of_counters_is_refused(text: str) -> None:
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        parse_counters(text)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_a_forwarder_that_ends_at_once_is_started_ever_more_rarely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = _Clock()
+    started: list[float] = []
+
+    def spawn(*_: object, **__: object) -> int:
+        started.append(clock.now)
+        return 12345
+
+    monkeypatch.setattr(agents, "time", clock)
+    monkeypatch.setattr(os, "posix_spawn", spawn)
+    monkeypatch.setattr(os, "waitpid", lambda pid, _: (pid, 256))
+    process = ForwarderProcess(tmp_path / "grants.json")
+    for _ in range(1000):
+        process.ensure_running()
+        clock.now += 0.1
+    gaps = [later - earlier for earlier, later in pairwise(started)]
+    assert gaps[0] == pytest.approx(agents.FIRST_BACKOFF, abs=0.3)
+    assert all(later > earlier for earlier, later in pairwise(gaps[:6]))
+    assert max(gaps) == pytest.approx(agents.LAST_BACKOFF, abs=0.3)
