@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import secrets
 import select
 import socket
@@ -12,11 +13,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
+from pathlib import Path
 
 import pytest
 from lab import Host, Lab, Server
-from lab.netns import call_in, flush_conntrack, ip_batch, load_nft, write_sysctls
+from lab.netns import NETNS, call_in, flush_conntrack, ip_batch, load_nft, write_sysctls
 from scope_agent.relay import rules
+from scope_agent.relay.shell import selftest
+from scope_agent.relay.shell.forwarding import FORWARDING, plan_forwarding, read_sysctls, restore_sysctls
+from scope_agent.relay.shell.forwarding import write_sysctls as forward
+from scope_agent.relay.shell.rules import KernelRelay, Sent
+from scope_agent.relay.shell.selftest import why_not
 
 from scope.model import Family, IPAddress, PublicKey, RelayLimits
 from scope.relay import Grant, Grants, Side, knock
@@ -569,3 +576,245 @@ def test_a_fragmented_datagram_is_left_to_the_hubs_own_socket(internet: Internet
         assert local.receive()[0] == big
         relay.passes()
         assert relay.b.drain() == []
+
+
+@contextlib.contextmanager
+def inside(host: Host) -> Iterator[None]:
+    """Run a block of this thread in a host's network."""
+    with open("/proc/thread-self/ns/net") as here, open(NETNS / host.namespace) as there:
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.setns(there.fileno(), 0x4000_0000) == 0
+        try:
+            yield
+        finally:
+            assert libc.setns(here.fileno(), 0x4000_0000) == 0
+
+
+@pytest.fixture
+def empty(internet: Internet) -> Internet:
+    """The hub has no rules at all."""
+    load_nft("flush ruleset\n", inside=internet.hub.namespace)
+    return internet
+
+
+def test_the_agent_is_told_when_the_kernel_knows_no_places(empty: Internet) -> None:
+    with inside(empty.hub):
+        relay = KernelRelay(DEVICE, seed=SEED)
+        assert relay.apply(GRANTS, time.time())
+        assert not relay.apply(GRANTS, time.time())
+        again = KernelRelay(DEVICE, seed=SEED)  # the agent was restarted: the rules went on
+        assert not again.apply(GRANTS, time.time())
+        again.remove()
+        assert KernelRelay(DEVICE, seed=SEED).apply(GRANTS, time.time())
+
+
+def test_a_restarted_agent_loses_nothing_of_what_is_relayed(internet: Internet) -> None:
+    with relayed(internet, Family.IPV4) as relay:
+        relay.passes()
+        with inside(internet.hub):
+            assert not KernelRelay(DEVICE, seed=SEED).apply(GRANTS, time.time())
+        relay.passes()
+
+
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        "flush ruleset",
+        f"delete table inet {TABLE}",
+        f"flush chain inet {TABLE} relay4",
+        f"flush map inet {TABLE} token",
+        f"add chain inet {TABLE} more",
+    ],
+)
+def test_what_another_program_does_to_the_rules_is_noticed_and_put_right(
+    empty: Internet, foreign: str
+) -> None:
+    with inside(empty.hub):
+        relay = KernelRelay(DEVICE, seed=SEED)
+        relay.apply(GRANTS, time.time())
+        assert relay.is_whole()
+        subprocess.run(["nft", foreign], check=True)
+        assert not relay.is_whole()
+        relay.apply(GRANTS, time.time())
+        assert relay.is_whole()
+
+
+def test_what_other_programs_do_to_their_own_rules_is_no_matter(empty: Internet) -> None:
+    with inside(empty.hub):
+        relay = KernelRelay(DEVICE, seed=SEED)
+        relay.apply(GRANTS, time.time())
+        for line in ("add table inet other", "add chain inet other c", "delete table inet other"):
+            subprocess.run(["nft", line], check=True)
+            assert relay.is_whole()
+
+
+def test_while_nobody_changes_rules_a_check_starts_no_program(
+    empty: Internet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with inside(empty.hub):
+        relay = KernelRelay(DEVICE, seed=SEED)
+        relay.apply(GRANTS, time.time())
+        relay.apply(replace(GRANTS, grants=(*GRANTS.grants, SECOND)), time.time())
+        monkeypatch.setenv("PATH", "/nonexistent")
+        assert relay.is_whole()
+
+
+def test_rules_of_another_release_give_way(empty: Internet) -> None:
+    load_nft(
+        f"table inet {TABLE} {{\n map place4 {{ type ipv4_addr : mark; }}\n}}\n",
+        inside=empty.hub.namespace,
+    )
+    with inside(empty.hub):
+        relay = KernelRelay(DEVICE, seed=SEED)
+        assert relay.apply(GRANTS, time.time())
+        assert relay.is_whole()
+
+
+def test_a_change_of_rules_that_are_not_there_any_more_loads_all(empty: Internet) -> None:
+    with inside(empty.hub):
+        relay = KernelRelay(DEVICE, seed=SEED)
+        relay.apply(GRANTS, time.time())
+        subprocess.run(["nft", "flush", "ruleset"], check=True)
+        relay.apply(replace(GRANTS, grants=(*GRANTS.grants, SECOND)), time.time())
+        assert relay.is_whole()
+        assert (
+            "26004"
+            in subprocess.run(
+                ["nft", "list", "map", "inet", TABLE, "token"], check=True, capture_output=True, text=True
+            ).stdout
+        )
+
+
+def test_the_agent_reads_what_each_side_was_sent(internet: Internet) -> None:
+    with relayed(internet, Family.IPV4) as relay, inside(internet.hub):
+        kernel = KernelRelay(DEVICE, seed=SEED)
+        kernel.apply(GRANTS, time.time())
+        relay.passes()
+        relay.passes()
+        size = len(DATA) + 28
+        assert kernel.counters() == {2: Sent(2, 2 * size), 3: Sent(2, 2 * size)}
+
+
+def test_nothing_is_left_behind(empty: Internet) -> None:
+    with inside(empty.hub):
+        relay = KernelRelay(DEVICE, seed=SEED)
+        relay.apply(GRANTS, time.time())
+        relay.remove()
+        relay.remove()
+        assert not relay.is_whole()
+        assert (
+            subprocess.run(["nft", "list", "ruleset"], check=True, capture_output=True, text=True).stdout
+            == ""
+        )
+
+
+@both_families
+def test_a_hub_sees_that_its_kernel_relays_and_leaves_nothing_behind(empty: Internet, family: Family) -> None:
+    before = links_of(empty.hub)
+    with inside(empty.hub):
+        assert why_not(family) == ""
+        assert subprocess.run(["nft", "list", "ruleset"], capture_output=True, check=True).stdout == b""
+    assert links_of(empty.hub) == before
+
+
+def links_of(host: Host) -> str:
+    return host.run(["ip", "-o", "address"]).stdout + host.run(["ip", "route", "show", "table", "all"]).stdout
+
+
+@both_families
+@pytest.mark.parametrize("rule", ["", "ct state established,related accept"])
+def test_a_hub_finds_that_a_chain_of_another_program_drops_what_it_relays(
+    empty: Internet, family: Family, rule: str
+) -> None:
+    chain = f"chain pass {{ type filter hook forward priority 0; policy drop;\n{rule}\n}}"
+    load_nft(f"table inet strict {{\n{chain}\n}}\n", inside=empty.hub.namespace)
+    with inside(empty.hub):
+        assert "the foreign chain inet strict pass drops it" in why_not(family)
+
+
+@both_families
+def test_a_hub_whose_firewall_accepts_what_is_untracked_relays(empty: Internet, family: Family) -> None:
+    load_nft(ROUTER, inside=empty.hub.namespace)
+    with inside(empty.hub):
+        assert why_not(family) == ""
+
+
+@both_families
+def test_a_rule_that_drops_without_a_policy_is_found_too(empty: Internet, family: Family) -> None:
+    load_nft(
+        "table inet odd {\nchain c { type filter hook prerouting priority -200\nudp dport 51820 drop\n}\n}\n",
+        inside=empty.hub.namespace,
+    )
+    with inside(empty.hub):
+        assert "was lost" in why_not(family)
+
+
+@both_families
+def test_a_hub_finds_that_forwarding_is_off(empty: Internet, family: Family) -> None:
+    path = FORWARDING[4 if family is Family.IPV4 else 6]
+    write_sysctls(empty.hub.namespace, {path: "0"})
+    try:
+        with inside(empty.hub):
+            assert why_not(family) == f"forwarding is off: {path.replace('/', '.')} is 0"
+    finally:
+        write_sysctls(empty.hub.namespace, {path: "1"})
+
+
+def test_a_hub_without_nft_says_so(empty: Internet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    with inside(empty.hub):
+        assert "`nft` is not on the PATH" in why_not(Family.IPV4)
+
+
+def test_a_hub_without_a_tun_device_looks_at_the_chains(
+    empty: Internet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(selftest, "_TUN", Path("/dev/net/none"))
+    with inside(empty.hub):
+        assert why_not(Family.IPV4) == ""
+        load_nft(ROUTER, inside=empty.hub.namespace)
+        reason = why_not(Family.IPV4)
+    assert reason.startswith("the foreign chain inet router forward may drop it; tried by no datagram")
+
+
+def test_forwarding_is_turned_on_for_a_hub_and_put_back_as_it_was(internet: Internet) -> None:
+    host = internet.lab.server("plain")
+    write_sysctls(host.namespace, {"net/ipv6/conf/wan/accept_ra": "1", "net/ipv6/conf/lo/accept_ra": "0"})
+    with inside(host):
+        wanted = plan_forwarding()
+        noted = read_sysctls(wanted)
+        assert wanted == {
+            "net/ipv6/conf/wan/accept_ra": "2",  # it goes on listening to routers
+            "net/ipv6/conf/all/forwarding": "1",
+            "net/ipv4/ip_forward": "1",
+        }
+        assert forward(wanted) == []
+        assert plan_forwarding() == {}
+        assert read_sysctls(wanted) == wanted
+        assert restore_sysctls(noted) == []
+        assert read_sysctls(wanted) == noted == {path: "1" if "accept" in path else "0" for path in wanted}
+
+
+def test_a_setting_that_somebody_changed_since_is_theirs(internet: Internet) -> None:
+    host = internet.lab.server("changed")
+    with inside(host):
+        noted = read_sysctls(wanted := plan_forwarding())
+        forward(wanted)
+        forward({"net/ipv4/ip_forward": "0", "net/ipv6/conf/all/forwarding": "2"})
+        restore_sysctls(noted)
+        assert read_sysctls(noted)["net/ipv6/conf/all/forwarding"] == "2"
+
+
+def test_a_setting_that_cannot_be_set_is_named(internet: Internet) -> None:
+    with inside(internet.hub):
+        (refused,) = forward({"net/ipv4/ip_forward": "many"})
+    assert "net.ipv4.ip_forward cannot be set to many" in refused
+
+
+@both_families
+def test_a_family_that_the_kernel_does_not_forward_is_left_to_the_forwarder(relay: Relay) -> None:
+    local = relay.local(A_PORT)
+    with inside(relay.internet.hub):
+        KernelRelay(DEVICE, seed=SEED).apply(GRANTS, time.time(), families=frozenset(Family) - {relay.family})
+    relay.a.send(DATA, relay.hub, A_PORT)
+    assert local.receive()[0] == DATA

@@ -33,7 +33,7 @@ longer than a grant lasts leaves nothing open. The counters count what each side
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -103,16 +103,19 @@ def table(device: str) -> str:
     return f"scope_relay_{name}"
 
 
-def load(device: str, grants: Grants, *, wall: float, seed: int) -> str:
+def load(
+    device: str, grants: Grants, *, wall: float, seed: int, families: Collection[Family] = tuple(Family)
+) -> str:
     """Everything, in place of what was there, in one step. What was learned stays.
 
     `wall` is the wall clock: grants that have expired are left out. `seed`, 32 bits, is secret and the same
-    each time. Raises ValueError where ids are none of a pair.
+    each time. What comes over another family than `families` is left as it is. Raises ValueError where ids
+    are none of a pair.
     """
     name = table(device)
     paced = f"type mark; {_kept(_PACE_FORGOTTEN)}"
     maps = (*_GRANTED, *_learned(), *(("set", each, paced) for each in _PACED))
-    chains = _ways(grants)
+    chains = _ways(grants, families)
     for layer in _LAYERS.values():
         chains |= _family_chains(layer, grants.limits, seed=seed)
     return "".join(
@@ -250,12 +253,14 @@ def _kept(seconds: float, *, size: int = _LEARNED_SIZE) -> str:
 # --- the rules ----------------------------------------------------------------------------------------------
 
 
-def _ways(grants: Grants) -> dict[str, list[str]]:
+def _ways(grants: Grants, families: Collection[Family]) -> dict[str, list[str]]:
     ports = f"{grants.first_port}-{grants.last_port}"
     relayed = f"meta mark & {_MARK_MASK:#010x} == {_MARK:#010x} meta l4proto udp"
     return {
         "in": [
-            f"meta mark 0 udp dport {ports} {layer.whole} goto in{layer.tag}" for layer in _LAYERS.values()
+            f"meta mark 0 udp dport {ports} {layer.whole} goto in{layer.tag}"
+            for family, layer in _LAYERS.items()
+            if family in families
         ],
         "out": [
             f"{relayed} {layer.name} saddr set meta mark map @own{layer.tag} meta mark set 0"

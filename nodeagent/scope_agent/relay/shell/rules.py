@@ -1,0 +1,199 @@
+"""A hub's rules in its kernel: loaded, changed, looked after, and taken away again.
+
+Other programs share the packet filter, and some begin with `nft flush ruleset`. The kernel numbers its
+rulesets: one small netlink message tells the number, some microseconds every CHECK_EVERY. Only where it has
+moved without us does `nft` show our table, which takes some milliseconds, and is compared with what it was.
+To listen to the kernel's notices instead would cost more where others change rules all day, and a notice can
+be lost.
+
+Everything here blocks, for as long as `nft` takes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from scope.model import Family
+from scope.relay import Grants
+from scope_agent.relay.rules import change, delete, is_change, load, mark_of, table
+from scope_agent.wireguard.shell.nft import PATIENCE_S, NftError, run_nft
+
+CHECK_EVERY = 2.0  # seconds: with the knocks that follow, relayed pairs are back within three
+CHECK_SHARE = 50.0  # a look at the table that took t seconds is followed by t times this of not looking
+
+_NETLINK_NETFILTER = 12
+_GETGEN = 10 << 8 | 16  # linux/netfilter/nfnetlink.h: NFNL_SUBSYS_NFTABLES; nf_tables.h: NFT_MSG_GETGEN
+_NEWGEN = 10 << 8 | 15
+_NLM_F_REQUEST = 1
+_NFTA_GEN_ID = 1
+_HEADER = struct.Struct("=IHHII")
+_NFGENMSG = struct.Struct("=BBH")
+_ATTRIBUTE = struct.Struct("=HH")
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What a side was sent since the rules were last loaded whole: IP packets, and their bytes."""
+
+    packets: int
+    bytes: int
+
+
+class KernelRelay:
+    """The table of one mesh device. `seed`: 32 secret bits, the same at each start of the agent."""
+
+    def __init__(self, device: str, *, seed: int) -> None:
+        self._device = device
+        self._seed = seed
+        self._loaded: Grants | None = None
+        self._families: frozenset[Family] = frozenset()
+        self._shape = ""  # the table without its elements, as `nft` shows it
+        self._generation: int | None = None  # of the ruleset, when the table was last known to be whole
+
+    def apply(self, grants: Grants, wall: float, *, families: frozenset[Family] = frozenset(Family)) -> bool:
+        """Relay these grants and no others, over `families`. Raises NftError.
+
+        True: the kernel knows no side's place, and all are to knock.
+        """
+        if families != self._families:
+            self._families, self._loaded = families, None
+        before = self._read_generation()
+        knew = self._loaded is not None or self._show() != ""
+        if self._loaded is None or not self._change(self._loaded, grants, wall):
+            self._loaded = None
+            knew = self._load(grants, wall) and knew
+            self._shape = self._show()
+        self._loaded = grants
+        after = self._read_generation()
+        # Anything else: somebody changed rules meanwhile, and the next check looks whether ours.
+        if before is not None and after == before + 1:
+            self._generation = after
+        return not knew
+
+    def is_whole(self) -> bool:
+        """Whether the rules are in the kernel as they were loaded; where not, `apply` loads them again.
+
+        Raises NftError.
+        """
+        if self._loaded is None:
+            return False
+        generation = self._read_generation()
+        if generation is not None and generation == self._generation:
+            return True
+        if self._show() != self._shape or self._count_tokens() != 2 * len(self._loaded.grants):
+            self._loaded = None
+            return False
+        self._generation = generation
+        return True
+
+    def counters(self) -> Mapping[int, Sent]:
+        """What each side was sent, by its id. Raises NftError."""
+        if self._loaded is None:
+            return {}
+        ids = {mark_of(side.id): side.id for grant in self._loaded.grants for side in grant.sides}
+        counted: dict[int, Sent] = {}
+        for key, _ in self._elements("port"):
+            mark, counter = (key["val"], key["counter"]) if isinstance(key, dict) else (key, None)
+            if counter is not None and mark in ids:
+                counted[ids[mark]] = Sent(counter["packets"], counter["bytes"])
+        return counted
+
+    def remove(self) -> None:
+        """Relay nothing, and leave nothing behind. Raises NftError."""
+        self._loaded = None
+        run_nft(delete(self._device))
+
+    def _change(self, before: Grants, after: Grants, wall: float) -> bool:
+        """Whether what differs could be changed alone."""
+        if not is_change(before, after):
+            return False
+        text = change(self._device, before, after, wall=wall)
+        if not text:
+            return True
+        try:
+            run_nft(text)
+        except NftError:  # not what we believe it is
+            return False
+        return True
+
+    def _load(self, grants: Grants, wall: float) -> bool:
+        """Whether what was learned could stay: not over the maps of another release."""
+        text = load(self._device, grants, wall=wall, seed=self._seed, families=self._families)
+        try:
+            run_nft(text)
+            return True
+        except NftError:
+            run_nft(delete(self._device) + text)
+            return False
+
+    def _show(self) -> str:
+        """The table without elements; "" where there is none."""
+        return ask_nft(["--terse", "list", "table", "inet", table(self._device)]) or ""
+
+    def _count_tokens(self) -> int:
+        return len(self._elements("token"))
+
+    def _elements(self, name: str) -> list[tuple[object, object]]:
+        shown = ask_nft(["--json", "list", "map", "inet", table(self._device), name])
+        if shown is None:
+            return []
+        (listed,) = (entry["map"] for entry in json.loads(shown)["nftables"] if "map" in entry)
+        return [(_plain(key), value) for key, value in listed.get("elem", [])]
+
+    def _read_generation(self) -> int | None:
+        """The number of the ruleset; None where the kernel does not tell it."""
+        try:
+            with socket.socket(
+                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER
+            ) as kernel:
+                kernel.settimeout(PATIENCE_S)
+                body = _NFGENMSG.pack(socket.AF_UNSPEC, 0, 0)
+                size = _HEADER.size + len(body)
+                kernel.sendto(_HEADER.pack(size, _GETGEN, _NLM_F_REQUEST, 1, 0) + body, (0, 0))
+                return _parse_generation(kernel.recv(4096))
+        except OSError:
+            return None
+
+
+def _parse_generation(answer: bytes) -> int | None:
+    """The attribute NFTA_GEN_ID of a NEWGEN message."""
+    if len(answer) < _HEADER.size or _HEADER.unpack_from(answer)[1] != _NEWGEN:
+        return None
+    offset = _HEADER.size + _NFGENMSG.size
+    while offset + _ATTRIBUTE.size <= len(answer):
+        length, kind = _ATTRIBUTE.unpack_from(answer, offset)
+        if kind == _NFTA_GEN_ID:
+            return int.from_bytes(answer[offset + _ATTRIBUTE.size : offset + length], "big")
+        offset += max(length + 3 & ~3, _ATTRIBUTE.size)
+    return None
+
+
+def _plain(key: object) -> object:
+    """The key of an element; what else is said of it stays where it is the counter."""
+    if isinstance(key, dict) and "elem" in key:
+        element = key["elem"]
+        return element if "counter" in element else element["val"]
+    return key
+
+
+def ask_nft(arguments: list[str]) -> str | None:
+    """What `nft` shows; None where there is no such thing. Raises NftError."""
+    try:
+        done = subprocess.run(
+            ["nft", *arguments], capture_output=True, text=True, check=False, timeout=PATIENCE_S
+        )
+    except FileNotFoundError:
+        raise NftError(f"`nft` is not on the PATH {os.environ.get('PATH', '')}") from None
+    except subprocess.TimeoutExpired:
+        raise NftError(f"`nft` did not answer in {PATIENCE_S} s") from None
+    if done.returncode == 0:
+        return done.stdout
+    if "No such file or directory" in done.stderr:
+        return None
+    raise NftError(f"nft says: {done.stderr.strip()[:200]}")
