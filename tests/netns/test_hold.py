@@ -210,8 +210,10 @@ def test_a_machine_whose_firewall_lets_in_answers_only_loses_nothing(pair: Pair,
 def test_a_hold_ends_by_itself_and_leaves_nothing_behind(pair: Pair, kind: str) -> None:
     async def change() -> None:
         with contextlib.closing(EndpointHolds()) as holds:
+            await holds.set(hold(pair, NEW[kind], OLD), port=A_PORT)
+            assert "scope_hold" in tables(pair)  # a short one might be over before this has looked
+        with contextlib.closing(EndpointHolds()) as holds:
             await holds.set(hold(pair, NEW[kind], OLD, seconds=SHORT), port=A_PORT)
-            assert "scope_hold" in tables(pair)
             deadline = time.monotonic() + PATIENCE
             while "scope_hold" in tables(pair):
                 assert time.monotonic() < deadline

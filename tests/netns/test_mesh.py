@@ -37,13 +37,46 @@ def grid() -> Iterator[Watch]:
         with Watch(members, pinger) as watch:
             # What is missing then fails as the pair that it is.
             with contextlib.suppress(WatchError):
-                watch.until(watch.is_complete, within_s=CONVERGED_S, missing=watch.describe_unfinished)
+                watch.until(
+                    lambda: is_settled(watch), within_s=CONVERGED_S, missing=watch.describe_unfinished
+                )
             yield watch
+
+
+def is_settled(watch: Watch) -> bool:
+    """Whether all is found: paths, what is in the way of the others, each agent's own NAT, and no change."""
+    return (
+        watch.is_complete()
+        and all(way.reach is not None for way in watch.pairs.values())
+        and all(watch.statuses[name].mapping == mapping for name, mapping in MAPPINGS.items())
+        and all(family_of(way) == family_of(watch.pairs[b, a]) for (a, b), way in watch.pairs.items())
+    )
 
 
 def name_of(kind: Nat, number: int) -> str:
     """The name of a kind's first or second site."""
     return f"{kind.name.lower().replace('_', '-')}-{number}"
+
+
+def mapping_of(kind: Nat) -> str:
+    """What an agent behind a kind tells of its mapping."""
+    match kind:
+        case Nat.NONE | Nat.IPV6_ONLY:
+            return "None"
+        case Nat.SYMMETRIC:
+            return "EndpointDependent"
+        case Nat.UDP_BLOCKED:
+            return "Unknown"
+        case _:
+            return "EndpointIndependent"
+
+
+MAPPINGS = {f"m-{name_of(kind, number)}": mapping_of(kind) for kind in GRID_KINDS for number in (1, 2)}
+
+
+def family_of(way: PairRecord) -> str | None:
+    """The family of a direct path; None where there is none."""
+    return way.reach.family if way.reach is not None and way.is_direct else None
 
 
 def ways(watch: Watch, a: Nat, b: Nat) -> list[PairRecord]:
@@ -71,20 +104,11 @@ def test_a_pair_is_direct_and_pinged_or_says_why_not(grid: Watch, a: Nat, b: Nat
             assert way.reach.reason != ""
 
 
-@pytest.mark.parametrize("kind", GRID_KINDS, ids=lambda kind: kind.name)
-def test_an_agent_tells_its_mapping_class(grid: Watch, kind: Nat) -> None:
-    expected = {Nat.NONE: "None", Nat.IPV6_ONLY: "None", Nat.SYMMETRIC: "EndpointDependent"}
-    if kind is Nat.UDP_BLOCKED:
-        expected[kind] = "Unknown"
-    for number in (1, 2):
-        said = grid.statuses[f"m-{name_of(kind, number)}"].mapping
-        assert said == expected.get(kind, "EndpointIndependent")
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_an_agent_tells_its_mapping_class(grid: Watch, name: str) -> None:
+    assert grid.statuses[name].mapping == MAPPINGS[name]
 
 
 def test_both_ends_of_a_pair_use_one_family(grid: Watch) -> None:
     for (a, b), way in grid.pairs.items():
-        back = grid.pairs[b, a].reach
-        assert way.reach is not None
-        assert back is not None
-        if way.is_direct:
-            assert way.reach.family == back.family
+        assert family_of(way) == family_of(grid.pairs[b, a])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -84,10 +85,13 @@ def process_of(device: str) -> int:
 def supervisor_of(device: str) -> int:
     """The supervisor: the process with the device's name among its arguments."""
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (entry / "cmdline").exists():
+        if not entry.name.isdigit():
+            continue
+        arguments: list[bytes] = []
+        with contextlib.suppress(OSError):  # it has ended meanwhile
             arguments = (entry / "cmdline").read_bytes().split(b"\0")
-            if b"scope_dataplane.wireguard" in arguments and device.encode() in arguments:
-                return int(entry.name)
+        if b"scope_dataplane.wireguard" in arguments and device.encode() in arguments:
+            return int(entry.name)
     raise AssertionError("no supervisor")
 
 
