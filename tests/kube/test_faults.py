@@ -35,6 +35,7 @@ RECOVERY_S = 10.0  # from a fault's end until everything is as the API server ha
 # A frozen watch is told from a quiet one by its missing bookmarks, which take a minute; here sooner.
 SILENCE_S = 3.0
 OWN, COUNT = 0, 12
+AGENT_WATCHES, OPERATOR_WATCHES = 2, 3  # of meshes and peers, and of Nodes
 NAMESPACE = "default"
 
 
@@ -159,6 +160,15 @@ FAULTS: dict[str, tuple[Begin, int]] = {
 }
 
 
+async def watched(proxy: FaultProxy, count: int) -> None:
+    """Return when so many watches are open: a fault that comes before them would not meet them."""
+
+    async def opened() -> bool:
+        return proxy.open_watches >= count
+
+    await eventually(opened)
+
+
 async def hit(proxy: FaultProxy, *, since: int, count: int) -> None:
     """Return when so many requests have met the fault."""
 
@@ -181,6 +191,7 @@ def test_an_agent_is_in_step_soon_after_the_way_to_the_api_server_is_well_again(
             populated(control_plane) as direct,
             viewed(control_plane.kubeconfig(token=token, url=proxy.url)) as view,
         ):
+            await watched(proxy, AGENT_WATCHES)
             before = proxy.requests
             begin(proxy)
             await remove(direct, 1)
@@ -247,6 +258,7 @@ def test_an_agent_believes_no_list_that_lacks_many_until_a_second_one_says_so(
             populated(control_plane) as direct,
             viewed(control_plane.kubeconfig(token=token, url=proxy.url)) as view,
         ):
+            await watched(proxy, AGENT_WATCHES)
             proxy.affects = "/scopepeers"
             proxy.truncate_lists(drop=0 if what == "pages" else 5, lose_pages=what == "pages")
             known = view.lists
@@ -309,6 +321,7 @@ def test_an_operator_is_in_step_soon_after_the_way_to_the_api_server_is_well_aga
         await east.plane.apply(mesh())
         async with FaultProxy(east.plane) as proxy, operated_through(proxy, east):
             before = held_by(await east.addressed(*names), *names[1:])
+            await watched(proxy, OPERATOR_WATCHES)
             met = proxy.requests
             begin(proxy)
             await east.plane.request("DELETE", "/api/v1/nodes/n0")
@@ -340,6 +353,7 @@ def test_an_operator_deletes_nobody_and_gives_no_address_twice_by_a_list_that_la
         await east.plane.apply(mesh(addressing={"ipv4": "100.64.0.0/28"}))
         async with FaultProxy(east.plane) as proxy, operated_through(proxy, east):
             before = held_by(await east.addressed(*names), *names)
+            await watched(proxy, OPERATOR_WATCHES)
             proxy.affects = f"/{kind}"
             proxy.truncate_lists(drop=5)
             proxy.expire_watches()
