@@ -15,6 +15,7 @@ from typing import Final, TypeAlias
 
 from scope.relay import KNOCK_BYTES, KNOCK_MAGIC, MIN_WIREGUARD, WIREGUARD_TYPES
 from scope.wire import MAGIC as PROBE_MAGIC
+from scope.wire import MIN_DATAGRAM as MIN_PROBE
 
 Control: TypeAlias = tuple[int, int, bytes]  # level, type, data: a control message of a socket
 
@@ -97,10 +98,11 @@ def token_of(buffer: bytearray, start: int, stop: int) -> bytes | None:
 
 def may_pass(buffer: bytearray, start: int, stop: int) -> bool:
     """Whether one datagram looks like WireGuard's, or like a probe between two peers."""
-    if stop - start < _WORD.size:
+    size = stop - start
+    if size < MIN_WIREGUARD:
         return False
     word = _WORD.unpack_from(buffer, start)[0]
-    return word == _PROBE_WORD or (word in _WORDS and stop - start >= MIN_WIREGUARD)
+    return word in _WORDS or (word == _PROBE_WORD and size >= MIN_PROBE)
 
 
 def all_wireguard(buffer: bytearray, start: int, stop: int, segment: int) -> bool:

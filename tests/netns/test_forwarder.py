@@ -20,8 +20,10 @@ from pathlib import Path
 
 import pytest
 from lab import Lab, Server
-from lab.netns import call_in, ip_batch, load_nft
+from lab.netns import call_in, ip_batch, load_nft, write_sysctls
+from scope_agent.relay import rules
 from scope_agent.relay.shell.forwarder import ForwarderCounters, ForwarderProcess, grants_path
+from scope_agent.relay.shell.forwarding import FORWARDING, read_sysctls
 
 from scope.model import PublicKey, RelayLimits
 from scope.relay import Grant, Grants, Side, encode_grants, knock
@@ -259,6 +261,40 @@ def test_pairs_of_one_hub_are_apart(hub: Hub, peer: Made) -> None:
     alice.send(data(5), hub.at(OTHER_PORT))
     assert carol.receive() == (data(5), hub.at(OTHER_PORT, V6))
     assert bob.is_quiet() and dave.is_quiet() and alice.is_quiet()
+
+
+def test_what_the_kernel_can_relay_never_comes_to_the_process(hub: Hub, peer: Made) -> None:
+    """One file of grants, two that forward: the rules within a family, the process from one to the other."""
+    alice, bob, dave = peer("alice"), peer("bob"), peer("bob", V6)
+    granted = all_grants(grant(2), grant(4, ports=(26002, 26003)))
+    switches = dict.fromkeys(FORWARDING.values(), "1")
+    inside = hub.host.namespace
+    before = call_in(inside, lambda: read_sysctls(switches))
+    write_sysctls(inside, switches)
+    load_nft(rules.load("scope0", granted, wall=time.time(), seed=1), inside=inside)
+    try:
+        hub.serve(granted)
+        for each, number, port in (
+            (alice, 2, PORT),
+            (bob, 3, OTHER_PORT),
+            (alice, 4, 26002),
+            (dave, 5, 26003),
+        ):
+            hub.knock(each, number, port)
+        for _ in range(20):
+            assert_speak(hub, alice, bob)
+            alice.send(data(3), hub.at(26002))
+            assert dave.receive() == (data(3), hub.at(26003, V6))
+            dave.send(data(4), hub.at(26003, V6))
+            assert alice.receive() == (data(4), hub.at(26002))
+        counters = hub.counters()
+        assert [[side.packets for side in pair] for pair in counters.pairs] == [[0, 0], [20, 20]]
+        assert not any(counters.drops.values())
+        hub.end()
+        assert_speak(hub, alice, bob)
+    finally:
+        load_nft(rules.delete("scope0"), inside=inside)
+        write_sysctls(inside, before)
 
 
 # --- batches ------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from scope_dataplane.pairs import BURST_S, LEFT, PLACES, Address, End, Pairs
 
 from scope.model import PublicKey, RelayLimits
 from scope.relay import MAPPING_VALID, Grant, Grants, GrantsFileError, Side, encode_grants, knock
+from scope.wire import MIN_DATAGRAM
 
 DAY = 86400.0
 WALL = 1.8e9
@@ -191,6 +192,7 @@ def test_wireguards_datagrams_pass(type_: int) -> None:
         wireguard(4 | 1 << 31),
         b"SCoh" + bytes(60),
         b"SCok" + bytes(60),
+        b"SCop" + bytes(MIN_DATAGRAM - 5),
         bytes(100),
         b"\0\1\0\0!\x12\xa4B" + bytes(40),
     ],
@@ -201,7 +203,7 @@ def test_nothing_else_passes(data: bytes) -> None:
 
 
 def test_a_probe_between_two_peers_passes() -> None:
-    assert may_pass(bytearray(b"SCop" + bytes(60)), 0, 64)
+    assert may_pass(bytearray(b"SCop" + bytes(MIN_DATAGRAM - 4)), 0, MIN_DATAGRAM)
 
 
 @pytest.mark.parametrize("where", range(5))
