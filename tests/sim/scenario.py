@@ -1,20 +1,27 @@
 """A mesh's life, drawn from one number: join, leave, roam, partition, reboot, crash; then calm.
 
+In half of the lives there are hubs, which come and go: their agents die, they lose power, they are asked to
+be none any more, and others in their place.
+
 After the last disturbance every cut is healed and every machine sends to every other. Within `CALM` seconds
-every traversable pair must have a direct path that both devices agree on: packets arrive both ways and no
-endpoint moves any more.
+every traversable pair must have a direct path that both devices agree on, and every other pair that both
+reach one hub a relayed one: packets arrive both ways and no endpoint moves any more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lab.nat import Nat
 
+from scope.model import Role
 from tests.sim.world import Machine, World
 
 CALM = 75.0  # a pair that was declared unreachable is tried again after 60 s at the latest in a short life
+# A hub believes for 120 s that a side is where it knocked, in each address family by itself: a peer that
+# moves to where there is one family only is sought in the other until then, and found with the next knock.
+CALM_WITH_HUBS = 145.0
 SETTLED = 3.0  # so long nothing may move
 KINDS = (
     Nat.NONE,
@@ -60,6 +67,9 @@ class Life:
             world.network.weather.loss = random.choice((0.01, 0.05))
             world.network.weather.jitter = random.choice((0.0, 0.02))
             world.network.weather.duplication = random.choice((0.0, 0.02))
+        for _ in range(random.choice((0, 0, 1, 2))):
+            self._hub_joins()
+            world.run(random.choice((0.0, 1.0)))
         for _ in range(random.randint(2, 4)):
             self._join()
             world.run(random.choice((0.0, 0.05, 1.0)))
@@ -68,6 +78,7 @@ class Life:
             choices = (
                 self._join, self._leave, self._roam, self._partition, self._reboot_nat, self._rebind_nat,
                 self._restart, self._crash, self._registry_away, self._talk, self._remove,
+                self._hub_joins, self._hub_is_off, self._hub_is_one_no_more, self._become_hub,
             )  # fmt: skip
             random.choice(choices)()
             world.run(random.choice((0.0, 0.01, 0.3, 1.0, 3.0, 8.0, 20.0)))
@@ -80,19 +91,41 @@ class Life:
     def _calm(self) -> Outcome:
         world = self.world
         start = world.now
-        while world.now - start < CALM:
+        calm = CALM_WITH_HUBS if any(self._is_hub(m) for m in world.members()) else CALM
+        while world.now - start < calm:
             self._ping_all()
             world.run(1.0)
-            if world.is_converged() and self._is_settled():
+            if self._is_converged() and self._is_settled():
                 after = world.now - start
                 return Outcome(world.seed, len(world.members()), after, world.events, tuple(self.story))
         raise DidNotConverge(
-            f"seed {world.seed} did not converge in {CALM:.0f} s: replay it with `python -m tests.sim --seed "
+            f"seed {world.seed} did not converge in {calm:.0f} s: replay it with `python -m tests.sim --seed "
             f"{world.seed} --verbose`\n" + "\n".join(self.story) + "\n" + world.describe()
         )
 
+    def _pairs(self) -> list[tuple[Machine, Machine]]:
+        members = self.world.members()
+        return [(a, b) for i, a in enumerate(members) for b in members[:i]]
+
+    def _is_relayable(self, a: Machine, b: Machine) -> bool:
+        """Whether some hub can be reached by both, at ports that nobody has opened for it."""
+        reachable = self.world.traversable
+        others = (m for m in self.world.members() if m is not a and m is not b)
+        hubs = (m for m in others if self._is_hub(m) and m.site.kind is Nat.NONE)
+        return any(reachable(a, hub) and reachable(b, hub) for hub in hubs)
+
+    def _is_converged(self) -> bool:
+        """Whether every pair has the best path that it can have."""
+        world = self.world
+        return all(
+            world.is_direct(a, b)
+            if world.traversable(a, b)
+            else not self._is_relayable(a, b) or world.is_relayed(a, b)
+            for a, b in self._pairs()
+        )
+
     def _is_settled(self) -> bool:
-        """Whether packets pass both ways between all traversable pairs while no endpoint moves."""
+        """Whether packets pass both ways between all pairs that have a path while no endpoint moves."""
         world = self.world
         members = world.members()
         world.run(1.0)
@@ -106,13 +139,12 @@ class Life:
             for _, sender, _ in machine.received[mark:]:
                 counts[(sender, machine.key)] = counts.get((sender, machine.key), 0) + 1
         return (
-            world.is_converged()
+            self._is_converged()
             and before == [m.device.endpoint_changes for m in members]
             and all(
-                counts[(a.key, b.key)] > 0
-                for a in members
-                for b in members
-                if a is not b and world.traversable(a, b)
+                counts.get((a.key, b.key), 0) > 0 and counts.get((b.key, a.key), 0) > 0
+                for a, b in self._pairs()
+                if world.traversable(a, b) or self._is_relayable(a, b)
             )
         )
 
@@ -149,6 +181,50 @@ class Life:
         machine = self.world.machine(site)  # type: ignore[arg-type]
         machine.join()
         self._note(f"{machine.name} joins at {machine.place}")
+
+    def _is_hub(self, machine: Machine) -> bool:
+        return self.world.registry.peer(machine).assignment.role is Role.HUB
+
+    def _any_hub(self) -> Machine | None:
+        hubs = [m for m in self.world.members() if self._is_hub(m)]
+        return self.random.choice(hubs) if hubs else None
+
+    def _hub_joins(self) -> None:
+        if len([m for m in self.world.machines if m.agent is not None]) < 6 and self.world.registry.up:
+            hub = self.world.hub(
+                ipv6=self.random.random() < 0.4, delay=self.random.choice((0.002, 0.01, 0.04))
+            )
+            self._note(f"{hub.name} joins as a hub at {hub.place}")
+
+    def _hub_is_off(self) -> None:
+        hub = self._any_hub()
+        if hub is None:
+            return
+        self._note(f"{hub.name}, a hub, is switched off")
+        hub.switch_off()
+
+        def heal() -> None:
+            if hub.is_off:
+                hub.switch_on()
+
+        self._heal.append(heal)
+        self.world.after(self.random.choice((1.0, 10.0, 200.0)), heal)
+
+    def _hub_is_one_no_more(self) -> None:
+        hub = self._any_hub()
+        if hub is not None and self.world.registry.up:
+            self._note(f"{hub.name} is no hub any more")
+            self._assign(hub, Role.EDGE)
+
+    def _become_hub(self) -> None:
+        machine = self._any()
+        if machine is not None and self.world.registry.up and self._any_hub() is None:
+            self._note(f"{machine.name} is to be a hub")
+            self._assign(machine, Role.HUB)
+
+    def _assign(self, machine: Machine, role: Role) -> None:
+        registry = self.world.registry
+        registry.assign(machine, replace(registry.peer(machine).assignment, role=role))
 
     def _leave(self) -> None:
         machine = self._any()

@@ -15,7 +15,7 @@ from scope.wire import AskRelay, CallMeMaybe, RefusedBecause
 from tests.sim.relay import FIRST_PORT, LAST_PORT
 from tests.sim.world import Machine, World
 
-SEEDS = range(1, 6)
+SEEDS = range(1, 4)
 QUIET = 100.0  # what was warm has turned cold
 
 
@@ -241,11 +241,11 @@ def test_a_hub_that_died_while_nobody_spoke_is_left_within_three_seconds_of_the_
 @pytest.mark.parametrize("seed", SEEDS)
 def test_nothing_moves_and_nothing_is_lost_when_a_hubs_agent_dies(seed: int) -> None:
     world, (first, _), a, b = _relayed(seed)
-    _talk(a, b, seconds=700.0)
+    _talk(a, b, rate=5.0, seconds=400.0)
     changes = a.device.endpoint_changes + b.device.endpoint_changes
     first.crash()
-    world.run(710.0)
-    assert _heard_all(a, 14000) and _heard_all(b, 14000)
+    world.run(405.0)
+    assert _heard_all(a, 2000) and _heard_all(b, 2000)
     assert a.device.endpoint_changes + b.device.endpoint_changes == changes
     assert _view(a, b).hub == first.name
 
@@ -398,7 +398,7 @@ def test_a_stable_direct_pair_neither_knocks_nor_asks() -> None:
     heard = _knocks(a, hub) + _knocks(b, hub)
     asked: list[object] = []
     a.on_send = lambda leg, message: asked.append(message) if isinstance(message, AskRelay) else None
-    world.run(8000.0)
+    world.run(4000.0)
     assert not heard and not asked
 
 
@@ -412,10 +412,10 @@ def test_a_relayed_pair_knocks_every_twenty_seconds_and_asks_once_an_hour() -> N
             asked.append(message)
 
     a.on_send = b.on_send = note
-    world.run(2 * 3600.0)
+    world.run(4000.0)
     gaps = [later - earlier for earlier, later in pairwise(heard)]
-    assert heard and max(gaps) <= 20.1 and len(heard) < 2 * 3600 / 17
-    assert 2 * 2 <= len(asked) <= 2 * 2 * 3  # two hubs, two or three times; either side renews for both
+    assert heard and max(gaps) <= 20.1 and len(heard) < 4000 / 17
+    assert 2 <= len(asked) <= 2 * 2  # two hubs, once; either side renews for both
 
 
 def test_nobody_takes_a_hubs_port_for_where_a_peer_is() -> None:

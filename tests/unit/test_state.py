@@ -6,11 +6,13 @@ import errno
 import json
 import os
 import stat
+from dataclasses import replace
 from ipaddress import IPv4Interface, IPv4Network
 from pathlib import Path
 
 import pytest
 from scope_agent.inputs import DiskState
+from scope_agent.relay.asking import HeldGrant
 from scope_agent.state import Enrolment, StateDir, enrolled_meshes, make_identity
 
 from scope.model import (
@@ -89,12 +91,48 @@ def state(enrolment: Enrolment) -> DiskState:
         ),
         last_good={keys.wireguard: Endpoint.parse("[2001:db8::7]:21000")},
         listen_port=21000,
+        grants=(
+            HeldGrant(
+                hub=PublicKey(bytes([1] * 32)),
+                peer=keys.wireguard,
+                token=bytes(range(8)),
+                port=26003,
+                lifetime=86400.0,
+                user_space=True,
+            ),
+        ),
     )
 
 
 def test_a_snapshot_comes_back_as_it_was(directory: StateDir, state: DiskState) -> None:
     directory.save(state)
     assert directory.load() == (state, "")
+
+
+def test_a_snapshot_of_an_earlier_release_holds_no_grants(directory: StateDir, state: DiskState) -> None:
+    directory.save(state)
+    document = json.loads(directory.snapshot_file.read_text())
+    del document["grants"]
+    directory.snapshot_file.write_text(json.dumps(document))
+    assert directory.load() == (replace(state, grants=()), "")
+
+
+def test_a_token_has_no_printable_form(state: DiskState) -> None:
+    (grant,) = state.grants
+    assert "26003" in repr(grant)
+    assert str(grant.token) not in repr(grant) and grant.token.hex() not in repr(grant)
+
+
+@pytest.mark.parametrize("damage", [{"token": "AAAA"}, {"port": 0}, {"hub": "x"}, {"lifetime": "soon"}])
+def test_a_damaged_grant_damages_the_snapshot(
+    directory: StateDir, state: DiskState, damage: dict[str, object]
+) -> None:
+    directory.save(state)
+    document = json.loads(directory.snapshot_file.read_text())
+    document["grants"][0] |= damage
+    directory.snapshot_file.write_text(json.dumps(document))
+    loaded, trouble = directory.load()
+    assert loaded == DiskState(Snapshot()) and "damaged" in trouble
 
 
 def test_an_enrolment_comes_back_as_it_was(directory: StateDir, enrolment: Enrolment) -> None:

@@ -35,19 +35,14 @@ from scope.model import (
 from scope.wire import MAX_CANDIDATES, CallMeMaybe, Message, Nominate, Nominated, Ping, Pong
 from scope_agent.paths.candidates import claims, is_private, misplacement, own_candidates, refusal
 from scope_agent.paths.due import CallPeer, CheckMapping, SendTo
+from scope_agent.paths.pace import Pace
 from scope_agent.paths.pair import Pair
 from scope_agent.paths.reflexive import MAX_TARGETS, ReflectorTarget, Reflexive
 from scope_agent.paths.route import Relay
 from scope_agent.paths.view import PairView
 
-# A ping is about 150 bytes on the wire. A thousand peers that are searched at once are spread over seconds, a
-# hundred are not held up; home routers take this rate of new sessions. Peers that are there already make no
-# new session; one that answers a search goes before those that do not, by up to a burst more.
-PACE_PER_SECOND = 400.0
-PACE_BURST = 120
 COUNTER_STALE = 0.5  # a receive counter read longer before the latest traffic is reported as 0: unknown
 CARRIER_PATIENCE = 2.0  # on a busy machine a reflector's answer may be read so late
-ROUNDING = 1e-6  # of a token: a timer computed from a share of one may come that much too early
 MAX_CARRIERS = 3  # a call-me-maybe goes over so many at once: each may be lost, or not reach the other side
 
 
@@ -127,8 +122,7 @@ class Paths:
         # searching pairs that are due, the longest due first; those whose search is young go first
         self._young: dict[PublicKey, None] = {}
         self._waiting: dict[PublicKey, None] = {}
-        self._tokens = float(PACE_BURST)
-        self._tokens_at = 0.0
+        self._pace = Pace()
         self._restored: dict[PublicKey, Endpoint] = {}
         # kept up to date by `_touch` and `view`, so that one datagram costs the same in a mesh of any size
         self._dirty: set[PublicKey] = set()
@@ -370,7 +364,7 @@ class Paths:
         if reflexive is not None and self._families:
             times.append(reflexive)
         if self._young or self._waiting:
-            times.append(self._tokens_at + (1.0 - self._tokens) / PACE_PER_SECOND)
+            times.append(self._pace.next_search())
         return min(times, default=None)
 
     def handle_timer(self, now: float) -> None:
@@ -382,21 +376,20 @@ class Paths:
                 self._out.append(Outgoing(question.target.probe_key, ping, question.target.endpoint))
             if self._publish(now):
                 self._tell_mapping(now)
-        self._tokens = min(PACE_BURST, self._tokens + (now - self._tokens_at) * PACE_PER_SECOND)
-        self._tokens_at = now
+        self._pace.earn(now, late=now - self._heap[0][0] if self._heap else 0.0)
         while self._heap and self._heap[0][0] <= now:
             at, _, key = heapq.heappop(self._heap)
             if self._armed.get(key) == at:
                 del self._armed[key]
                 pair = self._pairs[key]
-                is_there = pair.is_answering(now) and self._tokens > -PACE_BURST
+                is_there = pair.is_answering(now) and self._pace.may_answer
                 if pair.direct or pair.is_urgent or is_there:
                     self._serve(key, now)
                 elif pair.is_punching(now):
                     self._young[key] = None
                 else:
                     self._waiting[key] = None
-        while (self._young or self._waiting) and self._tokens > 1.0 - ROUNDING:
+        while (self._young or self._waiting) and self._pace.may_search:
             self._serve(next(iter(self._young or self._waiting)), now)
 
     def _serve(self, key: PublicKey, now: float) -> None:
@@ -409,7 +402,8 @@ class Paths:
         for due in pair.take(now, self._next_transaction, can_call=can_call):
             match due:
                 case SendTo(message, endpoint, ttl):
-                    self._tokens -= isinstance(message, Ping) and is_searched
+                    if isinstance(message, Ping) and is_searched:
+                        self._pace.spend()
                     said = self._without_stale_counter(message, now)
                     self._out.append(Outgoing(self._keys[key], said, endpoint, ttl))
                 case CheckMapping():

@@ -54,6 +54,7 @@ from scope_agent.paths.search import MEETING, Search, Step
 from scope_agent.paths.view import PairView
 
 DECIDE_MAX = 0.2  # what waiting for a better first route may cost
+PING_BACK_PAUSE = 10.0  # between two punches that the peer's pings set off; a search pings by itself
 SWITCH_HOLD = 5.0  # between two switches among living routes
 HANDSHAKE_PATIENCE = 6.0  # WireGuard's own retry of a lost initiation, and a little
 
@@ -217,7 +218,7 @@ class Pair:
             case Ping():
                 return self._receive_ping(message, source, now)
             case Pong():
-                self._receive_pong(message, now)
+                self._receive_pong(message, source, now)
                 return []
             case Nominate():
                 return self._receive_nominate(message, now)
@@ -242,17 +243,28 @@ class Pair:
         route.heard = now
         if route.is_data_dead(now):
             return []  # an echo would tell the peer that the path works
-        route.opener = False
-        if route.silence(now) > RECENT and not route.is_asked(now):
-            route.punch(now)
+        self._ping_back(route, now)
         in_use = self._route_in_use
         if in_use is not None and route is not in_use and in_use.silence(now) > RECENT:
             self._suspect(now)
         return [answer]
 
-    def _receive_pong(self, pong: Pong, now: float) -> None:
+    def _ping_back(self, route: Route, now: float) -> None:
+        """The peer is there: ask it, too, but not as often as it asks us.
+
+        Two sides that hear each other late would else have each other's pings make ever more of them.
+        """
+        was_opener, route.opener = route.opener, False
+        if route.silence(now) <= RECENT or route.is_asked(now):
+            return
+        if was_opener or not route.attempt or now - route.punched > PING_BACK_PAUSE:
+            route.punch(now)
+        elif route.attempt < len(schedule.PUNCH):
+            route.next = now  # the punch goes on, its next ping at once
+
+    def _receive_pong(self, pong: Pong, source: Endpoint, now: float) -> None:
         self._gate.peer_session = pong.has_session
-        route = next((r for r in self._routes if r.take_echo(pong, now)), None)
+        route = next((r for r in self._routes if r.take_echo(pong, source, now)), None)
         if route is None:
             return
         self._compare_counters(pong.received, now)

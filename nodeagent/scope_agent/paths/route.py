@@ -67,10 +67,13 @@ class Route:
             del self.pending[next(iter(self.pending))]
         self.pending[transaction] = now
 
-    def take_echo(self, pong: Pong, now: float) -> bool:
-        """Take an echo, which settles older pings too; False when it answers none of this route's."""
+    def take_echo(self, pong: Pong, source: Endpoint, now: float) -> bool:
+        """Take an echo, which settles older pings too; False when it answers none of this route's.
+
+        A hub answers from where we last knocked: of two ways to it, only the one that also leads back is one.
+        """
         sent = self.pending.pop(pong.transaction, None)
-        if sent is None:
+        if sent is None or (self.relay is not None and source != self.endpoint):
             return False
         sample = now - sent
         known = self.rtt

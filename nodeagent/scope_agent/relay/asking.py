@@ -260,15 +260,17 @@ class Asking:
         )
         if is_unasked:
             pair.woken = now
+        planned = pair.knock_at
         self._serve(message.peer, now)
-        self._knock(message.peer, pair, [hub])
+        if pair.knock_at == planned:  # not just now, at all of them
+            self._knock(message.peer, pair, [hub])
 
     def refused(self, hub: PublicKey, message: Refused, now: float) -> None:
-        """Take a hub's refusal: another hub is asked in its place, and this one again later."""
+        """Take a hub's refusal, asked for or not: another hub is asked, and this one again later."""
         pair = self._pairs.get(message.peer)
-        question = pair.questions.get(hub) if pair is not None else None
-        if pair is None or question is None:
+        if pair is None or hub not in self._hubs or hub == message.peer:
             return
+        question = pair.questions.setdefault(hub, _Question(now))
         is_early = message.reason is RefusedBecause.UNKNOWN_PEER
         first = NOT_YET_FIRST if is_early else REFUSED_FIRST
         delay = min(first * 2**question.refusals, REFUSED_LONGEST)
