@@ -145,6 +145,33 @@ def test_a_list_of_many_pages_is_of_one_revision(
     on(control_plane, body)
 
 
+def test_what_is_known_as_it_stands_is_not_read_anew_and_what_changed_is(control_plane: ControlPlane) -> None:
+    known: dict[str, Peer] = {}
+    asked: list[int] = []
+
+    def known_at(name: str, revision: int) -> Peer | None:
+        asked.append(revision)
+        return known.get(name)
+
+    async def body(registry: KubeRegistry) -> None:
+        for seed in range(1, 4):
+            peer = await created(registry, bare(seed))
+            assert isinstance(peer, Peer)
+            known[peer.meta.name] = peer
+        same, other, changed = known.values()
+        known[other.meta.name] = replace(other, meta=replace(other.meta, uid="another's"))
+        spec = replace(changed.spec, role=Role.HUB)
+        await registry.update(replace(changed, spec=spec))
+        listed = await registry.list(Kind.PEER)
+        assert set(asked) == {listed.revision.number}
+        found = {each.meta.name: each for each in listed.resources}
+        assert found[same.meta.name] is same
+        assert found[other.meta.name] == other
+        assert found[changed.meta.name].spec == spec
+
+    on(control_plane, body, known=known_at)
+
+
 def test_a_page_that_is_lost_loses_the_list(
     control_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,6 +168,12 @@ class RestoredApiServer(ApiServerStub):
         super().__init__(OLD)
         self.revision = 100
 
+    async def __aenter__(self) -> RestoredApiServer:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
     async def ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         if path == NODES:
             node = {"metadata": {"name": "n1", "uid": "u1", "resourceVersion": "7"}}
@@ -204,6 +210,7 @@ def test_nodes_of_a_joined_cluster_that_is_restored_are_watched_and_listed_anew(
         return Membership("https://east:7443", None, "home", "r", REGISTRY_KEY, "tk-1", Secret(SEED))
 
     monkeypatch.setattr(replica, "watch", watching)
+    monkeypatch.setattr(replica, "KubeClient", lambda _: west)
     monkeypatch.setattr(joined, "HttpRegistry", gateway)
     monkeypatch.setattr(lease, "RENEW", 0.01)
     monkeypatch.setattr(JoinedOperator, "_register", nothing)
@@ -257,7 +264,7 @@ def test_a_damaged_join_string_is_refused(tmp_path: Path) -> None:
 def test_a_replica_that_waits_is_ready_and_one_that_joins_is_not_yet(tmp_path: Path) -> None:
     west = operator(ApiServerStub(OLD), tmp_path)
     assert west._health().listed
-    west._replica.election.is_leader = True
+    west._replica._election.is_leader = True
     assert not west._health().listed
 
 

@@ -11,10 +11,13 @@ from typing import Any, cast
 
 import pytest
 from scope_operator.kube.lease import (
+    AGAIN,
     ASK,
     GIVE_UP,
     LASTS,
     LOOK,
+    RENEW,
+    RENEWAL,
     Election,
     LeaseLost,
     Record,
@@ -61,6 +64,7 @@ def test_a_holder_stops_well_before_another_may_take_over() -> None:
     assert is_lost(renewed_at=0.0, now=GIVE_UP)
     # The last request before giving up, and the drain of the writes under way, end before LASTS is over.
     assert GIVE_UP + ASK < LASTS
+    assert RENEW + RENEWAL + AGAIN < GIVE_UP  # one that is never answered leaves time for another
 
 
 class ApiServer:
@@ -200,6 +204,35 @@ def test_a_holder_that_cannot_renew_stops_its_work_and_says_so() -> None:
         with pytest.raises(LeaseLost, match="could not be renewed"):
             await asyncio.wait_for(task, 60)
         assert began == ["a", "a ended"]
+
+    hurried(body())
+
+
+class LateApiServer(ApiServer):
+    """Answers one renewal after so many seconds, and the next at once."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self._late = itertools.cycle((seconds, 0.0))
+
+    async def ask(
+        self, method: str, path: str, *, body: Mapping[str, Any] | None = None, **_: object
+    ) -> dict[str, Any]:
+        if method == "PUT":
+            await asyncio.sleep(next(self._late))
+        return await super().ask(method, path, body=body)
+
+
+@pytest.mark.parametrize("seconds", [RENEWAL - 0.1, 60.0], ids=["late", "never"])
+def test_a_holder_stays_one_where_every_other_renewal_is_answered_late_or_never(seconds: float) -> None:
+    async def body() -> None:
+        server, began = LateApiServer(seconds), list[str]()
+        task = asyncio.create_task(replica(server, "a").lead(forever(began, "a")))
+        await until(lambda: bool(began))
+        await asyncio.sleep(GIVE_UP * 10)
+        assert not task.done()
+        task.cancel()
+        await asyncio.wait([task])
 
     hurried(body())
 

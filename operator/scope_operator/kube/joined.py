@@ -96,13 +96,13 @@ class JoinedOperator:
         self._reconciler: Reconciler | None = None
         self._report = report
         self._replica = Replica(
-            client, access, namespace=config.namespace, uid=uid, newest=lambda: self._nodes.revision
+            access, namespace=config.namespace, uid=uid, newest=lambda: self._nodes.revision
         )
-        report.watch(health=self._health, is_leader=lambda: self._replica.election.is_leader)
+        report.watch(health=self._health, is_leader=lambda: self._replica.is_leader)
 
     async def lead(self) -> None:
         """Keep the peers while elected. Raises LeaseLost, ConfigError, Refused (it may not join)."""
-        await self._replica.election.lead(self._keep)
+        await self._replica.lead(self._keep)
 
     async def _keep(self) -> None:
         """What the leader does."""
@@ -222,7 +222,7 @@ class JoinedOperator:
         if self._reconciler is not None:
             return self._reconciler.health
         # Who waits for the Lease has nothing to list, and takes over at once.
-        return replace(STARTING, listed=not self._replica.election.is_leader)
+        return replace(STARTING, listed=not self._replica.is_leader)
 
 
 async def operate(access: Access, config: JoinedConfig) -> None:

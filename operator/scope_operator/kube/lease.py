@@ -26,10 +26,12 @@ from scope.registry.port import AlreadyExists, Conflict, NotFound, RegistryError
 log = logging.getLogger(__name__)
 
 LASTS = 10.0  # seconds that a Lease is good for after a renewal
-RENEW = 2.0  # seconds between renewals: four may fail
-GIVE_UP = 6.0  # seconds without one after which the holder stops; its last writes end before `LASTS` is over
+RENEW = 2.0  # seconds between renewals
+RENEWAL = 3.0  # seconds that one may take: an API server that is overrun by our own writes answers late
+AGAIN = 0.2  # seconds between a renewal that failed and the next
+GIVE_UP = 7.0  # seconds without one after which the holder stops; its last writes end before `LASTS` is over
 LOOK = 1.0  # seconds between looks of who waits: a Lease that is handed back is taken within about so many
-ASK = 2.0  # seconds that one request may take
+ASK = 2.0  # seconds that any other request may take
 HAND_BACK = 1.0  # seconds that handing back may take: it is a courtesy
 
 
@@ -181,19 +183,20 @@ class Election:
             await asyncio.sleep(wait)
 
     async def _renew(self) -> None:
+        pause = RENEW
         while True:
             left = self._renewed_at + GIVE_UP - self._now()
-            await asyncio.sleep(max(0.0, min(RENEW, left)))
-            began = self._now()
+            await asyncio.sleep(max(0.0, min(pause, left)))
+            pause, began = AGAIN, self._now()
             if is_lost(renewed_at=self._renewed_at, now=began):
                 raise LeaseLost(
                     f"the Lease {self._name} could not be renewed for {GIVE_UP:.0f} s: another replica may "
                     "take it, so this one stops"
                 )
             try:
-                async with asyncio.timeout(min(ASK, self._renewed_at + GIVE_UP - began)):
+                async with asyncio.timeout(min(RENEWAL, self._renewed_at + GIVE_UP - began)):
                     self._record = await self._write(self._record, holder=self._identity)
-                self._renewed_at = began
+                self._renewed_at, pause = began, RENEW
             except Conflict:
                 await self._require_ours()
             except NotFound:

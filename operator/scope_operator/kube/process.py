@@ -102,12 +102,12 @@ class Operator:
         self._client = client
         self._uid = uid
         self._config = config
-        self._registry = KubeRegistry(client, namespace=config.namespace, registry_id=uid)
+        self._registry = KubeRegistry(client, namespace=config.namespace, registry_id=uid, known=self._known)
         self._face: asyncio.Future[Face] = asyncio.get_running_loop().create_future()
         self._nodes = NodePeers(cluster=config.cluster, uid=uid)
         self._keys_seen = KeysSeen()
         self._replica = Replica(
-            client, access, namespace=config.namespace, uid=uid, newest=lambda: self._reconciler.revision
+            access, namespace=config.namespace, uid=uid, newest=lambda: self._reconciler.revision
         )
         self._newsroom = Newsroom(client, identity=self._replica.name, wall=time.time)
         self._reconciler = Reconciler(
@@ -125,13 +125,11 @@ class Operator:
             told=self._tell,
         )
         self._report = report
-        report.watch(
-            health=lambda: self._reconciler.health, is_leader=lambda: self._replica.election.is_leader
-        )
+        report.watch(health=lambda: self._reconciler.health, is_leader=lambda: self._replica.is_leader)
 
     async def run(self) -> None:
         """Run until cancelled. Raises LeaseLost."""
-        leading = asyncio.create_task(self._replica.election.lead(self._write), name="election")
+        leading = asyncio.create_task(self._replica.lead(self._write), name="election")
         works = [
             asyncio.create_task(work, name=name)
             for name, work in (
@@ -224,8 +222,12 @@ class Operator:
     def _take(self, fact: Fact) -> None:
         self._reconciler.take(fact)
         news = self._keys_seen.take(fact)
-        if news is not None and self._replica.election.is_leader:
+        if news is not None and self._replica.is_leader:
             self._newsroom.post(news)
+
+    def _known(self, name: str, revision: int) -> Peer | None:
+        """A peer, for a list at that revision; none where that is older than what is known: a restore."""
+        return self._peer(name) if revision >= self._reconciler.revision else None
 
     def _peer(self, name: str) -> Peer | None:
         return self._reconciler.peer(name)

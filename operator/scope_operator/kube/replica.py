@@ -19,6 +19,7 @@ import signal
 import socket
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from scope.model import Kind
@@ -26,7 +27,8 @@ from scope.registry.follow import backoff
 from scope.registry.kube.access import Access
 from scope.registry.kube.client import KubeClient
 from scope.registry.port import RegistryError, Unavailable
-from scope_operator.kube.lease import Election
+from scope_operator.kube.election_thread import lead_apart
+from scope_operator.kube.lease import Election, Work
 from scope_operator.kube.report import Report, site
 from scope_operator.kube.watching import Take, watch
 from scope_operator.reconcile import Reconciler
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 LEASE = "scope-operator"
 SWEEP_SECONDS = (300.0, 600.0)  # between lists of everything, drawn anew each time, so replicas do not meet
 RELIST_SECONDS = 2.0  # what the watch lists of several kinds is followed by one list of ours
+HEAD_START = 1.0  # seconds in which a replica that is alone is elected, and lists what it writes from
 REWATCH_SECONDS = 1.0  # between a watch that failed and the next
 
 
@@ -90,25 +93,37 @@ class Replica:
     `newest` is the newest revision of that cluster that is known here.
     """
 
-    def __init__(
-        self, client: KubeClient, access: Access, *, namespace: str, uid: str, newest: Callable[[], int]
-    ) -> None:
+    def __init__(self, access: Access, *, namespace: str, uid: str, newest: Callable[[], int]) -> None:
         self.name = f"{socket.gethostname()}-{secrets.token_hex(4)}"
-        self.election = Election(
-            client,
+        self._client = KubeClient(access)  # the election's own
+        self._election = Election(
+            self._client,
             namespace=namespace,
             name=LEASE,
             identity=self.name,
             now=time.monotonic,
             wall=time.time,
-            newest=newest,
-            restored=self._note_restored,
+            newest=lambda: self._known,
+            restored=self._tell_restored,
         )
         self._access = access
         self._uid = uid
         self._newest = newest
+        self._known = 0  # `newest` as the election has it, who is in another thread
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._restored = asyncio.Event()
         self._relisted = asyncio.Event()
+        self._listing = asyncio.Event()
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether the Lease is ours."""
+        return self._election.is_leader
+
+    async def lead(self, work: Work) -> None:
+        """Do `work` while elected; the Lease is handed back when cancelled. Raises LeaseLost, as `work`."""
+        self._loop = asyncio.get_running_loop()
+        await lead_apart(self._election, self._client, work, look=self._look)
 
     async def hear(
         self,
@@ -124,8 +139,10 @@ class Replica:
 
     async def list_all(self, reconciler: Reconciler) -> None:
         """Let `reconciler` list everything, however long it takes until that is answered."""
+        self._listing.set()
         before = self._newest()
         await persist(reconciler.list_all, through=RegistryError)
+        self._look()
         if (revision := self._newest()) < before:
             self._note_restored(revision, before)
 
@@ -133,7 +150,12 @@ class Replica:
         while True:
             watching = asyncio.create_task(
                 watch(
-                    self._access, registry_id=self._uid, take=take, relisted=self._relisted.set, kinds=kinds
+                    self._access,
+                    registry_id=self._uid,
+                    take=take,
+                    relisted=self._relisted.set,
+                    kinds=kinds,
+                    known=reconciler.peer,
                 )
             )
             restored = asyncio.create_task(self._restored.wait())
@@ -150,15 +172,25 @@ class Replica:
 
     async def _sweep(self, reconciler: Reconciler) -> None:
         """List everything now and then, and after the watch did: what it missed is found."""
-        while True:
+        with suppress(TimeoutError):  # who is elected at once lists by itself
+            async with asyncio.timeout(0.0 if self.is_leader else HEAD_START):
+                await self._listing.wait()
+        if not self._listing.is_set():
             await self.list_all(reconciler)
-            try:
+        while True:
+            with suppress(TimeoutError):
                 async with asyncio.timeout(random.uniform(*SWEEP_SECONDS)):  # noqa: S311 - jitter
                     await self._relisted.wait()
-            except TimeoutError:
-                continue
-            await asyncio.sleep(RELIST_SECONDS)
+                    await asyncio.sleep(RELIST_SECONDS)
             self._relisted.clear()
+            await self.list_all(reconciler)
+
+    def _look(self) -> None:
+        self._known = self._newest()
+
+    def _tell_restored(self, revision: int, before: int) -> None:
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._note_restored, revision, before)
 
     def _note_restored(self, revision: int, before: int) -> None:
         log.warning("cluster.restored revision=%d before=%d", revision, before)

@@ -18,9 +18,9 @@ from typing import Any, TypeAlias
 import kopf
 
 from scope import resources
-from scope.model import Kind, Revision
+from scope.model import Kind, Peer, Revision
 from scope.registry.kube.access import Access, Kubeconfig, ServiceAccount
-from scope.registry.kube.objects import read
+from scope.registry.kube.objects import is_at, read
 from scope.registry.port import Deleted, Put, Unavailable
 from scope.resources import InvalidResource
 from scope_operator.kube.cluster import read_node
@@ -36,13 +36,20 @@ MAX_RETRY = 4.0  # seconds between requests to an API server that fails: its ret
 
 Fact: TypeAlias = Put | Deleted | NodePut | NodeDeleted
 Take: TypeAlias = Callable[[Fact], None]
+Known: TypeAlias = Callable[[str], Peer | None]
 
 
-def fact_of(kind: Kind, event: Mapping[str, Any], *, registry_id: str) -> Put | Deleted | None:
-    """What a watch event of a mesh or peer says; None where this version cannot read the object."""
+def fact_of(
+    kind: Kind, event: Mapping[str, Any], *, registry_id: str, known: Known = lambda _: None
+) -> Put | Deleted | None:
+    """What a watch event of a mesh or peer says; None where this version cannot read the object.
+
+    A ScopePeer that is `known` as it stands there is not read anew.
+    """
     document = event["object"]
+    peer = known(str(_name(document))) if kind is Kind.PEER else None
     try:
-        resource = read(kind, document)
+        resource = peer if peer is not None and is_at(document, peer.meta) else read(kind, document)
     except InvalidResource as error:
         log.warning("resource.unreadable kind=%s name=%s error=%s", kind, _name(document), error)
         return None
@@ -67,8 +74,11 @@ async def watch(
     take: Take,
     relisted: Callable[[], None],
     kinds: tuple[Kind, ...] = (Kind.MESH, Kind.PEER),
+    known: Known = lambda _: None,
 ) -> None:
     """Watch Nodes, and `kinds`, until cancelled. Raises what kopf gives up on.
+
+    `known` gives the ScopePeer of a name as it was last heard of; it is called in another thread.
 
     `relisted` is called for each resource that kopf lists: what was deleted before that list, and after ours,
     it does not tell.
@@ -98,7 +108,7 @@ async def watch(
     def run() -> None:
         error: BaseException | None = None
         try:
-            handlers = _handlers(access, kinds, registry_id=registry_id, tell=tell)
+            handlers = _handlers(access, kinds, registry_id=registry_id, known=known, tell=tell)
             asyncio.run(_operator(handlers, stop=stop))
         except Exception as failure:  # noqa: BLE001 - raised in the loop that waits for it
             error = failure
@@ -127,7 +137,7 @@ async def _operator(handlers: kopf.OperatorRegistry, *, stop: threading.Event) -
 
 
 def _handlers(
-    access: Access, kinds: tuple[Kind, ...], *, registry_id: str, tell: Tell
+    access: Access, kinds: tuple[Kind, ...], *, registry_id: str, known: Known, tell: Tell
 ) -> kopf.OperatorRegistry:
     handlers = kopf.OperatorRegistry()
 
@@ -138,7 +148,7 @@ def _handlers(
     def followed(kind: Kind) -> None:
         @kopf.on.event(resources.GROUP, resources.VERSION, resources.PLURALS[kind], registry=handlers)
         async def changed(event: Mapping[str, Any], **_: object) -> None:
-            fact = fact_of(kind, event, registry_id=registry_id)
+            fact = fact_of(kind, event, registry_id=registry_id, known=known)
             if fact is not None:
                 tell(fact, event)
 

@@ -27,7 +27,7 @@ from typing import Any
 from urllib.parse import quote
 
 from scope import resources
-from scope.model import ConfigError, JoinToken, Kind, Peer, PeerReport, Resource, StatusPart
+from scope.model import ConfigError, JoinToken, Kind, Meta, Peer, PeerReport, Resource, StatusPart
 from scope.resources import InvalidResource, Problem
 
 Object = dict[str, Any]
@@ -85,6 +85,12 @@ def read(kind: Kind, document: Mapping[str, Any]) -> Resource:
     # Items of a list do not repeat these.
     whole = {**document, "apiVersion": resources.API_VERSION, "kind": str(kind)}
     return resources.parse(whole, ignore_unknown=True)
+
+
+def is_at(document: Mapping[str, Any], meta: Meta) -> bool:
+    """Whether a stored object is the very one, at the very revision."""
+    metadata = document.get("metadata", {})
+    return (metadata.get("uid"), metadata.get("resourceVersion")) == (meta.uid, str(meta.revision))
 
 
 def new_object(resource: Resource, *, owner: Object | None = None) -> Object:

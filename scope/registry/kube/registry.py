@@ -14,6 +14,7 @@ written twice, and watchers see both.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -40,6 +41,7 @@ from scope.registry.kube.leases import Leases
 from scope.registry.kube.objects import (
     TOKEN_TYPE,
     collection,
+    is_at,
     manager_of,
     new_object,
     node_lease,
@@ -55,6 +57,7 @@ from scope.resources import InvalidResource
 
 log = logging.getLogger(__name__)
 
+AT_A_TIME = 25  # objects that are read in one go: a hundredth of a second, then others have a turn
 PAGE = 500  # objects of a list's page: 1.5 MB of ScopePeers, as kubectl asks for
 ATTEMPTS = 5  # at a write that names no revision and meets other writers
 # A watch that ends earlier than the server was asked to end it was cut short; one that ends at once would be
@@ -76,7 +79,8 @@ class KubeRegistry:
     With `mesh`, lists and watches give that ScopeMesh and its ScopePeers; with `node`, the ScopePeers of
     Nodes of that name. With `own`, the name of the ScopePeer whose agent asks, they give of all others what
     an agent acts on, and watches tell of no change in the rest. `leases` is shared by the registries of one
-    process.
+    process. `known` gives the ScopePeer of a name as whoever asks knows it, where what was known is no newer
+    than the revision of a list: one that did not change since is not read anew.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class KubeRegistry:
         own: str | None = None,
         registry_id: str | None = None,
         leases: Leases | None = None,
+        known: Callable[[str, int], Peer | None] = lambda _name, _revision: None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._client = client
@@ -96,6 +101,7 @@ class KubeRegistry:
         self._mesh = mesh
         self._node = node
         self._own = own
+        self._known = known
         self._told: dict[tuple[Kind, str], Resource] = {}  # what was last told, where that is not everything
         self._configured_id = registry_id
         self._id = registry_id
@@ -129,8 +135,10 @@ class KubeRegistry:
         while True:
             page = await self._client.ask("GET", collection(kind, self._namespace), query=query)
             number, token = _list_meta(page)
-            for item in page.get("items") or ():
-                resource = self._readable(kind, item)
+            for count, item in enumerate(page.get("items") or (), start=1):
+                if count % AT_A_TIME == 0:
+                    await asyncio.sleep(0)
+                resource = self._unchanged(kind, item, number) or self._readable(kind, item)
                 if resource is None:
                     complete = False
                 else:
@@ -161,7 +169,11 @@ class KubeRegistry:
             started = self._now()
             try:
                 async with aclosing(self._client.watch(path, query=query, since=position)) as events:
+                    count = 0
                     async for event in events:
+                        count += 1
+                        if count % AT_A_TIME == 0:  # events that came together are there without a wait
+                            await asyncio.sleep(0)
                         position, fact = self._fact(kind, event, registry_id=here)
                         self._seen[kind] = position
                         if fact is not None:
@@ -371,6 +383,12 @@ class KubeRegistry:
         if before is None or told.meta.name == self._own:
             return True
         return replace(before, meta=replace(before.meta, revision=told.meta.revision)) != told
+
+    def _unchanged(self, kind: Kind, document: Object, number: int) -> Peer | None:
+        """The ScopePeer of a list at that revision, if it is known as it stands there."""
+        name = document.get("metadata", {}).get("name")
+        known = self._known(name, number) if kind is Kind.PEER and isinstance(name, str) else None
+        return known if known is not None and is_at(document, known.meta) else None
 
     def _readable(self, kind: Kind, document: Object) -> Resource | None:
         """A resource; None for one that this version cannot read, which must not hide all others."""
