@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from scope_operator.kube.news import SHOWN, KeysSeen, News, news_of, together
+from scope_operator.kube.news import SHOWN, News, Overheard, news_of, together
 from scope_operator.plan.planner import CreatePeer, DeletePeer, Why, Write, WriteAssignment, WriteMeshStatus
 from scope_operator.reconcile import Done
 
-from scope.model import Assignment, Condition, Mesh, Meta, Peer, PeerReport, PeerSpec, Revision
+from scope.model import (
+    Assignment,
+    Condition,
+    Mesh,
+    Meta,
+    Peer,
+    PeerReport,
+    PeerSpec,
+    Resource,
+    Revision,
+    Tombstone,
+)
 from scope.registry.port import Conflict, Deleted, Put
 from tests.unit.registry_conformance import MESH, keys
 
@@ -49,13 +60,12 @@ def test_a_cluster_whose_name_is_taken_is_told_once() -> None:
 
 
 def test_a_machine_that_comes_back_with_other_keys_is_told_once() -> None:
-    seen = KeysSeen()
+    seen = Overheard()
     first, again = (replace(NODE_PEER, report=PeerReport(keys(seed))) for seed in (1, 2))
     facts = [first, replace(first, assignment=GIVEN), again, again]
     told = [seen.take(Put(peer, Revision("r", number))) for number, peer in enumerate((NODE_PEER, *facts))]
-    assert [news is not None for news in told] == [False, False, False, True, False]
-    news = told[3]
-    assert news is not None
+    assert [len(news) for news in told] == [0, 0, 0, 1, 0]
+    (news,) = told[3]
     assert (news.about.name, news.reason, news.is_warning) == ("home.east.n1", "KeysReplaced", True)
     assert (
         f"Node n1 has new keys (WireGuard {keys(2).wireguard} in place of {keys(1).wireguard})" in news.note
@@ -63,14 +73,40 @@ def test_a_machine_that_comes_back_with_other_keys_is_told_once() -> None:
 
 
 def test_a_peer_made_anew_and_one_off_the_cluster_are_no_news_of_keys() -> None:
-    seen, external = KeysSeen(), replace(NODE_PEER, spec=PeerSpec("home"))
+    seen, external = Overheard(), replace(NODE_PEER, spec=PeerSpec("home"))
     for number, peer in enumerate((NODE_PEER, external)):
         before = replace(peer, report=PeerReport(keys(1)))
         after = replace(peer, report=PeerReport(keys(2)))
-        assert seen.take(Put(before, Revision("r", 2 * number))) is None
+        assert seen.take(Put(before, Revision("r", 2 * number))) == ()
         if peer is NODE_PEER:
-            assert seen.take(Deleted(before, Revision("r", 1))) is None
-        assert seen.take(Put(after, Revision("r", 2 * number + 1))) is None
+            assert seen.take(Deleted(before, Revision("r", 1))) == ()
+        assert seen.take(Put(after, Revision("r", 2 * number + 1))) == ()
+
+
+def test_a_peer_that_others_remove_is_told_once_and_not_again_when_it_is_deleted() -> None:
+    removed = Condition("Removed", "True", "ByAdministrator", "removed; its keys cannot join again", 1.0)
+    stone = Tombstone(
+        mesh_uid="mesh-uid", peer_uid="u1", key=keys(1).wireguard, signer=keys(2).signing, signature=bytes(64)
+    )
+    laptop = Peer(Meta("laptop", uid="u1"), PeerSpec("home"), report=PeerReport(keys(1)))
+    buried = replace(laptop, assignment=Assignment(conditions=(removed,), tombstone=stone))
+    seen = Overheard()
+    facts: list[Resource] = [HOME, laptop, buried, buried]
+    told = [seen.take(Put(each, Revision("r", number))) for number, each in enumerate(facts)]
+    assert [len(news) for news in told] == [0, 0, 1, 0]
+    (news,) = told[2]
+    assert (news.about.uid, news.reason, news.peer) == ("mesh-uid", "PeerRemoved", "laptop")
+    assert news.note == "removed; its keys cannot join again"
+    assert reasons(DeletePeer(buried, Why.EXPIRED, HOME)) == []
+
+
+def test_a_peer_that_was_removed_before_this_replica_started_is_no_news() -> None:
+    stone = Tombstone(
+        mesh_uid="mesh-uid", peer_uid="u1", key=keys(1).wireguard, signer=keys(2).signing, signature=bytes(64)
+    )
+    seen = Overheard()
+    for each in (HOME, replace(NODE_PEER, assignment=Assignment(tombstone=stone))):
+        assert seen.take(Put(each, Revision("r", 1))) == ()
 
 
 def test_a_peers_conflict_of_routes_is_told_and_its_end_too() -> None:

@@ -1,8 +1,8 @@
 """What is worth a Kubernetes Event: peers that came and went, and conditions that began or ended.
 
-`news_of` reads it off a write that succeeded. A condition that is stored already is not written again, so
-each transition is told once, whichever replica writes and however often it restarts. Peers that come or go
-together are told together.
+`news_of` reads it off a write that succeeded, `Overheard` off what others wrote. A condition that is stored
+already is not written again, so each transition is told once, whichever replica writes and however often it
+restarts. Peers that come or go together are told together.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from scope import resources
-from scope.model import Assignment, Condition, Kind, Mesh, Peer, PeerKeys, PeerReport, Resource, kind_of
+from scope.model import Assignment, Condition, Kind, Mesh, Peer, PeerKeys, Resource, kind_of
 from scope.registry.kube.client import KubeClient, Object
 from scope.registry.port import Deleted, Put, RegistryError, Unavailable
 from scope_operator.plan.conditions import (
@@ -23,6 +23,7 @@ from scope_operator.plan.conditions import (
     ADDRESSES_EXHAUSTED,
     PORT_CONFLICT,
     READY,
+    REMOVED,
     ROUTE_CONFLICT,
 )
 from scope_operator.plan.nodes import NodeDeleted, NodePut
@@ -78,6 +79,8 @@ def news_of(done: Done) -> tuple[News, ...]:
         case WriteAssignment(peer, part, mesh):
             came = _came(peer, mesh) if peer.assignment == Assignment() else ()
             return (*came, *_turns(_about(peer), peer.assignment.conditions, part.conditions))
+        case DeletePeer(peer) if peer.assignment.tombstone is not None:
+            return ()  # its removal was told when it happened
         case DeletePeer(peer, why, mesh):
             note = "their Nodes are gone or not selected" if why is Why.NODE_LEFT else "past peerExpiry"
             return _of_mesh(mesh, "PeerRemoved", note, peer)
@@ -133,27 +136,51 @@ def _about(resource: Resource) -> About:
     return About(kind_of(resource), resource.meta.name, resource.meta.uid)
 
 
-class KeysSeen:
-    """The keys of every Node's peer, as a watch tells them: a machine that comes back with others is news."""
+class Overheard:
+    """What a watch tells that others wrote: a Node's machine with other keys, and peers that were removed."""
 
     def __init__(self) -> None:
-        self._keys: dict[str, PeerKeys] = {}
+        self._keys: dict[str, PeerKeys] = {}  # by uid, as all of these
+        self._members: set[str] = set()
+        self._meshes: dict[str, About] = {}  # by name
 
-    def take(self, fact: Put | Deleted | NodePut | NodeDeleted) -> News | None:
+    def take(self, fact: Put | Deleted | NodePut | NodeDeleted) -> tuple[News, ...]:
         """Take a fact; what it brought."""
         match fact:
+            case Put(Mesh() as mesh):
+                self._meshes[mesh.meta.name] = _about(mesh)
+            case Deleted(Mesh(meta=meta)):
+                self._meshes.pop(meta.name, None)
+            case Put(Peer() as peer):
+                return (*self._removal(peer), *self._renewal(peer))
             case Deleted(Peer(meta=meta)):
                 self._keys.pop(meta.uid, None)
-            case Put(Peer(meta=meta, spec=spec, report=PeerReport(keys=keys)) as peer) if spec.node_name:
-                before = self._keys.get(meta.uid)
-                self._keys[meta.uid] = keys
-                if before is not None and before != keys:
-                    note = (
-                        f"Node {spec.node_name} has new keys (WireGuard {keys.wireguard} in place of "
-                        f"{before.wireguard}): its machine was imaged anew, or its agent lost its state"
-                    )
-                    return News(_about(peer), "KeysReplaced", note, is_warning=True)
-        return None
+                self._members.discard(meta.uid)
+        return ()
+
+    def _removal(self, peer: Peer) -> tuple[News, ...]:
+        uid, mesh = peer.meta.uid, self._meshes.get(peer.spec.mesh)
+        if peer.assignment.tombstone is None:
+            self._members.add(uid)
+            return ()
+        if uid not in self._members or mesh is None:
+            return ()
+        self._members.remove(uid)
+        said = [each.message for each in peer.assignment.conditions if each.type == REMOVED]
+        return (News(mesh, "PeerRemoved", "; ".join(said), peer=peer.meta.name),)
+
+    def _renewal(self, peer: Peer) -> tuple[News, ...]:
+        if not peer.spec.node_name or peer.report is None:
+            return ()
+        keys, before = peer.report.keys, self._keys.get(peer.meta.uid)
+        self._keys[peer.meta.uid] = keys
+        if before is None or before == keys:
+            return ()
+        note = (
+            f"Node {peer.spec.node_name} has new keys (WireGuard {keys.wireguard} in place of "
+            f"{before.wireguard}): its machine was imaged anew, or its agent lost its state"
+        )
+        return (News(_about(peer), "KeysReplaced", note, is_warning=True),)
 
 
 class Newsroom:

@@ -10,11 +10,9 @@ import asyncio
 import logging
 import random
 import secrets
-import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from scope.model import ConfigError, Kind, Mesh, Peer
 from scope.registry.kube.access import Access
@@ -36,7 +34,8 @@ from scope_operator.kube.gateway import (
     tell_administrator,
 )
 from scope_operator.kube.heartbeats import Heartbeats
-from scope_operator.kube.news import KeysSeen, Newsroom
+from scope_operator.kube.memory import private_directory
+from scope_operator.kube.news import Newsroom, Overheard
 from scope_operator.kube.replica import Replica, end, persist
 from scope_operator.kube.report import Report
 from scope_operator.kube.watching import Fact
@@ -45,8 +44,6 @@ from scope_operator.reconcile import Done, Reconciler
 
 log = logging.getLogger(__name__)
 
-# TLS takes its key from a file: this one is in memory, and writable where a container's root is not.
-MEMORY = "/dev/shm"  # noqa: S108 - the directory made there is nobody else's
 KEYS_SECONDS = 0.5  # between looks of a replica that waits for the leader to make the gateway's keys
 
 
@@ -105,7 +102,7 @@ class Operator:
         self._registry = KubeRegistry(client, namespace=config.namespace, registry_id=uid, known=self._known)
         self._face: asyncio.Future[Face] = asyncio.get_running_loop().create_future()
         self._nodes = NodePeers(cluster=config.cluster, uid=uid)
-        self._keys_seen = KeysSeen()
+        self._overheard = Overheard()
         self._replica = Replica(
             access, namespace=config.namespace, uid=uid, newest=lambda: self._reconciler.revision
         )
@@ -185,8 +182,7 @@ class Operator:
         keys = await self._await_keys()
         registry = GatewayRegistry(self._client, namespace=namespace, registry_id=self._uid)
         works = Works()
-        with tempfile.TemporaryDirectory(prefix="scope-gateway-", dir=MEMORY) as directory:
-            data = Path(directory)
+        with private_directory("scope-gateway-") as data:  # TLS takes its key from a file
             tls.write_private(data / tls.KEY_FILE, keys.tls_key.raw)
             opened = face.opened(
                 registry,
@@ -221,9 +217,9 @@ class Operator:
 
     def _take(self, fact: Fact) -> None:
         self._reconciler.take(fact)
-        news = self._keys_seen.take(fact)
-        if news is not None and self._replica.is_leader:
-            self._newsroom.post(news)
+        news = self._overheard.take(fact)
+        if self._replica.is_leader:
+            self._newsroom.post(*news)
 
     def _known(self, name: str, revision: int) -> Peer | None:
         """A peer, for a list at that revision; none where that is older than what is known: a restore."""

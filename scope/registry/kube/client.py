@@ -39,7 +39,7 @@ WATCH_SECONDS = 270, 330
 SILENCE_SECONDS = 90.0
 # A machine that roamed, or a NAT that restarted, hears nothing more: the kernel asks after so many silent
 # seconds, at this interval, and so often before it gives the connection up.
-KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 15, 5, 3
+KEEPALIVE_IDLE, KEEPALIVE_INTERVAL, KEEPALIVE_COUNT = 4, 2, 3  # as on the gateway's streams
 MAX_ANSWER = 64 * 1024 * 1024  # a page of 500 objects is 1.5 MB
 MAX_LINE = 8 * 1024 * 1024  # one watch event: etcd takes objects of 1.5 MB, and JSON may escape every byte
 DENIED = "denied request: "  # what stands before an admission policy's own sentence
