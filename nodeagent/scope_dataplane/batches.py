@@ -107,6 +107,8 @@ def may_pass(buffer: bytearray, start: int, stop: int) -> bool:
 
 def all_wireguard(buffer: bytearray, start: int, stop: int, segment: int) -> bool:
     """Whether every datagram of a batch looks like WireGuard's: a few slices for as many as there are."""
+    if stop - start <= segment:
+        return stop - start >= MIN_WIREGUARD and _WORD.unpack_from(buffer, start)[0] in _WORDS
     last = (stop - start) % segment or segment
     if last < MIN_WIREGUARD or segment < MIN_WIREGUARD:
         return False

@@ -292,14 +292,11 @@ class Forwarder:
 
         What comes one after the other from one side, in one size, lies in the buffer as one batch.
         """
-        buffer, view, receive, source_of = (
-            self._buffer,
-            self._view,
-            port.socket.recvmsg_into,
-            self._pairs.source,
-        )
+        buffer, view, receive = self._buffer, self._view, port.socket.recvmsg_into
         side: End | None = None
-        start = stop = segment = 0  # the batch that waits to be sent
+        start = stop = segment = 0  # the batch of that side that waits to be sent
+        came: End | None = None
+        heard: Address | None = None  # where `came` is: the next datagram is likely from there too
         for _ in range(READS):
             if stop > _BUFFER_BYTES - _ROOM:
                 self._pass(side, start, stop, segment, port.version, now)
@@ -310,15 +307,13 @@ class Forwarder:
                 break
             except OSError:  # an ICMP error for something sent before: the next read tells what waits
                 continue
-            came, came_segment, end = (
-                source_of(port.port, address, now),
-                segment_size(control, size),
-                stop + size,
-            )
-            if came is None or not size or not all_wireguard(buffer, stop, end, came_segment):
+            if address != heard:
+                came, heard = self._pairs.source(port.port, address, now), address
+            came_segment, end = segment_size(control, size), stop + size
+            if came is None or not all_wireguard(buffer, stop, end, came_segment):
                 self._pass(side, start, stop, segment, port.version, now)
                 self._sort(port, stop, end, came_segment, control, address, now)
-                side, start, stop = None, 0, 0
+                side, start, stop, heard = None, 0, 0, None
             elif (
                 came is side
                 and came_segment <= segment
