@@ -16,7 +16,6 @@ import os
 import secrets
 import socket
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from scope.model import ConfigError, DeviceKind, IPInterface, Kind, PublicKey
 from scope.registry.follow import delay_after
 from scope.registry.port import Disconnected, Gone, PeerRemoved, Registry, RegistryError
 from scope_agent.agent import Agent, AgentConfig, pick_port
+from scope_agent.inbox import Inbox
 from scope_agent.inputs import (
     Applied,
     CommandArrived,
@@ -55,13 +55,14 @@ from scope_agent.state import Enrolment, StateDir
 from scope_agent.underlay.shell import InterfaceWatch
 from scope_agent.wireguard.device import ApplyError, HoldEndpoint, PortTaken
 from scope_agent.wireguard.shell import Device, EndpointHolds, ProbeSocket, choose_device, open_probe_socket
+from scope_agent.wireguard.shell.probe_socket import READ_AT_ONCE
 
 if TYPE_CHECKING:
     from scope.registry.http import Couriered, HttpRegistry
 
 log = logging.getLogger(__name__)
 
-MAX_INBOX = 4096  # datagrams beyond this are dropped and counted: a flood must not grow the process
+READ_AGAIN_AFTER = 0.02  # seconds of handling inputs: what arrives meanwhile is to be told its time
 TRAFFIC_INTERVAL = 0.25  # how soon the device's counters tell that someone uses the mesh
 HTTP_AFTER = 0.4  # the HTTP client's import waits for the first pings, or for so long
 HEARTBEAT = 60.0
@@ -169,7 +170,7 @@ class Runner:
         )
         self._probe: ProbeSocket = open_probe_socket(self._agent.listen_port, fwmark=config.fwmark)
         self._holds = EndpointHolds()
-        self._inbox: deque[Input] = deque()
+        self._inbox = Inbox()
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._replies: dict[int, asyncio.Future[dict[str, object]]] = {}
@@ -222,12 +223,7 @@ class Runner:
             if due is not None and due <= now:
                 agent.handle_timer(now)
                 self._perform_all()
-            while self._inbox:
-                now = time.monotonic()
-                agent.receive(self._inbox.popleft(), now)
-                self._perform_all()
-                if time.monotonic() - now > SLOW_LOOP:
-                    log.debug("loop.slow seconds=%.3f", time.monotonic() - now)
+            self._take_inputs(until=time.monotonic() + READ_AGAIN_AFTER)
             due = agent.get_timer()
             delay = None if due is None else max(0.0, due - time.monotonic())
             self._wake.clear()
@@ -238,12 +234,19 @@ class Runner:
                 async with asyncio.timeout(delay):
                     await self._wake.wait()
 
+    def _take_inputs(self, *, until: float) -> None:
+        """Hand over what waits, one input at least."""
+        while (event := self._inbox.take(now := time.monotonic())) is not None:
+            self._agent.receive(event, now)
+            self._perform_all()
+            if (after := time.monotonic()) - now > SLOW_LOOP:
+                log.debug("loop.slow seconds=%.3f", after - now)
+            if after > until:
+                return
+
     def _post(self, event: Input) -> None:
-        """Queue an input; datagrams are dropped when too many wait."""
-        if len(self._inbox) >= MAX_INBOX and isinstance(event, DatagramArrived):
-            self._counters.inbox_dropped += 1
-            return
-        self._inbox.append(event)
+        """Queue an input."""
+        self._inbox.put(event, time.monotonic())
         self._wake.set()
 
     def _interfaces_changed(self, event: InterfacesChanged) -> None:
@@ -300,6 +303,7 @@ class Runner:
             case Reply(number, value):
                 future = self._replies.pop(number, None)
                 if future is not None and not future.done():
+                    self._counters.inbox_dropped = self._inbox.dropped
                     future.set_result(self._counters.added_to(value))
             case ListAgain():
                 self._list_again.set()
@@ -328,8 +332,13 @@ class Runner:
     # --- datagrams -----------------------------------------------------------------------------------------
 
     def _read_probes(self) -> None:
-        for source, _, data in self._probe.receive():
-            self._post(DatagramArrived(data, Socket(source)))
+        """Read all there is: how long a datagram lay in the kernel's buffer, nobody could tell."""
+        while self._inbox.has_room:
+            arrived = [DatagramArrived(data, Socket(source)) for source, _, data in self._probe.receive()]
+            for datagram in arrived:
+                self._post(datagram)
+            if len(arrived) < READ_AT_ONCE:
+                return
 
     def _send(self, leg: Socket | Courier, data: bytes) -> None:
         if isinstance(leg, Socket):

@@ -24,7 +24,7 @@ from scope_agent.inputs import (
     Socket,
     Target,
 )
-from scope_agent.paths import core
+from scope_agent.paths import pace
 from scope_agent.wireguard.device import AddPeer, DesiredDevice, ObservedDevice, ObservedPeer
 from scope_agent.wireguard.plan import plan_device
 
@@ -196,8 +196,8 @@ def _peer(number: int) -> Peer:
 
 def test_a_pair_that_answers_does_not_wait_behind_all_that_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     # One turn of all 240 takes 6 s; an echo is too old to decide by after 3 s.
-    monkeypatch.setattr(core, "PACE_PER_SECOND", 40.0)
-    monkeypatch.setattr(core, "PACE_BURST", 10)
+    monkeypatch.setattr(pace, "PACE_PER_SECOND", 40.0)
+    monkeypatch.setattr(pace, "PACE_BURST", 10)
     crowd = Crowd(240)
     crowd.run(2 * 240 / 40.0 + 2.0)  # two pings for each: one before its channel stands, one after
     assert crowd.direct == 240
