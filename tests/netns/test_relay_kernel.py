@@ -10,7 +10,7 @@ import socket
 import struct
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -22,11 +22,13 @@ from scope_agent.relay import rules
 from scope_agent.relay.shell import selftest
 from scope_agent.relay.shell.forwarding import FORWARDING, plan_forwarding, read_sysctls, restore_sysctls
 from scope_agent.relay.shell.forwarding import write_sysctls as forward
+from scope_agent.relay.shell.hub import HubMachine, Outcome
 from scope_agent.relay.shell.rules import KernelRelay, Sent
 from scope_agent.relay.shell.selftest import why_not
 
-from scope.model import Family, IPAddress, PublicKey, RelayLimits
+from scope.model import Family, Forwarding, IPAddress, PublicKey, RelayLimits
 from scope.relay import Grant, Grants, Side, knock
+from tests.netns.device_fixture import wait_until
 
 PATIENCE = 10.0
 DEVICE = "scope-t"
@@ -365,11 +367,11 @@ def test_knocks_of_one_side_beyond_a_few_a_second_do_nothing(relay: Relay) -> No
     for end in ends:
         end.send(knock(A_TOKEN), relay.hub, A_PORT)
     relay.b.send(DATA, relay.hub, B_PORT)
-    time.sleep(0.2)
-    (spoken_to,) = [number for number, end in enumerate(ends) if end.drain()]
-    assert 10 <= spoken_to < 60
-    assert relay.elements(f"place{tag}") <= 4  # those taken away are cleared in a second
-    assert relay.elements(f"address{tag}") <= 4
+    (spoken_to,), _, _ = select.select([end.socket for end in ends], [], [], PATIENCE)
+    assert 10 <= [end.socket for end in ends].index(spoken_to) < 90
+    # One for each side, once the kernel has cleared away; a few more where processors took knocks at once.
+    assert relay.elements(f"address{tag}") <= 2 + 20
+    wait_until(lambda: relay.elements(f"place{tag}") < 10, "places stay that were taken away")
 
 
 @both_families
@@ -433,9 +435,12 @@ def test_all_pairs_together_are_held_to_the_total_rate(relay: Relay) -> None:
     big = b"\4\0\0\0" + bytes(1396)
     for _ in range(400):
         relay.a.send(big, relay.hub, A_PORT)
-    relay.b.send(knock(B_TOKEN), relay.hub, B_PORT)
-    time.sleep(0.1)
-    assert 150 <= len(relay.b.drain()) <= 190
+    passed = 0
+    relay.b.socket.settimeout(1.0)
+    with contextlib.suppress(TimeoutError):
+        while True:
+            passed += len(relay.b.receive()[0]) == len(big)
+    assert 150 <= passed <= 190
 
 
 @both_families
@@ -751,7 +756,7 @@ def test_a_rule_that_drops_without_a_policy_is_found_too(empty: Internet, family
 
 @both_families
 def test_a_hub_finds_that_forwarding_is_off(empty: Internet, family: Family) -> None:
-    path = FORWARDING[4 if family is Family.IPV4 else 6]
+    path = FORWARDING[family]
     write_sysctls(empty.hub.namespace, {path: "0"})
     try:
         with inside(empty.hub):
@@ -818,3 +823,79 @@ def test_a_family_that_the_kernel_does_not_forward_is_left_to_the_forwarder(rela
         KernelRelay(DEVICE, seed=SEED).apply(GRANTS, time.time(), families=frozenset(Family) - {relay.family})
     relay.a.send(DATA, relay.hub, A_PORT)
     assert local.receive()[0] == DATA
+
+
+def machine(host: Host, notes: list[Mapping[str, str]]) -> HubMachine:
+    return HubMachine(
+        DEVICE, run_dir=host.directory, seed=SEED, mark=0, noted=notes[-1] if notes else {}, note=notes.append
+    )
+
+
+def test_a_machine_becomes_a_hub_and_is_as_before_when_it_is_none_any_more(internet: Internet) -> None:
+    host, notes = internet.lab.server("new"), list[Mapping[str, str]]()
+    with inside(host):
+        hub = machine(host, notes)
+        try:
+            before = read_sysctls(plan_forwarding())
+            assert hub.apply(GRANTS, time.time()) == Outcome(Forwarding.KERNEL, "", forgot=True)
+            assert notes == [before]
+            assert hub.apply(GRANTS, time.time()) == Outcome(Forwarding.KERNEL, "", forgot=False)
+            again = machine(host, notes)  # of the next agent, which finds all in place
+            assert again.apply(GRANTS, time.time()) == Outcome(Forwarding.KERNEL, "", forgot=False)
+            assert again.stop() == []
+            assert notes == [before, {}]
+            assert read_sysctls(before) == before
+            assert subprocess.run(["nft", "list", "ruleset"], capture_output=True, check=True).stdout == b""
+        finally:
+            hub.stop()
+
+
+def test_a_hub_puts_its_rules_right_and_has_all_sides_knock(empty: Internet) -> None:
+    with inside(empty.hub):
+        hub = machine(empty.hub, [])
+        try:
+            hub.apply(GRANTS, time.time())
+            wait_until(lambda: hub.check(time.time()) is None, "the forwarder does not run")
+            subprocess.run(["nft", "flush", "ruleset"], check=True)
+            assert hub.check(time.time()) == Outcome(Forwarding.KERNEL, "", forgot=True)
+            assert hub.check(time.time()) is None
+        finally:
+            hub.stop()
+
+
+def test_a_hub_whose_forwarding_is_turned_off_leaves_it_to_the_forwarder(
+    empty: Internet,
+) -> None:
+    path = FORWARDING[Family.IPV4]
+    with inside(empty.hub):
+        hub = machine(empty.hub, [])
+        try:
+            hub.apply(GRANTS, time.time())
+            write_sysctls(empty.hub.namespace, {path: "0"})
+            reason = "IPv4: forwarding is off: net.ipv4.ip_forward is 0"
+            assert hub.check(time.time()) == Outcome(Forwarding.KERNEL, reason, forgot=False)
+            write_sysctls(empty.hub.namespace, {path: "1"})
+            assert hub.check(time.time()) == Outcome(Forwarding.KERNEL, "", forgot=False)
+        finally:
+            write_sysctls(empty.hub.namespace, {path: "1"})
+            hub.stop()
+
+
+def test_where_another_program_drops_what_is_forwarded_the_forwarder_takes_over(
+    empty: Internet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = "chain pass { type filter hook forward priority 0; policy drop;\n}"
+    monkeypatch.setattr("scope_agent.relay.shell.hub.TEST_AGAIN", 0.0)
+    with inside(empty.hub):
+        hub = machine(empty.hub, [])
+        try:
+            hub.apply(GRANTS, time.time())
+            load_nft(f"table inet strict {{\n{chain}\n}}\n", inside=empty.hub.namespace)
+            outcome = hub.check(time.time())
+            assert outcome is not None
+            assert outcome.forwarding is Forwarding.USER_SPACE
+            assert outcome.reason.startswith("the foreign chain inet strict pass drops it")
+            load_nft("delete table inet strict\n", inside=empty.hub.namespace)
+            assert hub.check(time.time()) == Outcome(Forwarding.KERNEL, "", forgot=True)
+        finally:
+            hub.stop()

@@ -21,8 +21,9 @@ connections that the machine masquerades may use the same ports, and the forward
   the kernel would drop it. Until then a mark says for which side a datagram is.
 
 A knock that tells nothing new only winds the clocks of what is known. One that does takes away where the side
-was: nothing passes from there any more, and each side has one entry at most. The kernel takes away only what
-fields of the packet at hand name, so for a moment the knock is dressed as the one before it. Knocks of one
+was: nothing passes from there any more, and a side does not fill the maps by moving. The kernel takes away
+only what fields of the packet at hand name, so for a moment the knock is dressed as the one before it. (Of two
+knocks that two processors take at one moment both places may stay, until the one that is not used expires.) Knocks of one
 side are counted, and those beyond a few a second do nothing: the most that a side can do is to move itself.
 Knocks with a wrong token touch no map at all.
 

@@ -11,27 +11,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-FORWARDING: Final = {4: "net/ipv4/ip_forward", 6: "net/ipv6/conf/all/forwarding"}
+from scope.model import Family
+
+FORWARDING: Final = {Family.IPV4: "net/ipv4/ip_forward", Family.IPV6: "net/ipv6/conf/all/forwarding"}
 _SYSCTLS = Path("/proc/sys")
 _CONF6 = "net/ipv6/conf"
 
 
-def is_on(version: int) -> bool:
-    """Whether the kernel forwards this version of IP. Where it has none of it, it does not."""
-    return _read(FORWARDING[version]) not in (None, "0")
+def is_on(family: Family) -> bool:
+    """Whether the kernel forwards this family. Where it has none of it, it does not."""
+    return _read(FORWARDING[family]) not in (None, "0")
 
 
 def plan_forwarding() -> dict[str, str]:
     """What is to be set, in order: paths below /proc/sys with values. Nothing where all is set."""
     wanted: dict[str, str] = {}
-    if _read(FORWARDING[6]) == "0":
+    if _read(FORWARDING[Family.IPV6]) == "0":
         for each in sorted((_SYSCTLS / _CONF6).iterdir()):
             path = f"{_CONF6}/{each.name}/accept_ra"
             if each.name != "all" and _read(path) == "1":
                 wanted[path] = "2"
-        wanted[FORWARDING[6]] = "1"
-    if _read(FORWARDING[4]) == "0":
-        wanted[FORWARDING[4]] = "1"
+        wanted[FORWARDING[Family.IPV6]] = "1"
+    if _read(FORWARDING[Family.IPV4]) == "0":
+        wanted[FORWARDING[Family.IPV4]] = "1"
     return wanted
 
 

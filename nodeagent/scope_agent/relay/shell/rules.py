@@ -76,6 +76,11 @@ class KernelRelay:
             self._generation = after
         return not knew
 
+    def has_moved(self) -> bool:
+        """Whether anybody changed rules, whoever's, since `is_whole` or `apply` last looked."""
+        generation = self._read_generation()
+        return generation is None or generation != self._generation
+
     def is_whole(self) -> bool:
         """Whether the rules are in the kernel as they were loaded; where not, `apply` loads them again.
 

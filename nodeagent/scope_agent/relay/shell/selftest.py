@@ -80,9 +80,8 @@ def has_family(family: Family) -> bool:
 
 def why_not(family: Family) -> str:
     """Why the kernel does not relay a family, in words; "" where it does. Blocks up to some seconds."""
-    version = 4 if family is Family.IPV4 else 6
-    if not is_on(version):
-        return f"forwarding is off: {FORWARDING[version].replace('/', '.')} is 0"
+    if not is_on(family):
+        return f"forwarding is off: {FORWARDING[family].replace('/', '.')} is 0"
     try:
         with _Tun() as tun:
             return "" if _relays(tun, family) else _who_drops()
