@@ -38,6 +38,8 @@ class PeerView:
     tx: int = 0
     online: bool = False
     reason: str = ""
+    hub: str = ""  # name of the ScopePeer that relays
+    user_space: bool = False  # a process on the hub relays, not its kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +187,8 @@ def _parse_peer(peer: Mapping[str, object]) -> PeerView:
         tx=_whole(peer, "tx"),
         online=peer.get("online") is True,
         reason=_string(peer, "reason"),
+        hub=_string(peer, "hub"),
+        user_space=peer.get("userSpace") is True,
     )
 
 

@@ -47,12 +47,14 @@ def yaml_text(value: object) -> str:
 
 def meshes_table(meshes: Sequence[Mesh], *, wall: float, color: bool) -> str:
     """One line per mesh, which answers whether it works."""
+    are_hubs = any(mesh.status.hubs for mesh in meshes)
     rows = [
         (
             mesh.meta.name,
             str(mesh.spec.addressing.ipv6 or NOTHING),
             str(mesh.spec.addressing.ipv4 or NOTHING),
             f"{mesh.status.counts.online}/{mesh.status.counts.peers}",
+            *((str(sum(each.chosen for each in mesh.status.hubs)),) if are_hubs else ()),
             str(mesh.status.counts.direct),
             str(mesh.status.counts.relayed),
             str(mesh.status.counts.unreachable),
@@ -61,8 +63,8 @@ def meshes_table(meshes: Sequence[Mesh], *, wall: float, color: bool) -> str:
         )
         for mesh in sorted(meshes, key=lambda mesh: mesh.meta.name)
     ]
-    header = ("NAME", "IPV6", "IPV4", "ONLINE", "DIRECT", "RELAYED", "UNREACHABLE", "AGE", "TROUBLE")
-    return table(header, rows, color=color)
+    first = ("NAME", "IPV6", "IPV4", "ONLINE", *(("HUBS",) if are_hubs else ()))
+    return table((*first, "DIRECT", "RELAYED", "UNREACHABLE", "AGE", "TROUBLE"), rows, color=color)
 
 
 def peers_table(peers: Sequence[Peer], *, wall: float, color: bool) -> str:
@@ -168,7 +170,7 @@ def path_text(peer: PeerView | None) -> str:
         case "Direct":
             return f"direct by {peer.endpoint}"
         case "Relayed":
-            return f"relayed by {peer.endpoint}{reason}"
+            return f"relayed {_by_hub(peer)}{reason}"
         case _:
             return f"no path{reason}"
 
@@ -259,7 +261,7 @@ def _status_table(peers: Sequence[PeerView], *, color: bool) -> str:
     rows = [
         (
             peer.name,
-            peer.path or "None",
+            _path(peer),
             peer.endpoint or NOTHING,
             NOTHING if peer.rtt is None else f"{peer.rtt:.1f} ms",
             NOTHING if peer.handshake is None else f"{short_duration(peer.handshake)} ago",
@@ -272,6 +274,19 @@ def _status_table(peers: Sequence[PeerView], *, color: bool) -> str:
     ]
     header = ("PEER", "PATH", "ENDPOINT", "RTT", "HANDSHAKE", "RECEIVED", "SENT", "ADDRESS", "WHY NOT DIRECT")
     return table(header, rows, color=color)
+
+
+def _by_hub(peer: PeerView) -> str:
+    """Who relays, or where to, of an agent that does not say who."""
+    if not peer.hub:
+        return f"by {peer.endpoint}"
+    return f"via {peer.hub} (user space)" if peer.user_space else f"via {peer.hub}"
+
+
+def _path(peer: PeerView) -> str:
+    if peer.path == "Relayed" and peer.hub:
+        return f"{peer.path} {_by_hub(peer)}"
+    return peer.path or "None"
 
 
 def _why(peer: PeerView) -> str:

@@ -11,12 +11,13 @@ import pytest
 from scope import model
 from scope.ctl import render
 from scope.ctl.files import parse_resources
-from scope.ctl.local import AgentStatus, ConditionView, PeerView
+from scope.ctl.local import AgentStatus, ConditionView, PeerView, parse_status
 from scope.ctl.ping import Target
 from scope.model import (
     Addressing,
     Assignment,
     Condition,
+    HubChoice,
     Mesh,
     MeshCounts,
     MeshSpec,
@@ -168,6 +169,33 @@ def test_the_status_shows_the_agent_and_every_peer_with_its_path() -> None:
     ]
 
 
+def test_the_status_names_the_hub_of_each_relayed_peer() -> None:
+    told = {"path": "Relayed", "endpoint": None}
+    relayed = [
+        {"name": "home.tv", "hub": "home.berlin", "userSpace": False} | told,
+        {"name": "home.pi", "hub": "home.lima", "userSpace": True} | told,
+    ]
+    text = render.status_text(parse_status({"mesh": "home", "peers": relayed}), color=False)
+    assert "Peers:      2: 0 direct, 2 relayed, 0 without a path\n" in text
+    assert [line.partition("  -  ")[0].rstrip() for line in text.splitlines()[-2:]] == [
+        "home.tv  Relayed via home.berlin",
+        "home.pi  Relayed via home.lima (user space)",
+    ]
+
+
+def test_a_mesh_with_hubs_says_how_many_there_are() -> None:
+    hubs = (HubChoice("home.a", True, ""), HubChoice("home.b", True, ""), HubChoice("home.c", False, ""))
+    lost = Condition("HubsAvailable", "False", "AllOffline", "no hub is online, of home.a, home.b: start")
+    held = Condition("HubsAvailable", "True", "HubsAvailable", "relayed by home.a, home.b")
+    mesh = replace(MESH, status=replace(MESH.status, hubs=hubs, conditions=(lost,)))
+    well = replace(mesh, meta=Meta("work"), status=replace(mesh.status, conditions=(held,)))
+    header, *rows = render.meshes_table([mesh, well], wall=WALL, color=False).splitlines()
+    at = header.index("HUBS")
+    assert [row[at : at + 6].strip() for row in rows] == ["2", "2"]
+    assert rows[0].endswith("HubsAvailable: no hub is online, of home.a, home.b: start")
+    assert "HubsAvailable" not in rows[1]
+
+
 def test_the_status_tells_what_is_wrong() -> None:
     status = replace(
         STATUS,
@@ -216,6 +244,14 @@ def test_colours_are_only_where_they_are_wanted() -> None:
         (
             replace(PEERS[0], path="Relayed", reason="UDP is blocked"),
             "relayed by [2001:db8::1]:51820 (UDP is blocked)",
+        ),
+        (
+            replace(PEERS[0], path="Relayed", reason="UDP is blocked", hub="home.berlin"),
+            "relayed via home.berlin (UDP is blocked)",
+        ),
+        (
+            replace(PEERS[0], path="Relayed", hub="home.berlin", user_space=True),
+            "relayed via home.berlin (user space)",
         ),
         (PEERS[1], "no path (both NATs map by destination)"),
         (None, "the agent no longer knows this peer"),

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scope_operator.plan.conditions import HUBS_AVAILABLE, mesh_conditions, peer_conditions
-from scope_operator.plan.hubs import BETTER_AFTER, GRACE, STABLE, hubs_wanted
-from scope_operator.plan.roles import MAX_OTHERS, Asked, HubPlan, asked_of, assign_role, hubs_state, plan_hubs
+from scope_operator.plan.hubs import BETTER_AFTER, GRACE, MAX_OTHERS, STABLE, hubs_wanted
+from scope_operator.plan.roles import Asked, HubPlan, asked_of, assign_role, hubs_state, plan_hubs
 
 from scope.model import (
     Assignment,

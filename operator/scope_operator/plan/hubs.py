@@ -5,7 +5,8 @@
 Peers are added until there are as many hubs as the mesh needs (`hubs_wanted`). Fit is who is online and has
 an endpoint that every peer can reach: a public address without a NAT, or a static endpoint. Of these come
 first those that can be reached in more families, then the nearest, by the median of the round trips that
-other peers report towards them, then those that have been online for longest.
+other peers report towards them, then those that have been online for longest. In a large mesh latencies are
+compared among the `CONTENDERS` that have been online for longest.
 
 A hub stays one. What speaks against a choice must do so without a break: a hub that is offline, cannot be
 reached any more or does not forward is replaced after `GRACE`, at once where it was the last one; a peer that
@@ -20,6 +21,8 @@ from __future__ import annotations
 import enum
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from heapq import nsmallest
+from ipaddress import IPv4Network, IPv6Network
 from typing import TypeAlias
 
 from scope import model
@@ -29,6 +32,7 @@ from scope.model import (
     Forwarding,
     HubChoice,
     IPAddress,
+    IPNetwork,
     Mesh,
     PathKind,
     Peer,
@@ -42,7 +46,11 @@ STABLE = 300.0  # seconds online before a peer is trusted to stay, while there i
 BETTER_AFTER = 1800.0  # seconds: longer than a backup or a download that slows down a line
 CLEARLY, STILL = 0.6, 0.75  # of a hub's latency: what contests it, and what goes on to
 MARGIN = 0.01  # seconds: a pair does not notice less
+CONTENDERS = 64  # peers that are measured against each other; more do not make the best of them much better
+MAX_OTHERS = 16  # peers that are no hubs and are told of: as many as a person reads
 SMALL = 32  # peers up to which two hubs do: one that relays, and another that is warm
+
+UNMEASURED = float("inf")  # the latency of a peer that nobody reports one of
 
 Rank: TypeAlias = tuple[int, float, float, str]  # lower is better: -families, seconds, online since, name
 
@@ -70,7 +78,7 @@ class Unfit(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Whom the registry chooses, and the others, those first that are nearest to being chosen; each told."""
+    """Whom the registry chooses, and some others, those first that are nearest to being chosen; each told."""
 
     hubs: tuple[HubChoice, ...] = ()
     others: tuple[HubChoice, ...] = ()
@@ -122,7 +130,7 @@ def choose(
         (
             *(HubChoice(name, False, _BETTER, better[name]) for name in sorted(better.keys() - hubs)),
             *_tell_others(field, field.ranks.keys() - hubs - better.keys(), dropped),
-            *(HubChoice(name, False, field.unfit[name]) for name in sorted(field.unfit.keys() - hubs)),
+            *(HubChoice(name, False, field.unfit[name]) for name in _first(field.unfit.keys() - hubs)),
         ),
     )
 
@@ -131,7 +139,7 @@ def choose(
 class _Field:
     """What a choice is made from; sets and maps by name."""
 
-    peers: Mapping[str, Peer]
+    reach: Mapping[str, frozenset[Family]]  # of all that nobody asks for
     unfit: Mapping[str, Unfit]  # nobody of these is chosen anew
     well: frozenset[str]  # hubs of ours, as they should be
     ailing: Mapping[str, float]  # hubs of ours that are not, and since when
@@ -157,29 +165,37 @@ def _look(
     }
     members = {name: peer for name, peer in peers.items() if peer.assignment.tombstone is None}
     free = {name: peer for name, peer in members.items() if name not in asked}
-    unfit = {name: why for name, peer in free.items() if (why := _unfit(peer, wall=wall)) is not None}
+    reach = {name: _reach(peer) for name, peer in free.items()}
+    unfit = {
+        name: why for name, peer in free.items() if (why := _unfit(peer, reach[name], wall=wall)) is not None
+    }
     ours = {name for name in before if name in free and unfit.get(name) is not Unfit.EDGE}
     for name in ours:
         if unfit.get(name) is Unfit.MAPPING_UNKNOWN:  # as for a moment whenever an agent starts
             del unfit[name]
-    fit = free.keys() - unfit.keys()
-    latencies = _latencies(peers.values(), of=fit)
-    ranks = {name: _rank(peers[name], latencies.get(name)) for name in fit}
-    candidates = tuple(sorted(fit - ours, key=ranks.__getitem__))
+    well = ours - unfit.keys()
+
+    def rank(name: str, latency: float = UNMEASURED) -> Rank:
+        return -len(reach[name]), latency, _online_since(peers[name]), name
+
+    contenders = nsmallest(CONTENDERS, free.keys() - unfit.keys() - ours, key=rank)
+    latencies = _latencies(peers.values(), of=well.union(contenders))
+    ranks = {name: rank(name, near) for name, near in latencies.items()}
+    candidates = tuple(sorted(contenders, key=ranks.__getitem__))
     ailing = {
         name: contested.get(name) or _offline_since(peers[name]) or wall for name in ours & unfit.keys()
     }
     named = [peers[name] for name in asked if peers[name].spec.role is not Role.EDGE]
     return _Field(
-        peers=peers,
+        reach=reach,
         unfit=unfit,
-        well=frozenset(ours & fit),
+        well=frozenset(well),
         ailing=ailing,
         given_up=frozenset(name for name, since in ailing.items() if wall >= since + GRACE),
         ranks=ranks,
         candidates=candidates,
         settled=tuple(name for name in candidates if wall >= _online_since(peers[name]) + STABLE),
-        serving=len(ours & fit) + sum(trouble_of(peer) in (None, Trouble.NO_PORT_LEFT) for peer in named),
+        serving=len(well) + sum(trouble_of(peer) in (None, Trouble.NO_PORT_LEFT) for peer in named),
         wanted=hubs_wanted(len(members)),
         # A mesh that shrank a little may grow again.
         most=hubs_wanted(len(members) + len(members) // 4),
@@ -225,13 +241,18 @@ def _tell_hub(field: _Field, name: str, *, surplus_since: float) -> HubChoice:
         return HubChoice(name, True, f"{field.unfit[name]}: {so}", field.ailing[name])
     if surplus_since:
         return HubChoice(name, True, _SURPLUS, surplus_since)
-    families = " and ".join(sorted(_reach(field.peers[name]))) or "what it said last"
+    families = " and ".join(sorted(field.reach[name])) or "what it said last"
     return HubChoice(name, True, f"chosen: every peer can reach it, by {families}, {_NO_BETTER}")
 
 
 def _tell_others(field: _Field, names: Iterable[str], dropped: Collection[str]) -> Iterable[HubChoice]:
     settled = {*field.settled, *dropped}
-    return [HubChoice(name, False, _ENOUGH if name in settled else _YOUNG) for name in sorted(names)]
+    return [HubChoice(name, False, _ENOUGH if name in settled else _YOUNG) for name in _first(names)]
+
+
+def _first(names: Iterable[str]) -> list[str]:
+    """As many as are told, and the same ones whatever their latencies are."""
+    return nsmallest(MAX_OTHERS, names)
 
 
 _NO_BETTER = "and nobody else who could be one is clearly nearer"
@@ -246,14 +267,14 @@ _YOUNG = f"online for less than {STABLE / 60:.0f} minutes"
 # --- what is known of one peer ------------------------------------------------------------------------------
 
 
-def _unfit(peer: Peer, *, wall: float) -> Unfit | None:
-    """Why a peer cannot be chosen, or a hub does not stay one."""
+def _unfit(peer: Peer, reach: frozenset[Family], *, wall: float) -> Unfit | None:
+    """Why a peer that has this reach cannot be chosen, or a hub does not stay one."""
     report = peer.report
     if peer.spec.role is Role.EDGE:
         return Unfit.EDGE
     if not peer.assignment.online or report is None:
         return Unfit.OFFLINE
-    if not _reach(peer):
+    if not reach:
         if report.mapping is model.Mapping.NONE:
             return Unfit.PRIVATE
         return Unfit.MAPPING_UNKNOWN if report.mapping is model.Mapping.UNKNOWN else Unfit.BEHIND_NAT
@@ -269,13 +290,13 @@ def _unfit(peer: Peer, *, wall: float) -> Unfit | None:
 
 def _reach(peer: Peer) -> frozenset[Family]:
     """The families in which every peer can reach this one, also at ports that it did not send from."""
-    families = {endpoint.family for endpoint in peer.spec.endpoints}
+    families = [endpoint.family for endpoint in peer.spec.endpoints]
     if peer.report is not None and peer.report.mapping is model.Mapping.NONE:
-        families |= {
+        families.extend(
             candidate.endpoint.family
             for candidate in peer.report.endpoints
             if candidate.kind is CandidateKind.HOST and _is_public(candidate.endpoint.address)
-        }
+        )
     return frozenset(families)
 
 
@@ -293,11 +314,19 @@ def _is_behind_nat(peer: Peer) -> bool:
 
 def _is_public(address: IPAddress) -> bool:
     """Whether the address is none of a site's own, nor of a carrier's customers (RFC 1918, 4193, 6598)."""
-    if address.is_loopback or address.is_link_local:
-        return False
-    if address.version == 4:
-        return not any(address in prefix for prefix in IPV4_RANGES)
-    return address not in IPV6_RANGE
+    number, length = int(address), address.max_prefixlen
+    return not any(first <= number <= last for first, last in _OWN[length])
+
+
+def _bounds(prefixes: Iterable[IPNetwork]) -> tuple[tuple[int, int], ...]:
+    """The first and last address of each as numbers: to ask prefixes themselves takes five times as long."""
+    return tuple((int(prefix.network_address), int(prefix.broadcast_address)) for prefix in prefixes)
+
+
+_OWN = {
+    32: _bounds((*IPV4_RANGES, IPv4Network("127.0.0.0/8"), IPv4Network("169.254.0.0/16"))),
+    128: _bounds((IPV6_RANGE, IPv6Network("::1/128"), IPv6Network("fe80::/10"))),
+}
 
 
 def _online_since(peer: Peer) -> float:
@@ -309,26 +338,24 @@ def _offline_since(peer: Peer) -> float:
     return 0.0 if peer.assignment.online else peer.assignment.last_seen
 
 
-def _rank(peer: Peer, latency: float | None) -> Rank:
-    near = float("inf") if latency is None else latency
-    return -len(_reach(peer)), near, _online_since(peer), peer.meta.name
-
-
 def _is_better(one: Rank, other: Rank, *, share: float) -> bool:
     """Whether `one` is clearly better: more families, or a latency of at most this share of the other's."""
     if one[0] != other[0]:
         return one[0] < other[0]
     near, far = one[1], other[1]
-    return far != float("inf") and near <= share * far and far - near >= MARGIN
+    return far != UNMEASURED and near <= share * far and far - near >= MARGIN
 
 
 def _latencies(peers: Iterable[Peer], *, of: Collection[str]) -> dict[str, float]:
     """The median round trip from others to each of `of`, in seconds, as those who are online report it."""
-    seen: dict[str, list[float]] = {}
+    seen: dict[str, list[float]] = {name: [] for name in of}
     for peer in peers:
         if peer.report is None or not peer.assignment.online:
             continue
         for link in peer.report.links:
-            if link.latency is not None and link.path is PathKind.DIRECT and link.peer in of:
-                seen.setdefault(link.peer, []).append(link.latency)
-    return {name: sorted(times)[(len(times) - 1) // 2] for name, times in seen.items()}
+            times = seen.get(link.peer)
+            if times is not None and link.latency is not None and link.path is PathKind.DIRECT:
+                times.append(link.latency)
+    return {
+        name: sorted(times)[(len(times) - 1) // 2] if times else UNMEASURED for name, times in seen.items()
+    }

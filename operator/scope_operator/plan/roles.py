@@ -19,9 +19,7 @@ from scope.model import Forwarding, HubChoice, HubMode, Hubs, Mesh, Peer, Role
 from scope.resources import MAX_HUBS, MAX_REASON
 from scope.selectors import selects
 from scope_operator.plan.conditions import HubsState
-from scope_operator.plan.hubs import Choice, Trouble, Unfit, choose, trouble_of
-
-MAX_OTHERS = 16  # peers that are no hubs and are told of: as many as a person reads
+from scope_operator.plan.hubs import MAX_OTHERS, Choice, Trouble, Unfit, choose, trouble_of
 
 
 class Asked(enum.StrEnum):
