@@ -119,18 +119,24 @@ def processes_in(names: Iterable[str]) -> list[int]:
     return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and _namespace_of(entry) in inodes]
 
 
-def kill_inside(names: Sequence[str], *, within_s: float = 5.0) -> None:
+def kill_inside(names: Sequence[str], *, within_s: float = 30.0) -> None:
     """Kill what lives in these namespaces, and what it starts meanwhile, until nothing does.
 
-    LabError when something is still there after `within_s`.
+    LabError when something is still there after `within_s`: even what is killed ends no sooner than the
+    scheduler lets each of its threads run.
     """
     deadline = time.monotonic() + within_s
     inodes = _inodes(names)
     while left := processes_in(names):
         if time.monotonic() > deadline:
             raise LabError(f"processes {left} in namespaces of the lab do not die: look at them with ps")
-        for pid in left:
-            _kill_if_inside(pid, inodes, wait_s=deadline - time.monotonic())
+        with contextlib.ExitStack() as handles:
+            killed = [handle for pid in left if (handle := _killed(pid, inodes, handles)) is not None]
+            for handle in killed:
+                # A dying process leaves its namespaces before it has ended; the handle is ready at its end.
+                ended = select.poll()
+                ended.register(handle, select.POLLIN)
+                ended.poll(max(0.0, deadline - time.monotonic()) * 1e3)
 
 
 def remove(names: Sequence[str]) -> None:
@@ -181,16 +187,13 @@ def _namespace_of(pid: str | int) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _kill_if_inside(pid: int, inodes: set[tuple[int, int]], *, wait_s: float) -> None:
+def _killed(pid: int, inodes: set[tuple[int, int]], handles: contextlib.ExitStack) -> int | None:
+    """A handle on a process that was inside and is dying now, to be closed with `handles`."""
     with contextlib.suppress(ProcessLookupError):
         handle = os.pidfd_open(pid)
-        try:
-            # Looked at again through a handle on it: the number may have gone to another process.
-            if _namespace_of(pid) in inodes:
-                signal.pidfd_send_signal(handle, signal.SIGKILL)
-                # A dying process leaves its namespaces before it has ended; the handle is ready at its end.
-                ended = select.poll()
-                ended.register(handle, select.POLLIN)
-                ended.poll(max(0.0, wait_s) * 1e3)
-        finally:
-            os.close(handle)
+        handles.callback(os.close, handle)
+        # Looked at again through a handle on it: the number may have gone to another process.
+        if _namespace_of(pid) in inodes:
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+            return handle
+    return None
