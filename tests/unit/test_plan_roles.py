@@ -131,12 +131,13 @@ class Registry:
             self.peers[name] = replace(
                 peer, assignment=replace(peer.assignment, role=role, conditions=conditions)
             )
-        self.writes += plan.told != self.told
-        # As it comes back from where it is stored.
-        stored = parse(to_dict(mesh_with(self.hubs, told=plan.told)))
-        assert isinstance(stored, Mesh)
-        assert stored.status.hubs == plan.told
-        self.told = stored.status.hubs
+        if plan.told != self.told:
+            self.writes += 1
+            # As it comes back from where it is stored.
+            stored = parse(to_dict(mesh_with(self.hubs, told=plan.told)))
+            assert isinstance(stored, Mesh)
+            assert stored.status.hubs == plan.told
+            self.told = stored.status.hubs
         return plan
 
     def later(self, seconds: float, *, step: float = 60.0) -> list[str]:
@@ -460,7 +461,7 @@ def test_two_registries_that_know_the_same_choose_the_same() -> None:
     assert one.plan() == other.plan()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_hubs_do_not_change_with_noise_of_latencies(data: st.DataObject) -> None:
     """Round trips that wobble by a fifth around their means change no role, and after a while no word."""
@@ -479,21 +480,21 @@ def test_hubs_do_not_change_with_noise_of_latencies(data: st.DataObject) -> None
     measure(registry)
     registry.plan()
     first = registry.hub_names
-    for _ in range(15):
+    for _ in range(8):
         measure(registry)
-        registry.later(BETTER_AFTER, step=600.0)
+        registry.later(BETTER_AFTER, step=900.0)
         assert not {names[n] for n in excluded} & set(registry.hub_names)
         assert registry.hub_names == first
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_whatever_happens_the_excluded_are_no_hubs_and_there_is_one_where_there_can_be(
     data: st.DataObject,
 ) -> None:
     names = [f"home.p{n}" for n in range(6)]
     registry = Registry()
-    for _ in range(12):
+    for _ in range(8):
         name = data.draw(st.sampled_from(names))
         made = a_peer(
             name,
