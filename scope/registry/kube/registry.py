@@ -57,7 +57,7 @@ from scope.resources import InvalidResource
 
 log = logging.getLogger(__name__)
 
-AT_A_TIME = 25  # objects that are read in one go: a hundredth of a second, then others have a turn
+AT_A_TIME = 10  # objects that are read in one go: some milliseconds, then others have a turn
 PAGE = 500  # objects of a list's page: 1.5 MB of ScopePeers, as kubectl asks for
 ATTEMPTS = 5  # at a write that names no revision and meets other writers
 # A watch that ends earlier than the server was asked to end it was cut short; one that ends at once would be
