@@ -62,9 +62,7 @@ from scope_dataplane.batches import (
 )
 from scope_dataplane.pairs import Address, End, Pairs, Place
 
-LOOK_INTERVAL = (
-    0.25  # how soon a change of the file is seen where the kernel does not tell, and a grant's end
-)
+LOOK_INTERVAL = 0.25  # how soon a grant's end is seen, and the file's where the kernel does not tell
 READ_SHARE = 4.0  # after a read that took t seconds the next one waits so many t: grants may come by hundreds
 WAIT_INTERVAL = 0.05  # how soon the file's appearance is
 BIND_INTERVAL = 5.0  # how often a port that another program held is tried again
@@ -110,9 +108,6 @@ def main(arguments: list[str] | None = None) -> int:
         signal.signal(number, _end)
     try:
         return _run(os.path.abspath(options.grants), mark=options.mark)
-    except PermissionError as error:
-        what = error.filename or "marking packets"
-        return _complain(f"{what}: {error.strerror}: run it as root, or with CAP_NET_ADMIN")
     except OSError as error:
         return _complain(str(error))
 
@@ -123,7 +118,8 @@ def _run(grants: str, *, mark: int) -> int:
     if lock is None:
         return _complain(f"another scope-forwarder runs for {grants}")
     os.ftruncate(lock, 0)
-    _try_mark(mark)
+    if not _can_mark(mark):
+        return _complain("packets cannot be marked: run it as root, with CAP_NET_ADMIN, or without --mark")
     # Two sockets a port, and a range may be wider than the usual 1024 descriptors.
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
@@ -185,9 +181,7 @@ class Forwarder:
         self._poll = select.epoll()
         self._counters_path = counters
         self._counters = _listen(counters)
-        self._readers: dict[
-            int, tuple[socket.socket, memoryview]
-        ] = {}  # of counters, with what is left for them
+        self._readers: dict[int, tuple[socket.socket, memoryview]] = {}  # with what is left for each
         self._watch = _watch(os.path.dirname(grants))
         self._poll.register(self._counters, select.EPOLLIN)
         if self._watch is not None:
@@ -509,11 +503,15 @@ def _open(port: int, version: int, *, mark: int) -> socket.socket:
     return opened
 
 
-def _try_mark(mark: int) -> None:
-    """Raises PermissionError where packets cannot be marked."""
-    if mark:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+def _can_mark(mark: int) -> bool:
+    if mark == 0:
+        return True
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        try:
             any_socket.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+        except PermissionError:
+            return False
+    return True
 
 
 def _is_own(address: Address, version: int) -> bool:
@@ -538,7 +536,8 @@ def _listen(path: str) -> socket.socket:
         listening.listen(LISTENERS)
     except OSError as error:
         listening.close()
-        raise OSError(error.errno, f"{path}: {error.strerror or error}: choose a shorter path") from None
+        reason = error.strerror or f"{error}: put the file of grants at a shorter path"
+        raise OSError(f"{path}: {reason}") from None
     finally:
         os.umask(before)
     return listening

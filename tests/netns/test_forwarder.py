@@ -494,9 +494,11 @@ def test_a_grant_that_leaves_the_file_is_served_no_longer(hub: Hub, peer: Made) 
 
 
 def test_a_grant_ends_when_its_time_has_come(hub: Hub, peer: Made) -> None:
-    hub.serve(all_grants(grant(1, lasts=2.0)))
-    assert len(hub.counters().pairs) == 1
-    wait_until(lambda: not hub.counters().pairs, "the grant has ended")
+    hub.serve(all_grants(grant(3)))
+    hub.write(all_grants(grant(3), grant(1, lasts=5.0)))
+    wait_until(lambda: len(hub.counters().pairs) == 2, "the new file is read")
+    wait_until(lambda: len(hub.counters().pairs) == 1, "the grant has ended")
+    assert hub.counters().pairs[0][0].id == 3
 
 
 def test_a_broken_file_changes_nothing_and_is_named_once(hub: Hub, peer: Made) -> None:
@@ -563,6 +565,19 @@ def test_one_forwarder_serves_one_file(hub: Hub) -> None:
     assert done.returncode == 1
     assert "another scope-forwarder" in done.stderr
     assert hub.asked.is_running()
+
+
+def test_what_keeps_it_from_starting_is_said_with_what_to_do(hub: Hub, tmp_path: Path) -> None:
+    far = tmp_path / ("far" * 40) / "g.json"
+    far.parent.mkdir()
+    far.write_text(encode_grants(all_grants()))
+    program = [sys.executable, "-m", "scope_dataplane.forwarder", "--grants"]
+    done = hub.host.run([*program, str(far)], check=False)
+    assert (done.returncode, done.stderr.count("shorter path")) == (1, 1)
+    without = "-net_admin,-net_raw"  # a kernel since 5.17 marks packets with either
+    plain = ["setpriv", f"--bounding-set={without}", f"--inh-caps={without}", *program, str(hub.file)]
+    done = hub.host.run([*plain, "--mark", "1"], check=False)
+    assert (done.returncode, done.stderr.count("CAP_NET_ADMIN")) == (1, 1)
 
 
 def test_a_port_that_another_program_has_is_named_and_the_others_are_served(hub: Hub, peer: Made) -> None:

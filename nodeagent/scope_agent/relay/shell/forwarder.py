@@ -19,12 +19,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from scope.relay import Grants, encode_grants
 from scope_agent.wireguard.device import ApplyError
 
-from scope.relay import Grants, encode_grants
-
 STOP_TIMEOUT = 5.0  # it looks four times a second, on a loaded machine less often
-ANSWER_TIMEOUT = 2.0
+ANSWER_TIMEOUT = 10.0  # it answers between two batches; a machine may be busy
 # One that ends at once is given ever more time: a port taken or a right too few is in its log, not in its
 # end.
 STABLE_AFTER = 5.0
