@@ -21,10 +21,12 @@ from scope.model import (
     PathKind,
     Peer,
     PublicKey,
+    RelayReport,
     Role,
     Snapshot,
     Tombstone,
 )
+from scope.relay import Grants
 from scope.topology import Topology, peers_for
 from scope.wire import (
     AskRelay,
@@ -33,7 +35,6 @@ from scope.wire import (
     Granted,
     Message,
     Refused,
-    RefusedBecause,
     Removed,
 )
 from scope_agent.carrying import Carrying, back
@@ -46,7 +47,9 @@ from scope_agent.desired import (
 )
 from scope_agent.inputs import (
     Applied,
+    ApplyGrants,
     CommandArrived,
+    Courier,
     DatagramArrived,
     DeviceBatch,
     DeviceObserved,
@@ -60,6 +63,7 @@ from scope_agent.inputs import (
     ListAgain,
     Observe,
     Output,
+    Relaying,
     Reply,
     SaveState,
     Send,
@@ -74,6 +78,7 @@ from scope_agent.paths.candidates import contains, public_addresses
 from scope_agent.paths.core import Call, Changes, Outgoing, Paths, PathsView, PeerReading
 from scope_agent.paths.route import Relay
 from scope_agent.relay.asking import Ask, Asking, Hub, Knock, Knocked, Offered, Standing
+from scope_agent.relay.serving import Serving
 from scope_agent.reporting import Reporting
 from scope_agent.status import DeviceStatus, status
 from scope_agent.wireguard.device import (
@@ -129,7 +134,10 @@ class AgentConfig:
 
 
 class Agent:
-    """One peer. `random` draws from [0, 1); `channel` holds a fresh boot id."""
+    """One peer. `random` draws from [0, 1); `channel` holds a fresh boot id.
+
+    `wall` is the wall clock at `now`, and `granted` what the last run relayed as a hub, if it was one.
+    """
 
     def __init__(
         self,
@@ -139,6 +147,8 @@ class Agent:
         state: DiskState,
         random: Callable[[], float],
         now: float,
+        wall: float = 0.0,
+        granted: Grants | None = None,
     ) -> None:
         self._config = config
         self._channel = channel
@@ -148,6 +158,8 @@ class Agent:
         self._membership = Membership(own=own, mesh=config.mesh, registry_key=config.registry_key, now=now)
         self._paths = Paths(own=own, random=random)
         self._asking = Asking(random=random)
+        self._serving = Serving(random=random, earlier=granted, now=now, wall=wall)
+        self._relay_report: RelayReport | None = None  # the one that was last worth a report
         self._listen_port = state.listen_port
         self._interfaces: frozenset[IPInterface] = frozenset()
         self._underlay_mtu = 1500
@@ -215,6 +227,8 @@ class Agent:
                 self._applied(target, now)
             case Failed():
                 self._failed(event, now)
+            case Relaying(by, reason, forgot=forgot, answers=answers):
+                self._serving.relaying(by, reason, forgot=forgot, answers=answers, now=now)
             case TrafficMoved():
                 self._paths.traffic_moved(now)
                 self._observe_soon(now, OBSERVE_TRAFFIC)
@@ -231,6 +245,7 @@ class Agent:
         """Do what is due."""
         self._paths.handle_timer(now)
         self._asking.handle_timer(now)
+        self._serving.handle_timer(now)
         if self._membership.wants_list(now):
             self._out.append(ListAgain())
         for uid, (tombstone, at) in list(self._passed.items()):
@@ -244,6 +259,7 @@ class Agent:
         times = [
             self._paths.get_timer(),
             self._asking.get_timer(),
+            self._serving.get_timer(),
             self._membership.get_timer(),
             self._observe_at if self._observing_since is None and not self._device_busy else None,
             self._reporting.get_timer(),
@@ -319,9 +335,9 @@ class Agent:
                     self._snapshot_changed(now)
             case Granted() | Refused():
                 self._answered(sender, message, now)
-            case AskRelay(peer):
-                refusal = Refused(peer, RefusedBecause.NO_HUB)
-                self._out += self._carrying.seal(sender, refusal, back(leg, sender), now)
+            case AskRelay():
+                if sender in self._peer_keys:
+                    self._serving.ask(self._peer_keys[sender], message, now)
             case _:
                 source = leg.endpoint if isinstance(leg, Socket) else None
                 self._paths.receive(sender, message, source, origin=origin, now=now)
@@ -383,6 +399,21 @@ class Agent:
         if report is not None and endpoint is not None:
             self._out += self._carrying.seal(report.keys.probe, AskRelay(peer), Socket(endpoint), now)
 
+    def _serve(self, now: float) -> None:
+        """Do what the hub's side wants: one application at a time, and nobody is told before it stands."""
+        apply = self._serving.take_apply()
+        if apply is not None:
+            self._out.append(ApplyGrants(apply.grants))
+        for telling in self._serving.take_tellings():
+            endpoint = self._paths.endpoint_of(telling.to, now)
+            leg = Socket(endpoint) if endpoint is not None else Courier(telling.to)
+            self._out += self._carrying.seal(telling.to, telling.message, leg, now)
+        report = self._serving.report(now)
+        # How many pairs there are goes along with whatever else is reported.
+        if _without_pairs(report) != _without_pairs(self._relay_report):
+            self._reporting.expect()
+        self._relay_report = report
+
     # --- membership ----------------------------------------------------------------------------------------
 
     def _snapshot_changed(self, now: float) -> None:
@@ -409,6 +440,13 @@ class Agent:
             self._plan_all = True
         self._paths.set_snapshot(snapshot, now)
         self._asking.set_members(snapshot.peers, _hubs(snapshot), now)
+        if mesh is not None and snapshot.own is not None:
+            self._serving.configure(
+                mesh.spec.hubs,
+                is_hub=snapshot.own.assignment.role is Role.HUB and not self.removed,
+                members={key: probe for probe, key in self._peer_keys.items()},
+                now=now,
+            )
         for key, peer in snapshot.peers.items():
             if before.peers.get(key) is not peer:
                 self._stand(key, now)
@@ -642,6 +680,7 @@ class Agent:
         for key in sorted(changes.pairs):
             self._stand(key, now)
         self._ask_hubs(now)
+        self._serve(now)
         for out in self._paths.outputs():
             match out:
                 case Outgoing(to, message, endpoint, ttl):
@@ -672,7 +711,11 @@ class Agent:
         if not self._membership.registration().connected:
             return  # so does a list
         wanted = report(
-            self._snapshot, self._paths.view(now), identity=self._config.identity, device=self._device_kind
+            self._snapshot,
+            self._paths.view(now),
+            identity=self._config.identity,
+            device=self._device_kind,
+            relay=self._serving.report(now),
         )
         if self._reporting.take(wanted):
             self._out.append(WriteReport(own.meta.name, own.meta.uid, wanted))
@@ -728,7 +771,7 @@ class Agent:
                 "Disk": self._disk_error,
                 "Removed": "this peer was removed from the mesh" if self.removed else "",
             },
-            dropped=self._carrying.dropped,
+            dropped=self._carrying.dropped + self._serving.dropped,
             now=now,
         )
 
@@ -736,6 +779,10 @@ class Agent:
 def pick_port(random: Callable[[], float]) -> int:
     """A port of one's own: below the ephemeral and NodePort ranges, and below those that hubs relay on."""
     return 20000 + int(random() * 6000)
+
+
+def _without_pairs(report: RelayReport | None) -> RelayReport | None:
+    return None if report is None else replace(report, pairs=0)
 
 
 def _hubs(snapshot: Snapshot) -> dict[PublicKey, Hub]:

@@ -16,6 +16,7 @@ from scope.model import (
     PeerKeys,
     PeerReport,
     PublicKey,
+    RelayReport,
     Secret,
     Snapshot,
 )
@@ -96,7 +97,12 @@ def desired_peer(key: PublicKey, allowed: frozenset[IPNetwork], pair: PairView |
 
 
 def report(
-    snapshot: Snapshot, paths: PathsView, *, identity: Identity, device: DeviceKind | None
+    snapshot: Snapshot,
+    paths: PathsView,
+    *,
+    identity: Identity,
+    device: DeviceKind | None,
+    relay: RelayReport | None = None,
 ) -> PeerReport:
     """Our part of our own ScopePeer's status."""
     links = sorted(
@@ -119,6 +125,7 @@ def report(
         held_addresses=tuple(interface.ip for interface in own.assignment.addresses)
         if own is not None
         else (),
+        relay=relay,
     )
     return fit_report(whole)
 

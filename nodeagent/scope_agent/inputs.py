@@ -11,8 +11,18 @@ from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from scope.model import DeviceKind, Endpoint, IPInterface, PeerReport, PublicKey, Snapshot, Tombstone
+from scope.model import (
+    DeviceKind,
+    Endpoint,
+    Forwarding,
+    IPInterface,
+    PeerReport,
+    PublicKey,
+    Snapshot,
+    Tombstone,
+)
 from scope.registry.port import Fact
+from scope.relay import Grants
 from scope_agent.relay.asking import HeldGrant
 from scope_agent.wireguard.device import DesiredDevice, ObservedDevice, PlannedAction
 
@@ -113,6 +123,19 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Relaying:
+    """What forwards on this hub now, and in words why not its kernel.
+
+    `answers` an ApplyGrants, else it changed by itself. `forgot`: no side's place is known any more.
+    """
+
+    forwarding: Forwarding
+    reason: str
+    forgot: bool
+    answers: bool
+
+
+@dataclass(frozen=True, slots=True)
 class TrafficMoved:
     """The device's own counters moved: someone uses the mesh now."""
 
@@ -139,6 +162,7 @@ Input: TypeAlias = (
     | DeviceObserved
     | Applied
     | Failed
+    | Relaying
     | TrafficMoved
     | CommandArrived
     | Leaving
@@ -189,6 +213,16 @@ class SaveState:
 
 
 @dataclass(frozen=True, slots=True)
+class ApplyGrants:
+    """Keep these grants on disk, and relay them and nothing else; None: be no hub, and leave nothing behind.
+
+    Answered by Relaying. One is in flight at a time.
+    """
+
+    grants: Grants | None
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """The answer to a command: plain JSON values."""
 
@@ -201,4 +235,4 @@ class ListAgain:
     """Ask the registry for a complete list: many peers seem to be gone."""
 
 
-Output: TypeAlias = Send | DeviceBatch | Observe | WriteReport | SaveState | Reply | ListAgain
+Output: TypeAlias = Send | DeviceBatch | Observe | WriteReport | SaveState | ApplyGrants | Reply | ListAgain

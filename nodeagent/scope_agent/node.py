@@ -56,7 +56,15 @@ from scope.registry.port import (
     RegistryError,
     Unavailable,
 )
-from scope_agent.run import HTTP_AFTER, AgentRegistry, RemovedFromMesh, RunConfig, Runner, import_http
+from scope_agent.run import (
+    HTTP_AFTER,
+    AgentRegistry,
+    RemovedFromMesh,
+    RunConfig,
+    Runner,
+    be_no_hub,
+    import_http,
+)
 from scope_agent.state import Enrolment, StateDir, enrolled_meshes, sole_agent
 from scope_agent.wireguard.device import ApplyError
 from scope_agent.wireguard.shell import choose_device
@@ -376,7 +384,11 @@ class NodeAgent:
         state, config = self._state(mesh), self._config
         if not state.is_enrolled():
             return
-        device = choose_device(state.load_enrolment().device, run_dir=config.run_dir, only=config.only)
+        enrolment = state.load_enrolment()
+        run_config = RunConfig(state, config.run_dir, fwmark=config.fwmark)
+        for failed in await asyncio.to_thread(be_no_hub, run_config, enrolment):
+            log.error("mesh.relay_stays mesh=%s error=%s", mesh, failed)
+        device = choose_device(enrolment.device, run_dir=config.run_dir, only=config.only)
         try:
             await device.delete()
         except ApplyError as error:

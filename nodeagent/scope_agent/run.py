@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -23,13 +24,15 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias, assert_never, runtime_che
 
 from scope import resources
 from scope.channel import BOOT_ID_BYTES, Channel
-from scope.model import ConfigError, DeviceKind, IPInterface, Kind, PublicKey
+from scope.model import ConfigError, DeviceKind, Forwarding, IPInterface, Kind, PublicKey
 from scope.registry.follow import delay_after
 from scope.registry.port import Disconnected, Gone, PeerRemoved, Registry, RegistryError
+from scope.relay import Grants
 from scope_agent.agent import Agent, AgentConfig, pick_port
 from scope_agent.inbox import Inbox
 from scope_agent.inputs import (
     Applied,
+    ApplyGrants,
     CommandArrived,
     Courier,
     DatagramArrived,
@@ -43,6 +46,7 @@ from scope_agent.inputs import (
     ListAgain,
     Observe,
     Output,
+    Relaying,
     Reply,
     SaveState,
     Send,
@@ -59,11 +63,14 @@ from scope_agent.wireguard.shell.probe_socket import READ_AT_ONCE
 
 if TYPE_CHECKING:
     from scope.registry.http import Couriered, HttpRegistry
+    from scope_agent.relay.shell.hub import HubMachine, Outcome
 
 log = logging.getLogger(__name__)
 
 READ_AGAIN_AFTER = 0.02  # seconds of handling inputs: what arrives meanwhile is to be told its time
 TRAFFIC_INTERVAL = 0.25  # how soon the device's counters tell that someone uses the mesh
+HUB_CHECK = 2.0  # seconds: with the knocks that follow, relayed pairs are back within three
+HUB_CHECK_SHARE = 20.0  # a check that took t seconds is followed by t times this of not checking
 HTTP_AFTER = 0.4  # the HTTP client's import waits for the first pings, or for so long
 HEARTBEAT = 60.0
 HEARTBEAT_AGAIN = 10.0  # after one that failed: a few are tried before those who listen give us up
@@ -152,6 +159,10 @@ class Runner:
             log.warning("state.damaged detail=%s", trouble)
         if not state.listen_port:
             state = replace(state, listen_port=free_port())
+        granted, trouble = config.state.load_granted()
+        if trouble:
+            log.warning("granted.damaged detail=%s", trouble)
+        self._wall_offset = time.time() - time.monotonic()
         identity = enrolment.identity
         self._device: Device = choose_device(enrolment.device, run_dir=config.run_dir, only=config.only)
         log.info("device.chosen name=%s kind=%s", enrolment.device, self._device.kind)
@@ -167,9 +178,13 @@ class Runner:
             state=state,
             random=secrets.SystemRandom().random,
             now=time.monotonic(),
+            wall=self._wall(),
+            granted=granted,
         )
         self._probe: ProbeSocket = open_probe_socket(self._agent.listen_port, fwmark=config.fwmark)
         self._holds = EndpointHolds()
+        self._hub: HubMachine | None = None  # made when there is something to relay, or to undo
+        self._hub_lock = asyncio.Lock()
         self._inbox = Inbox()
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -194,6 +209,7 @@ class Runner:
         watch = InterfaceWatch(self._enrolment.device, self._interfaces_changed)
         self._spawn(self._observe())
         self._spawn(self._watch_traffic())
+        self._spawn(self._watch_hub())
         self._spawn(self._serve_commands())
         self._spawn(self._follow_registry())
         try:
@@ -300,6 +316,8 @@ class Runner:
                 self._spawn(self._write_report(output))
             case SaveState():
                 self._spawn(self._save(output, removed=self._agent.removed))
+            case ApplyGrants(grants):
+                self._spawn(self._relay(grants))
             case Reply(number, value):
                 future = self._replies.pop(number, None)
                 if future is not None and not future.done():
@@ -408,6 +426,51 @@ class Runner:
                 self._post(TrafficMoved())
             last = counters
             await asyncio.sleep(TRAFFIC_INTERVAL)
+
+    # --- relaying for others -------------------------------------------------------------------------------
+
+    def _wall(self) -> float:
+        """The wall clock as it was at the start, going on evenly."""
+        return time.monotonic() + self._wall_offset
+
+    async def _relay(self, grants: Grants | None) -> None:
+        async with self._hub_lock:
+            outcome = await asyncio.to_thread(self._relay_these, grants)
+        log.info("relay.applied forwarding=%s reason=%s", outcome.forwarding, outcome.reason)
+        self._post(Relaying(outcome.forwarding, outcome.reason, forgot=outcome.forgot, answers=True))
+
+    def _relay_these(self, grants: Grants | None) -> Outcome:
+        from scope_agent.relay.shell.hub import Outcome
+
+        if self._hub is None:
+            self._hub = make_hub(self._config, self._enrolment)
+        try:
+            self._config.state.save_granted(grants)
+        except ConfigError as error:  # sides ask again after a restart; until then nothing is amiss
+            log.warning("granted.unsaved error=%s", error)
+        if grants is None:
+            for failed in self._hub.stop():
+                log.warning("relay.left error=%s", failed)
+            return Outcome(Forwarding.NONE, "", forgot=False)
+        try:
+            return self._hub.apply(grants, self._wall())
+        except ConfigError as error:
+            return Outcome(Forwarding.NONE, str(error), forgot=False)
+
+    async def _watch_hub(self) -> None:
+        """Put right what other programs do to our rules."""
+        delay = HUB_CHECK
+        while True:
+            await asyncio.sleep(delay)
+            if self._hub is None:
+                continue
+            started = time.monotonic()
+            async with self._hub_lock:
+                outcome = await asyncio.to_thread(self._hub.check, self._wall())
+            delay = max(HUB_CHECK, HUB_CHECK_SHARE * (time.monotonic() - started))
+            if outcome is not None:
+                log.warning("relay.changed forwarding=%s reason=%s", outcome.forwarding, outcome.reason)
+                self._post(Relaying(outcome.forwarding, outcome.reason, forgot=outcome.forgot, answers=False))
 
     # --- the registry --------------------------------------------------------------------------------------
 
@@ -582,6 +645,32 @@ class Runner:
         self._replies[self._commands] = future
         self._post(CommandArrived(self._commands, str(command)))
         return await future
+
+
+def be_no_hub(config: RunConfig, enrolment: Enrolment) -> list[str]:
+    """Take away what we relay with, if we do, and put settings back; what stays comes back in words.
+
+    The mesh is left, so nobody runs here. Raises ConfigError.
+    """
+    state = config.state
+    if not state.granted_file.exists() and not state.settings_file.exists():
+        return []
+    return make_hub(config, enrolment).stop()
+
+
+def make_hub(config: RunConfig, enrolment: Enrolment) -> HubMachine:
+    """What relays for others on this machine. Raises ConfigError."""
+    from scope_agent.relay.shell.hub import HubMachine  # most machines are no hubs
+
+    secret = hashlib.sha256(b"scope relay seed 1" + enrolment.identity.probe.raw).digest()
+    return HubMachine(
+        enrolment.device,
+        run_dir=config.run_dir,
+        seed=int.from_bytes(secret[:4], "big"),
+        mark=config.fwmark,
+        noted=config.state.load_settings(),
+        note=config.state.save_settings,
+    )
 
 
 def free_port() -> int:

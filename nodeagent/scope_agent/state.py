@@ -1,11 +1,12 @@
 """What an agent keeps on disk: its keys and where it enrolled, and its last good snapshot.
 
-Two files in one directory per mesh, both 0600 and replaced whole (written beside, synced, renamed), never
+Files in one directory per mesh, all 0600 and replaced whole (written beside, synced, renamed), never
 through a symbolic link:
 
 - `enrolment.json`: keys, gateway, registry. Written at join and never again; losing it means joining anew.
 - `snapshot.json`: what was last believed of the mesh, the last good endpoints, the port, what hubs granted. A
   damaged one is put aside and the agent starts from the registry.
+- `granted.json`, `settings.json`: of a hub. What it grants, and how the kernel's settings were before.
 """
 
 from __future__ import annotations
@@ -26,7 +27,18 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from scope import resources
-from scope.model import ConfigError, Endpoint, Peer, PeerKeys, PublicKey, Revision, Secret, Snapshot
+from scope.model import (
+    ConfigError,
+    Endpoint,
+    Peer,
+    PeerKeys,
+    PublicKey,
+    RelayLimits,
+    Revision,
+    Secret,
+    Snapshot,
+)
+from scope.relay import Grants, decode_grants, encode_grants
 from scope.wire import TOKEN_BYTES
 from scope_agent.desired import Identity
 from scope_agent.inputs import DiskState
@@ -35,7 +47,7 @@ from scope_agent.relay.asking import HeldGrant
 STATE_ROOT = Path("/var/lib/scope")
 T = TypeVar("T")
 
-FORMAT = 1  # of both files; a newer one is refused, so that a downgrade loses nothing
+FORMAT = 1  # of all files; a newer one is refused, so that a downgrade loses nothing
 
 
 class Held(ConfigError):
@@ -83,6 +95,8 @@ class StateDir:
         self.enrolment_file = self.path / "enrolment.json"
         self.snapshot_file = self.path / "snapshot.json"
         self.pending_file = self.path / "joining.json"
+        self.granted_file = self.path / "granted.json"
+        self.settings_file = self.path / "settings.json"
 
     def prepare(self) -> None:
         """Make the directory, 0700."""
@@ -159,8 +173,42 @@ class StateDir:
                 self.snapshot_file.replace(aside)
             return DiskState(Snapshot()), f"{error}; starting from the registry, the file is now {aside}"
 
+    def save_granted(self, grants: Grants | None) -> None:
+        """Replace what we grant as a hub; None: nothing, as we are none. Raises ConfigError."""
+        if grants is None:
+            self.granted_file.unlink(missing_ok=True)
+        else:
+            _write(self.granted_file, json.loads(encode_grants(grants)))
+
+    def load_granted(self) -> tuple[Grants | None, str]:
+        """What we granted as a hub, None where we were none; and a sentence when the file is damaged.
+
+        Whoever holds a grant of a damaged one asks again within the hour.
+        """
+        if not self.granted_file.exists():
+            return None, ""
+        try:
+            return _read(self.granted_file, _parse_granted, "no grant was kept"), ""
+        except ConfigError as error:
+            return Grants(0, 0, RelayLimits(), ()), str(error)
+
+    def save_settings(self, noted: Mapping[str, str]) -> None:
+        """Keep how the kernel's settings were, by path below /proc/sys, before a hub's agent changes them."""
+        if noted:
+            _write(self.settings_file, {"sysctls": dict(noted)})
+        else:
+            self.settings_file.unlink(missing_ok=True)
+
+    def load_settings(self) -> dict[str, str]:
+        """How the kernel's settings were before we were a hub. Raises ConfigError."""
+        if not self.settings_file.exists():
+            return {}
+        return _read(self.settings_file, _parse_settings, "remove it; net.ipv4.ip_forward is yours to see to")
+
     def remove(self) -> None:
         """Forget the mesh: for `leave` alone."""
+        self.granted_file.unlink(missing_ok=True)
+        self.settings_file.unlink(missing_ok=True)
         for file in (self.snapshot_file, self.pending_file, self.enrolment_file):
             file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -395,6 +443,20 @@ def _parse_grants(documents: object) -> tuple[HeldGrant, ...]:
         lifetime = float(document["lifetime"])
         grants.append(HeldGrant(hub, peer, token, port, lifetime, bool(document["userSpace"])))
     return tuple(grants)
+
+
+def _parse_granted(document: Mapping[str, object]) -> Grants:
+    return decode_grants(json.dumps(document))
+
+
+def _parse_settings(document: Mapping[str, object]) -> dict[str, str]:
+    sysctls = document["sysctls"]
+    if not isinstance(sysctls, dict):
+        raise ValueError("sysctls is an object")  # noqa: TRY004 - damage, as any other
+    # A path that leads elsewhere would have root write anywhere.
+    if any(not str(path).startswith("net/ipv") or ".." in str(path) for path in sysctls):
+        raise ValueError("sysctls are paths of net/ipv4 and net/ipv6")
+    return {str(path): str(value) for path, value in sysctls.items()}
 
 
 def _without_links(peer: Peer) -> Peer:

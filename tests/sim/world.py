@@ -23,6 +23,7 @@ from scope_agent.agent import Agent, AgentConfig, pick_port
 from scope_agent.carrying import Carrying
 from scope_agent.inputs import (
     Applied,
+    ApplyGrants,
     Courier,
     DatagramArrived,
     DeviceBatch,
@@ -36,6 +37,7 @@ from scope_agent.inputs import (
     ListAgain,
     Observe,
     Output,
+    Relaying,
     Reply,
     SaveState,
     Send,
@@ -81,8 +83,9 @@ from scope.model import (
 from scope.projection import is_told, projected
 from scope.registry.memory import Create, Delete, Store, Update, UpdateStatus
 from scope.registry.port import Deleted, Disconnected, Put, RegistryError
+from scope.relay import Grants
 from scope.tombstones import sign_tombstone
-from scope.wire import AskRelay, Forward, Forwarded, Message, Ping, Pong, WireError
+from scope.wire import AskRelay, Forward, Forwarded, Message, Ping, Pong, Refused, WireError
 from tests.sim import relay
 from tests.sim.network import Network, Site
 from tests.sim.wireguard import Device, Transport
@@ -94,6 +97,7 @@ DEVICE_DELAY = 0.002
 HOLD_DELAY = (0.005, 0.04)  # the packet filter's program is started for each hold
 TURN_DELAY = 0.002  # what another family's packet may lose by going through the agent
 DISK_DELAY = 0.005
+RELAY_DELAY = 0.05  # a disk write and a run of the packet filter's program
 POLL = 0.25  # how often the shell looks at the device's own counters
 RECONNECT, RECONNECT_MAX = 1.0, 30.0
 SPIN_LIMIT = 200  # turns of one timer at one instant
@@ -270,6 +274,7 @@ class Machine:
         self.identity = make_identity(world.bytes)
         self.key: PublicKey = self.identity.public.wireguard
         self.addresses = world.network.attach(self, site)
+        self.granted: Grants | None = None
         self.disk = DiskState(Snapshot(), listen_port=port or pick_port(world.random.random))
         self.agent: Agent | None = None
         self.connected = False
@@ -299,7 +304,7 @@ class Machine:
         self._traffic_noted = False
         self._polled = 0
         self.is_off = False
-        self.relay = relay.Relay(lambda: world.now, world.bytes, self._send_relayed)
+        self.relay = relay.Relay(lambda: world.now, self._send_relayed)
         self.device = Device(
             name="scope0",
             now=lambda: world.now,
@@ -589,6 +594,8 @@ class Machine:
             case SaveState(state):
                 self.saves.append(self.world.now)
                 self._later(DISK_DELAY, lambda: self._save(state))
+            case ApplyGrants(grants):
+                self._later(RELAY_DELAY, lambda: self._grant(grants))
             case Reply():
                 self.replies.append(output)
             case ListAgain():
@@ -608,6 +615,11 @@ class Machine:
         self.give(Applied(Target.DEVICE))
         self.give(self._observation())
 
+    def _grant(self, grants: Grants | None) -> None:
+        forgot = self.relay.apply(grants)
+        self.granted = grants
+        self.give(Relaying(self.relay.forwarding, "", forgot=forgot, answers=True))
+
     def _save(self, state: DiskState) -> None:
         if self.disk_fails:
             self.give(Failed(Target.DISK, "no space left on device"))
@@ -621,23 +633,24 @@ class _Overheard(Agent):
 
     def __init__(self, machine: Machine, config: AgentConfig, *, channel: Channel, state: DiskState) -> None:
         world = machine.world
-        super().__init__(config, channel=channel, state=state, random=world.random.random, now=world.now)
+        super().__init__(
+            config,
+            channel=channel,
+            state=state,
+            random=world.random.random,
+            now=world.now,
+            wall=world.now,
+            granted=machine.granted,
+        )
         self._machine = machine
         self._carrying = _Ear(machine, channel, paths=self._paths, membership=self._membership)
 
     def _message(self, sender: PublicKey, message: Message, leg: Leg, *, origin: bytes, now: float) -> None:
-        own = self._snapshot.own
-        if not isinstance(message, AskRelay) or own is None or own.assignment.role is not Role.HUB:
+        refuses = self._machine.relay.refuses
+        if refuses is None or not isinstance(message, AskRelay):
             super()._message(sender, message, leg, origin=origin, now=now)
-            return
-        probes = {key: probe for probe, key in self._peer_keys.items()}
-        if sender not in self._peer_keys:
-            return
-        members = frozenset(self._snapshot.peers)
-        for key, answer in self._machine.relay.ask(self._peer_keys[sender], message, members):
-            endpoint = self._paths.endpoint_of(probes[key], now)
-            if endpoint is not None:
-                self._out += self._carrying.seal(probes[key], answer, Socket(endpoint), now)
+        else:
+            self._out += self._carrying.seal(sender, Refused(message.peer, refuses), leg, now)
 
 
 class _Ear(Carrying):

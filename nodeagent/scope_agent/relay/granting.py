@@ -55,7 +55,8 @@ class Granting:
         self._ports = range(0)
         self._limits = RelayLimits()
         self._members: Mapping[PublicKey, PublicKey] = {}
-        self._forwarding, self._reason = Forwarding.NONE, ""
+        self._forwarding: Forwarding | None = None  # until it is known
+        self._reason = ""
         self._grants: dict[frozenset[PublicKey], Grant] = {}
         self._taken: dict[PublicKey, set[int]] = {}  # by peer: the ports of its grants
         self._pairs_of_ids: set[int] = set()  # half of each even id in use
@@ -82,8 +83,8 @@ class Granting:
         return self._as_grants
 
     def report(self, wall: float) -> RelayReport | None:
-        """What our own status says of it; None while we are no hub."""
-        if not self._is_hub:
+        """What our own status says of it; None while we are no hub, or do not know yet what forwards."""
+        if not self._is_hub or self._forwarding is None:
             return None
         return RelayReport(
             forwarding=self._forwarding,
@@ -136,13 +137,15 @@ class Granting:
             tellings += self._move_into_range(wall)
         if not is_hub and any(grant.expires > wall + LEAVING for grant in self._grants.values()):
             tellings += self._leave(wall)
+        if is_hub and not self._is_hub:
+            self._forwarding = None  # what was known is of another time
         self._is_hub = is_hub
         return tellings
 
     def forwards(self, by: Forwarding, reason: str, wall: float) -> list[Telling]:
         """What forwards here, and in words why not the kernel. Sides are told where that is another thing."""
         was, self._forwarding, self._reason = self._forwarding, by, reason
-        if by is was or by is Forwarding.NONE or was is Forwarding.NONE:
+        if by is was or by is Forwarding.NONE or was is None:
             return []
         return self.tell_all(wall)
 
@@ -160,6 +163,8 @@ class Granting:
             return self._refuse(asker, peer, RefusedBecause.NO_HUB)
         if peer not in self._members or peer == asker:
             return self._refuse(asker, peer, RefusedBecause.UNKNOWN_PEER)
+        if self._forwarding is None:
+            return []  # it is being tried; an asker that hears nothing asks again
         if self._forwarding is Forwarding.NONE:
             return self._refuse(asker, peer, RefusedBecause.NO_FORWARDING)
         pair = frozenset((asker, peer))

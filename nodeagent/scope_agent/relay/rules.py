@@ -22,10 +22,10 @@ connections that the machine masquerades may use the same ports, and the forward
 
 A knock that tells nothing new only winds the clocks of what is known. One that does takes away where the side
 was: nothing passes from there any more, and a side does not fill the maps by moving. The kernel takes away
-only what fields of the packet at hand name, so for a moment the knock is dressed as the one before it. (Of two
-knocks that two processors take at one moment both places may stay, until the one that is not used expires.) Knocks of one
-side are counted, and those beyond a few a second do nothing: the most that a side can do is to move itself.
-Knocks with a wrong token touch no map at all.
+only what fields of the packet at hand name, so for a moment the knock is dressed as the one before it. (Two
+knocks that two processors take at one moment may leave both places, until the unused one expires.) Knocks of
+one side are counted, and those beyond a few a second do nothing: the most that a side can do is to move
+itself. Knocks with a wrong token touch no map at all.
 
 What was learned is believed for MAPPING_VALID. Tokens expire by themselves, too: an agent that is dead for
 longer than a grant lasts leaves nothing open. The counters count what each side was sent.

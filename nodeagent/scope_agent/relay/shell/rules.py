@@ -1,7 +1,7 @@
 """A hub's rules in its kernel: loaded, changed, looked after, and taken away again.
 
 Other programs share the packet filter, and some begin with `nft flush ruleset`. The kernel numbers its
-rulesets: one small netlink message tells the number, some microseconds every CHECK_EVERY. Only where it has
+rulesets: one small netlink message tells the number, some microseconds each time. Only where it has
 moved without us does `nft` show our table, which takes some milliseconds, and is compared with what it was.
 To listen to the kernel's notices instead would cost more where others change rules all day, and a notice can
 be lost.
@@ -23,9 +23,6 @@ from scope.model import Family
 from scope.relay import Grants
 from scope_agent.relay.rules import change, delete, is_change, load, mark_of, table
 from scope_agent.wireguard.shell.nft import PATIENCE_S, NftError, run_nft
-
-CHECK_EVERY = 2.0  # seconds: with the knocks that follow, relayed pairs are back within three
-CHECK_SHARE = 50.0  # a look at the table that took t seconds is followed by t times this of not looking
 
 _NETLINK_NETFILTER = 12
 _GETGEN = 10 << 8 | 16  # linux/netfilter/nfnetlink.h: NFNL_SUBSYS_NFTABLES; nf_tables.h: NFT_MSG_GETGEN
