@@ -442,6 +442,21 @@ def test_a_hub_whose_ports_a_peer_publishes_as_its_own_is_not_pinged_there() -> 
     assert to and _port_of(hub) not in to
 
 
+def test_a_peer_that_speaks_from_a_hubs_port_without_a_grant_is_not_taken_to_be_there() -> None:
+    world, hubs, a, b = _relayed(8)
+    for hub in hubs:
+        hub.relay.refuses = RefusedBecause.NO_HUB
+    b.crash()
+    b.disk = replace(b.disk, grants=())
+    b.start()
+    b.on_send = lambda leg, message: to.add(leg.endpoint.port) if isinstance(leg, Socket) else None
+    to: set[int] = set()
+    _talk(a, b)
+    world.run(30.0)
+    assert to and not any(FIRST_PORT <= port <= LAST_PORT for port in to)
+    assert _view(b, a).path is PathKind.NONE
+
+
 def test_openers_never_go_to_a_hub() -> None:
     world = World(5)
     _hubs(world, 1)

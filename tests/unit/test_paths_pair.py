@@ -8,6 +8,7 @@ import pytest
 from scope_agent.paths.changeover import OFFERS
 from scope_agent.paths.due import CallPeer, CheckMapping, Due, SendTo
 from scope_agent.paths.pair import Pair
+from scope_agent.paths.route import Relay
 from scope_agent.paths.view import PairView
 
 from scope.model import Endpoint, Family, Mapping, PathKind, PublicKey, Timers
@@ -17,6 +18,8 @@ V6 = Endpoint.parse("[2001:db8::2]:41641")
 V4 = Endpoint.parse("198.51.100.2:41641")
 OTHER = Endpoint.parse("198.51.100.3:41641")
 HERE = Endpoint.parse("203.0.113.1:41641")
+HUB1, HUB2 = Endpoint.parse("192.0.2.10:26000"), Endpoint.parse("192.0.2.20:26000")
+RELAYS = {HUB1: Relay("hub1", user_space=False), HUB2: Relay("hub2", user_space=False)}
 RTT = 0.03
 PUNCH = [0.0, 0.1, 0.2, 0.4, 0.8, 1.6]
 
@@ -551,3 +554,156 @@ def test_a_hold_that_is_never_set_keeps_nobody_waiting_for_long() -> None:
     loop = _offering()
     loop.run(2.0)
     assert loop.view().endpoint == V6
+
+
+# --- relays ------------------------------------------------------------------------------------------------
+
+
+def _relayed(*, lower: bool = True, mapping: Mapping = Mapping.NONE) -> _Loop:
+    """A pair whose direct endpoint is silent and that two hubs relay, the first one being nearer."""
+    loop = _Loop(V4, lower=lower, mapping=mapping)
+    loop.pair.set_relays(RELAYS, 0.0)
+    loop.rtt |= {HUB1: 0.04, HUB2: 0.08}
+    loop.run(0.5)
+    if not lower:
+        loop.hear(Nominate(1, there=HERE, here=HUB1), HUB1)
+    loop.device(got=92, handshake=True)
+    return loop
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_a_hub_is_used_at_once_where_nothing_else_answers_and_the_reason_stands(lower: bool) -> None:
+    loop = _relayed(lower=lower)
+    loop.pair.explain("symmetric NAT on both sides")
+    view = loop.view()
+    assert (view.path, view.endpoint, view.hub) == (PathKind.RELAYED, HUB1, "hub1")
+    assert view.reason == "symmetric NAT on both sides" and not view.user_space and not view.declared
+    loop.run(61.0)
+    assert loop.view().declared and loop.view().path is PathKind.RELAYED
+
+
+def test_a_direct_path_is_preferred_to_a_hub_however_much_longer_it_takes() -> None:
+    loop = _relayed()
+    loop.rtt[V4] = 0.3
+    loop.run(4.0)
+    view = loop.view()
+    assert (view.path, view.endpoint, view.hub, view.reason) == (PathKind.DIRECT, V4, "", "")
+    assert not view.declared
+
+
+def test_while_a_hub_relays_the_search_goes_on_as_without_a_path() -> None:
+    relayed, alone = _relayed(), _Loop(V4)
+    for loop in (relayed, alone):
+        loop.can_call = True
+        loop.run(400.0)
+    assert len(relayed.times(V4)) == len(alone.times(V4))
+    calls = [sum(isinstance(due, CallPeer) for _, due in loop.log) for loop in (relayed, alone)]
+    assert calls[0] == calls[1]
+
+
+def test_an_idle_relayed_path_is_left_to_keepalives() -> None:
+    loop = _relayed()
+    loop.run(30.0)
+    loop.log.clear()
+    loop.run(600.0)
+    assert not loop.times(HUB1) and not loop.times(HUB2)
+
+
+def test_a_dead_hub_is_left_for_the_other_one_within_a_second_of_the_verdict() -> None:
+    loop = _relayed()
+    loop.run(60.0)
+    del loop.rtt[HUB1]
+    loop.device(sent=1000)
+    loop.run(1.5)
+    assert (loop.view().path, loop.view().hub) == (PathKind.RELAYED, "hub2")
+
+
+def test_a_dead_direct_path_is_replaced_by_a_hub_and_asked_for_every_second_and_a_half() -> None:
+    loop = _connected()
+    loop.pair.set_relays(RELAYS, loop.now)
+    assert not loop.times(HUB1)  # while the direct path lives nothing is wanted of hubs
+    loop.rtt = {HUB1: 0.04}
+    loop.device(sent=1000)
+    loop.run(1.5)
+    assert loop.view().path is PathKind.RELAYED
+    assert loop.pair.last_good == V4
+    loop.run(10.0)
+    gaps = {round(b - a, 3) for a, b in itertools.pairwise(loop.times(V4)[-4:])}
+    assert gaps == {1.5}
+    loop.rtt[V4] = RTT
+    loop.run(2.0)
+    assert loop.is_direct()
+
+
+def test_a_direct_path_that_dies_is_not_forgotten_when_the_relay_in_its_place_dies_too() -> None:
+    loop = _connected()
+    loop.pair.set_relays(RELAYS, loop.now)
+    loop.rtt = {HUB1: 0.04}
+    loop.device(sent=1000)
+    loop.run(2.0)
+    loop.rtt = {}
+    loop.device(sent=1000)
+    loop.run(2.0)
+    assert loop.view().path is PathKind.NONE
+    assert loop.pair.last_good == V4
+
+
+def test_hubs_get_no_openers_and_are_not_told_of_as_endpoints_of_the_peer() -> None:
+    loop = _relayed(mapping=Mapping.ENDPOINT_DEPENDENT)
+    loop.hear_ping(HUB1)
+    loop.run(30.0)
+    assert {ttl for _, ttl in loop.pings(HUB1) + loop.pings(HUB2)} == {None}
+    assert not {HUB1, HUB2} & set(loop.pair.opened(loop.now))
+    assert loop.pair.tried == {V4}
+    assert loop.view().observed is None
+
+
+def test_an_echo_that_comes_back_another_way_proves_no_hub() -> None:
+    loop = _Loop(V4)
+    loop.pair.set_relays(RELAYS, 0.0)
+    loop.run(0.0)
+    (asked,) = (
+        due.message
+        for _, due in loop.log
+        if isinstance(due, SendTo) and isinstance(due.message, Ping) and due.endpoint == HUB1
+    )
+    echo = Pong(asked.transaction, HERE, has_session=False, received=0)
+    loop.pair.receive(echo, HUB2, 0.01)
+    loop.run(0.5)
+    assert loop.view().path is PathKind.NONE
+
+
+def test_a_hub_is_left_for_a_clearly_nearer_one_and_one_that_grants_no_more_for_any() -> None:
+    loop = _relayed()
+    loop.run(10.0)
+    loop.rtt |= {HUB2: 0.01}
+    for _ in range(60):  # while data flows the other one is asked now and again
+        loop.device(sent=1000, got=1000)
+        loop.run(1.0)
+    assert loop.view().hub == "hub2"
+    loop.pair.set_relays({HUB1: RELAYS[HUB1]}, loop.now)
+    loop.run(2.0)
+    assert loop.view().hub == "hub1"
+    assert not loop.pair.knows(HUB2)
+
+
+def test_a_knock_brings_one_ping_while_there_is_no_path() -> None:
+    loop = _Loop(V4)
+    loop.pair.set_relays(RELAYS, 0.0)
+    loop.run(100.0)
+    loop.log.clear()
+    loop.pair.knocked(loop.now)
+    loop.run(15.0)
+    assert len(loop.times(HUB1)) == len(loop.times(HUB2)) == 1
+
+
+def test_a_hub_that_turns_one_family_into_the_other_does_so_in_user_space() -> None:
+    loop = _relayed()
+    loop.pair.set_relays({HUB1: Relay("hub1", user_space=True)}, loop.now)
+    assert loop.view().user_space
+    six = Endpoint.parse("[2001:db8::10]:26000")
+    other = _Loop()
+    other.pair.set_relays({six: Relay("hub1", user_space=False)}, 0.0)
+    other.rtt[six] = RTT  # the peer sees us at an IPv4 endpoint
+    other.run(1.0)
+    assert other.view().hub == "hub1" and other.view().user_space

@@ -43,6 +43,7 @@ from scope_agent.paths.view import PairView
 
 COUNTER_STALE = 0.5  # a receive counter read longer before the latest traffic is reported as 0: unknown
 CARRIER_PATIENCE = 2.0  # on a busy machine a reflector's answer may be read so late
+MAX_WITHDRAWN = 1024  # a port of two hubs for each of five hundred peers
 MAX_CARRIERS = 3  # a call-me-maybe goes over so many at once: each may be lost, or not reach the other side
 
 
@@ -139,6 +140,8 @@ class Paths:
         self._families: frozenset[Family] = frozenset()
         self._own_endpoints: frozenset[Endpoint] = frozenset()
         self._relays: dict[PublicKey, MappingOf[Endpoint, Relay]] = {}  # of pairs that have any
+        self._withdrawn: dict[Endpoint, None] = {}  # hubs' ports that were granted once, the latest last
+        self._hubs_at: frozenset[Endpoint] = frozenset()  # where hubs themselves say to be
         self._hub_addresses: frozenset[IPAddress] = frozenset()
         self._routed: frozenset[IPNetwork] = frozenset()  # what peers offer beyond their addresses
 
@@ -154,9 +157,10 @@ class Paths:
         news = [key for key, peer in snapshot.peers.items() if before.peers.get(key) is not peer]
         stale = set(news)  # whose routes are to be worked out anew
         hubs = (peer for peer in snapshot.peers.values() if peer.assignment.role is Role.HUB)
-        hub_addresses = frozenset(endpoint.address for hub in hubs for endpoint in claims(hub))
-        if hub_addresses != self._hub_addresses:
-            self._hub_addresses = hub_addresses
+        hubs_at = frozenset(endpoint for hub in hubs for endpoint in claims(hub))
+        if hubs_at != self._hubs_at:
+            self._hubs_at = hubs_at
+            self._hub_addresses = frozenset(endpoint.address for endpoint in hubs_at)
             stale |= snapshot.peers.keys()
         routed = frozenset(prefix for peer in snapshot.peers.values() for prefix in peer.spec.routes)
         if routed != self._routed:
@@ -247,6 +251,10 @@ class Paths:
             for endpoint, relay in relays.items()
             if self._never(endpoint) is None and (not self._families or endpoint.family in self._families)
         }
+        for endpoint in sorted(self._relays.get(key, {}).keys() - usable.keys(), key=str):
+            self._withdrawn[endpoint] = None  # the hub may go on for a while, and so may the other side
+        while len(self._withdrawn) > MAX_WITHDRAWN:
+            del self._withdrawn[next(iter(self._withdrawn))]
         self._relays[key] = usable
         if not usable:
             del self._relays[key]
@@ -259,14 +267,6 @@ class Paths:
         if key in self._pairs:
             self._pairs[key].knocked(now)
             self._touch(key, now)
-
-    def hub_endpoint(self, key: PublicKey, now: float) -> tuple[Endpoint, float] | None:
-        """Where a peer is reached straight, and in how many seconds there and back; None when it is not."""
-        pair = self._pairs.get(key)
-        if pair is None or not pair.direct:
-            return None
-        view = pair.view(now)
-        return (view.endpoint, view.rtt) if view.endpoint is not None and view.rtt is not None else None
 
     def adopt(self, key: PublicKey, endpoint: Endpoint, *, session: bool, now: float) -> None:
         """The device already reaches the peer at `endpoint`."""
@@ -546,8 +546,10 @@ class Paths:
 
     def _relay_only(self, endpoint: Endpoint) -> str | None:
         """A hub's ports for relaying lead to whom it granted them, whoever claims to be there."""
+        if endpoint in self._withdrawn:
+            return "a hub's port for relaying"
         mesh = self._snapshot.mesh
-        if mesh is None or endpoint.address not in self._hub_addresses:
+        if mesh is None or endpoint.address not in self._hub_addresses or endpoint in self._hubs_at:
             return None
         first, last = mesh.spec.hubs.ports
         return "a hub's port for relaying" if first <= endpoint.port <= last else None

@@ -719,6 +719,7 @@ class Pair:
             self._hold_at(route, against, now)
         was_direct = self._path.is_direct
         self._path.take(route.endpoint, now, relayed=route.relay is not None)
+        self._routes.drop_withdrawn(in_use=route.endpoint)
         self._settling.start(now)
         self._live(now)
         if was_direct and not self._path.is_direct:

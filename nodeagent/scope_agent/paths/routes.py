@@ -64,12 +64,10 @@ class Routes:
 
     def grant(self, relays: Mapping[Endpoint, Relay], *, in_use: Endpoint | None) -> list[Route]:
         """Take the relays' endpoints that hold now: the routes that are new."""
-        for endpoint, route in list(self._by_endpoint.items()):
-            if route.relay is None or endpoint in relays:
-                continue
-            route.rank, route.listed = WITHDRAWN, False
-            if endpoint != in_use:
-                del self._by_endpoint[endpoint]
+        for route in self:
+            if route.relay is not None and route.endpoint not in relays:
+                route.rank, route.listed = WITHDRAWN, False
+        self.drop_withdrawn(in_use=in_use)
         news = []
         for endpoint, relay in relays.items():
             known = self._by_endpoint.get(endpoint)
@@ -78,6 +76,12 @@ class Routes:
                 news.append(known)
             known.rank, known.listed, known.opener, known.relay = RELAYED, True, False, relay
         return news
+
+    def drop_withdrawn(self, *, in_use: Endpoint | None) -> None:
+        """Forget the relays' routes that are not granted any more and out of use."""
+        for endpoint, route in list(self._by_endpoint.items()):
+            if route.rank == WITHDRAWN and endpoint != in_use:
+                del self._by_endpoint[endpoint]
 
     def prefer(self, family: Family) -> None:
         """Rank all routes anew."""

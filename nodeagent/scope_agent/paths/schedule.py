@@ -73,7 +73,8 @@ def next_ping(route: Route, now: float, situation: Situation) -> float | None:
             return _on_path(now, situation)
         case Relayed(search, path):
             if route.relay is None:
-                return _while_searching(route, now, search)
+                at = _while_searching(route, now, search)
+                return now + LAST_GOOD_INTERVAL if at is None and _is_missed(route, search, path) else at
             return _on_path(now, path) if route is path.in_use else _other_relay(route, now, path)
         case Connected(in_use=in_use):
             is_better = route.rank < in_use.rank and not route.is_data_dead(now)
@@ -103,6 +104,11 @@ def _while_searching(route: Route, now: float, situation: Searching) -> float | 
     if route.endpoint == situation.last_good and now - situation.lost_at < LAST_GOOD_FOR:
         return now + min(LAST_GOOD_INTERVAL, situation.interval)
     return None if situation.given_up else now + situation.interval
+
+
+def _is_missed(route: Route, search: Searching, path: Connected) -> bool:
+    """Whether what flows through the hub used to flow there."""
+    return path.is_active and not search.is_resting and route.endpoint == search.last_good
 
 
 def _other_relay(route: Route, now: float, situation: Connected) -> float | None:

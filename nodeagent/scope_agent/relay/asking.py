@@ -34,8 +34,8 @@ RENEW = 3600.0  # a grant lasts for a day: a hub's agent may be away for most of
 WARM_FOR = 30.0  # how long a direct path is young, or a hub's unasked word is news
 ASK_FIRST, ASK_LONGEST = 0.3, 60.0  # between questions that nobody answers
 SILENT_AFTER = 2  # questions without an answer, and another hub is asked too
-NOT_YET_FIRST = 1.0  # the hub has not heard of the peer: it will, within moments
-REFUSED_FIRST, REFUSED_LONGEST = 30.0, 600.0  # ports become free and hubs are mended, but not within seconds
+NOT_YET_FIRST = 1.0  # a hub that just started, or heard not yet of the peer or of its role, soon will
+REFUSED_FIRST, REFUSED_LONGEST = 30.0, 600.0  # ports become free, but not within seconds
 TOLD_LATELY = 5.0  # a hub that granted so lately told the other side, too
 ASKS_PER_SECOND, ASK_BURST = 100.0, 40  # a thousand pairs that lose their paths at once burden no hub
 NEARER, NEARER_BY = 0.8, 0.01  # of another's RTT, and seconds: else it is not worth a change
@@ -176,7 +176,7 @@ class Asking:
             del self._pairs[key]
             self._armed.pop(key, None)
         for key in sorted(members - self._pairs.keys()):
-            self._pairs[key] = _Pair(Standing(PathKind.NONE, now))
+            self._pairs[key] = _Pair(Standing(PathKind.DIRECT, float("-inf")))  # until we hear otherwise
         if self._restored:
             restored, self._restored = self._restored, []
             for grant in restored:
@@ -271,13 +271,12 @@ class Asking:
         if pair is None or hub not in self._hubs or hub == message.peer:
             return
         question = pair.questions.setdefault(hub, _Question(now))
-        is_early = message.reason is RefusedBecause.UNKNOWN_PEER
-        first = NOT_YET_FIRST if is_early else REFUSED_FIRST
+        first = REFUSED_FIRST if message.reason is RefusedBecause.NO_PORT_LEFT else NOT_YET_FIRST
         delay = min(first * 2**question.refusals, REFUSED_LONGEST)
         question.refusals = min(question.refusals + 1, 16)
         question.tries = 0
         question.next = question.refused_until = now + delay * (0.9 + 0.2 * self._random())
-        if not is_early:
+        if message.reason is not RefusedBecause.UNKNOWN_PEER:
             self._drop(pair, hub)
         self._serve(message.peer, now)
 
