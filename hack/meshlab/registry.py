@@ -14,7 +14,8 @@ from meshlab.programs import await_line, program
 
 # What programs of the mesh share machine-wide: each host of the lab needs its own.
 PRIVATE = ("/var/run/wireguard", "/run/scope", "/var/lib/scope", "/var/lib/scope-registry")
-_START_S = 20.0  # imports, keys and a certificate, on a machine that does ten other things
+# Imports, keys and a certificate, on a machine that does ten other things; an end is noticed at once.
+_START_S = 60.0
 
 
 class Registry:

@@ -357,14 +357,18 @@ def test_a_full_disk_is_said_in_status_and_the_agent_goes_on(world: World, pair:
     agent = Agent(host, "join", world.token, "--name", host.name, "--run")
     agent.until(lambda said: directs(said) >= 2)
     wait(lambda: len(stored(host)["peers"]) >= 2, lambda: "the first snapshot was never saved")
-    kept = stored(host)
     fill(host, "/var/lib/scope")
+    kept = stored(host)  # from here on: until now the agent may still have saved something newer
     newcomer = world.joined()
-    agent.until(lambda said: any(each["type"] == "Disk" for each in said["conditions"]))
+    agent.until(
+        lambda said: (
+            any(each["type"] == "Disk" for each in said["conditions"])
+            and newcomer.name in json.dumps(said["peers"])
+        )
+    )
     shown = run(host, "scopectl", "status", check=True).stdout
     shown = " ".join(shown.split())
     assert f"cannot write {STATE}/snapshot.json: No space left on device; free some space" in shown
-    assert newcomer.name in json.dumps(agent.status()["peers"])
     await_ping(host, pair[0].status()["addresses"][0])
     assert stored(host) == kept
     # A restart on the full disk starts from what is there.
