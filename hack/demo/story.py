@@ -20,7 +20,7 @@ from demo.screen import Screen
 STAGES = ("internet", "registry", "join", "roam", "reboot", "leave", "newcomer", "done")
 # Far above what is seen, so that only what does not work at all runs into it; all of them together stay
 # below a minute and a half on an idle machine, because none of them is then reached.
-ALL_JOINED_S = 40.0
+ALL_JOINED_S = 90.0  # ten programs' imports are as many seconds of the processor
 HEALED_S = 25.0
 # To be seen by a person before the next thing happens.
 PAUSE_S = 2.0
