@@ -16,7 +16,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
-from lab import Host, Lab, Server
+from lab import Host, Lab, Nat, Server
 from lab.netns import NETNS, call_in, flush_conntrack, ip_batch, load_nft, write_sysctls
 from scope_agent.relay import rules
 from scope_agent.relay.shell import selftest
@@ -899,3 +899,38 @@ def test_where_another_program_drops_what_is_forwarded_the_forwarder_takes_over(
             assert hub.check(time.time()) == Outcome(Forwarding.KERNEL, "", forgot=True)
         finally:
             hub.stop()
+
+
+def test_two_symmetric_nats_lose_nothing_and_a_new_mapping_heals_with_the_next_knock(
+    internet: Internet,
+) -> None:
+    """Nobody of the hub's is there but its kernel."""
+    lab, hub = internet.lab, internet.hub
+    sites = [lab.site(name, nat=Nat.SYMMETRIC) for name in ("berlin", "lima")]
+    machines = [site.machine(name) for site, name in zip(sites, ("bob", "lisa"), strict=True)]
+    load_nft("flush ruleset\n", inside=hub.namespace)
+    load_nft(rules.load(DEVICE, GRANTS, wall=time.time(), seed=SEED), inside=hub.namespace)
+    address = address_of(hub, Family.IPV4)
+    with contextlib.ExitStack() as opened:
+        ends = [
+            opened.enter_context(contextlib.closing(End(machine.namespace, Family.IPV4)))
+            for machine in machines
+        ]
+
+        def knock_both() -> None:
+            for end, token, port in zip(ends, (A_TOKEN, B_TOKEN), (A_PORT, B_PORT), strict=True):
+                end.send(knock(token), address, port)
+
+        def exchange() -> None:
+            for number in range(500):
+                data = DATA + number.to_bytes(4, "big")
+                for sender, receiver, port in ((0, 1, A_PORT), (1, 0, B_PORT)):
+                    ends[sender].send(data, address, port)
+                    assert ends[receiver].receive()[0] == data
+
+        knock_both()
+        exchange()
+        for site in sites:
+            site.rebind()
+            knock_both()
+            exchange()

@@ -138,11 +138,14 @@ def change(device: str, before: Grants, after: Grants, *, wall: float) -> str:
 
     A grant that is renewed gets a later end. "" where nothing differs.
     """
-    had = {grant.sides: grant for grant in before.grants}
-    has = {grant.sides: grant for grant in after.grants}
-    gone = [grant for sides, grant in had.items() if sides not in has]
-    new = [grant for sides, grant in has.items() if sides not in had]
-    renewed = [grant for sides, grant in has.items() if sides in had and had[sides] != grant]
+    had = {grant.sides[0].id: grant for grant in before.grants}
+    has = {grant.sides[0].id: grant for grant in after.grants}
+    differ = [
+        (had.get(key), has.get(key)) for key in had.keys() | has.keys() if had.get(key) is not has.get(key)
+    ]
+    renewed = [new for was, new in differ if was and new and was.sides == new.sides and was != new]
+    gone = [was for was, new in differ if was and (not new or was.sides != new.sides)]
+    new = [new for was, new in differ if new and (not was or was.sides != new.sides)]
     return (
         _elements("delete", device, gone, wall=None)
         + _tokens("delete", device, renewed, wall=None)
