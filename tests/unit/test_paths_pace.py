@@ -1,4 +1,4 @@
-"""What keeps agents that fall behind from asking ever more: the pace of searches, and when pings make pings."""
+"""What keeps agents that fall behind from asking ever more: the pace of searches, and pings in answer."""
 
 from __future__ import annotations
 
