@@ -368,6 +368,47 @@ def test_a_status_that_could_not_be_written_does_not_change_the_choice(world: Ma
     assert len(hubs_of(world)) == 2
 
 
+def test_hubs_stay_what_they_are_when_a_registry_lists_peers_before_meshes() -> None:
+    world = Machines()
+    world.start()
+    ask(world, AUTO)
+    open_peers(world, 3)
+    for _ in range(3):
+        world.pass_time(STABLE)
+    chosen = hubs_of(world)
+    world.planner = Planner(now=world.now, tells_liveness=True, signing_key=test_plan_planner.KEY)
+    for kind in (Kind.PEER, Kind.MESH):
+        world.planner.take(world.store.list(kind))
+    assert writes_of(world, world.settle) == 0
+    assert hubs_of(world) == chosen
+
+
+def test_a_choice_holds_while_roles_cannot_be_written(world: Machines | Cluster) -> None:
+    ask(world, AUTO)
+    names = open_peers(world, 2)
+    for _ in range(3):
+        world.pass_time(STABLE)
+    late, watcher = world.add(3), world.add(4)
+    report(world, late)
+    report(world, watcher, is_open=False, seen=dict.fromkeys(names, 0.090) | {late: 0.010})
+    do = world.do
+
+    def refuse(action: object) -> None:
+        if isinstance(action, WriteAssignment) and action.part.role is Role.HUB:
+            world.planner.failed(action, again_at=world.now + STABLE)
+        else:
+            do(action)  # type: ignore[arg-type]
+
+    world.do = refuse  # type: ignore[method-assign]
+    for _ in range(int((STABLE + BETTER_AFTER) / 60) + 3):
+        world.pass_time(60.0)
+    assert hubs_of(world) == names
+    assert told(world)[late][0]
+    world.do = do  # type: ignore[method-assign]
+    world.pass_time(STABLE)
+    assert late in hubs_of(world)
+
+
 def test_a_hub_that_does_not_forward_says_so_itself_and_on_its_mesh(world: Machines | Cluster) -> None:
     name = world.add(1)
     ask(world, Hubs(names=(name,)))

@@ -346,6 +346,19 @@ def test_a_hub_is_replaced_by_one_that_is_clearly_better_for_long_enough_and_goe
     assert registry.later(3 * DAY, step=600.0) == ["home.a", "home.c"]
 
 
+def test_the_hub_that_is_one_too_many_is_the_same_one_however_latencies_wobble() -> None:
+    registry = Registry(a_peer("home.a"), a_peer("home.b"))
+    registry.plan()
+    seen = {"home.a": 89.0, "home.b": 90.0, "home.c": 20.0}
+    registry.put(a_peer("home.c"), a_peer("home.nat", mapping=Mapping.UNKNOWN, hosts=(), seen=seen))
+    registry.later(BETTER_AFTER)
+    for turn in range(int(GRACE / 60)):
+        wobbles = seen | {"home.a": 91.0 if turn % 2 else 89.0}
+        registry.put(a_peer("home.nat", mapping=Mapping.UNKNOWN, hosts=(), seen=wobbles))
+        registry.later(60)
+    assert registry.later(60) == ["home.a", "home.c"]
+
+
 def test_a_peer_that_is_better_for_a_while_only_replaces_nobody() -> None:
     registry = Registry(a_peer("home.a"), a_peer("home.b"), a_peer("home.c"))
     registry.plan()
