@@ -329,6 +329,21 @@ def test_a_much_nearer_hub_that_appears_is_taken_without_loss(seed: int) -> None
 # --- networks that move ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("seed", [1, 5])
+def test_two_ends_agree_when_a_direct_route_answers_right_after_a_relay(seed: int) -> None:
+    world = World(seed)
+    world.hub(delay=0.002)
+    world.run(5.0)
+    a, b = world.peer(Nat.PORT_RESTRICTED), world.peer(Nat.ADDRESS_RESTRICTED)
+    world.until(lambda: world.is_direct(a, b), within=20.0)
+    _talk(a, b, seconds=100.0)
+    world.run(3.0)
+    for kind in (Nat.FULL_CONE, Nat.PORT_RESTRICTED, Nat.FULL_CONE):
+        b.move(world.site(kind))
+        world.run(8.0)
+        assert world.is_direct(a, b)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("mover", [0, 1])
 def test_a_relayed_peer_that_roams_is_followed_within_a_second(seed: int, mover: int) -> None:

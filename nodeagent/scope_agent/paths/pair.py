@@ -745,7 +745,9 @@ class Pair:
             self._settling.next = None
             return []
         self._settling.step(now, rtt=route.rtt, random=self._random)
-        if not self._lower or self._nomination.is_acknowledged or route.here is None:
+        # While another route is offered the number is that route's.
+        is_said = self._nomination.is_acknowledged or self._changeover.is_offering
+        if not self._lower or is_said or route.here is None:
             return []
         nominate = Nominate(self._nomination.sequence, there=route.endpoint, here=route.here)
         return [SendTo(nominate, route.endpoint)]
