@@ -2,7 +2,8 @@
 
 A mesh of N agents hears of every change N times over, so what no agent acts on is neither sent nor read
 there: how a peer reaches the others (but for where it saw them, which is one more endpoint to try), its
-counts, why an address was refused, when it was last seen, and a mesh's totals and clusters. Fields are taken
+counts, why an address was refused, when it was last seen, what it relays, and a mesh's totals, clusters and
+choice of hubs (the role of a peer says it all). Fields are taken
 away by name, so what is new to a resource reaches agents unless this file says otherwise.
 """
 
@@ -17,7 +18,7 @@ def projected(resource: Mesh | Peer) -> Mesh | Peer:
     """The resource as agents other than its own are told of it."""
     if isinstance(resource, Mesh):
         status = replace(
-            resource.status, counts=MeshCounts(), conditions=(), observed_generation=0, clusters=()
+            resource.status, counts=MeshCounts(), conditions=(), observed_generation=0, clusters=(), hubs=()
         )
         return replace(resource, status=status)
     report = resource.report
@@ -34,7 +35,9 @@ def _projected_report(report: PeerReport) -> PeerReport:
         (Link(link.peer, link.path, observed=link.observed) for link in report.links if link.observed),
         key=lambda link: link.peer,
     )
-    return replace(report, links=tuple(seen), direct=0, relayed=0, unreachable=0, held_addresses=())
+    return replace(
+        report, links=tuple(seen), direct=0, relayed=0, unreachable=0, held_addresses=(), relay=None
+    )
 
 
 def is_told(before: Mesh | Peer | None, after: Mesh | Peer) -> bool:

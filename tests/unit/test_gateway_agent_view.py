@@ -7,28 +7,34 @@ import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from ipaddress import ip_interface
+from ipaddress import IPv4Network, ip_interface
 
 import aiohttp
 from scope_operator.gateway.limits import Limits
 
 from scope.credentials import authorization
 from scope.model import (
+    Addressing,
     Assignment,
     Candidate,
     CandidateKind,
     Condition,
     Endpoint,
+    Forwarding,
+    HubChoice,
     Kind,
     Link,
     Mesh,
     MeshCounts,
+    MeshSpec,
     Meta,
     PathKind,
     Peer,
     PeerReport,
     PeerSpec,
+    RelayReport,
     Revision,
+    Role,
 )
 from scope.projection import is_told, projected
 from scope.registry.http import BOOKMARK, HttpRegistry
@@ -129,6 +135,18 @@ def test_what_is_assigned_to_a_peer_is_told_and_why_it_lacks_something_is_not() 
     assert not is_told(before, unlucky)
     assert [is_told(before, after) for after in (addressed, online, again)] == [True, True, True]
     assert is_told(None, before)
+
+
+def test_what_a_hub_relays_and_why_it_was_chosen_is_nothing_to_an_agent() -> None:
+    before = _peer()
+    assert before.report is not None
+    relaying = replace(before.report, relay=RelayReport(Forwarding.KERNEL, pairs=3))
+    hub = replace(before, assignment=Assignment(role=Role.HUB))
+    assert not is_told(before, replace(before, report=relaying))
+    assert is_told(before, hub)
+    mesh = Mesh(Meta("home", "uid"), MeshSpec(Addressing(ipv4=IPv4Network("100.80.0.0/16"))))
+    chosen = replace(mesh.status, hubs=(HubChoice("home.external.p1", chosen=True, reason="named"),))
+    assert not is_told(mesh, replace(mesh, status=chosen))
 
 
 def test_latencies_that_change_places_are_nothing_new_to_an_agent() -> None:
