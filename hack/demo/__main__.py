@@ -92,18 +92,25 @@ def _sum_up(out: Console, story: Story, path: Path) -> None:
                 out.print(Text(f"{event.at:6.1f} s  {event.text}", style=MOOD_STYLES[event.mood]))
     out.print()
     out.print(table(rows_of(watch), now=0.0))
-    out.print(Text("round trips in ms, ⁴ over IPv4, ⁶ over IPv6, — not without a hub", style="dim"))
+    out.print(Text("round trips in ms, ⁴ over IPv4, ⁶ over IPv6, ʰ through a hub, — no way", style="dim"))
     out.print()
     out.print(f"{tally.direct} of {tally.possible} pairs that can be direct are, and were pinged both ways.")
     out.print(f"From when both had joined to the path: {tally.direct_s or 'never'}.")
     out.print(f"From when both had joined to the first ping back: {tally.first_ping_s or 'never'}.")
-    out.print(f"\n{tally.impossible} pairs cannot be direct, and wait for a hub:")
-    for reason, pairs in summary.obstacles(watch).items():
-        out.print(Padding(reason, (0, 0, 0, 2)))
-        out.print(Padding(", ".join(pairs), (0, 0, 0, 4)))
+    out.print(f"\n{tally.relayed} of {tally.relayable} pairs that cannot be direct talk through a hub:")
+    _explain(out, summary.obstacles(watch, relayed=True))
+    if tally.impossible:
+        out.print(f"\n{tally.impossible} pairs have no way:")
+        _explain(out, summary.obstacles(watch, relayed=False))
     out.print(f"\n{path} has every pair.")
     for failure in story.failures:
         out.print(Text(f"\nFAILED {failure}", style="bold red"))
+
+
+def _explain(out: Console, obstacles: dict[str, list[str]]) -> None:
+    for reason, pairs in obstacles.items():
+        out.print(Padding(reason, (0, 0, 0, 2)))
+        out.print(Padding(", ".join(pairs), (0, 0, 0, 4)))
 
 
 def _save_logs(lab: Lab, target: Path) -> None:

@@ -2,7 +2,7 @@
 
 Chosen so that every kind of NAT is there, two machines share a LAN, IPv4 and IPv6 both carry paths, and some
 pairs cannot be direct: behind a symmetric NAT towards a port-restricted one, without a family in common,
-and where no UDP passes.
+and where no UDP passes. Two machines without a NAT are hubs for all but the last.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ MESH = "demo"
 # Names of machines are at most five characters: they head the columns of the table.
 SCENES = (
     Scene("frankfurt", Nat.NONE),
+    Scene("vienna", Nat.NONE),
     Scene("berlin", Nat.FULL_CONE),
     Scene("lyon", Nat.ADDRESS_RESTRICTED),
     Scene("oslo", Nat.PORT_RESTRICTED),
@@ -44,6 +45,7 @@ SCENES = (
 )
 ROLES = (
     Role("web", "frankfurt"),
+    Role("hub", "vienna"),
     Role("nas", "berlin"),
     Role("book", "lyon"),
     Role("desk", "oslo"),
@@ -54,6 +56,7 @@ ROLES = (
     Role("six", "village"),
     Role("till", "bank"),
 )
+HUBS = ("hub", "web")
 ROAMER, ROAMS_TO = "book", "berlin"
 REBOOTS = "oslo"
 LEAVER = "tv"

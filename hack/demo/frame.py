@@ -31,6 +31,7 @@ class Show(Enum):
     SEARCHING = "searching"
     IMPOSSIBLE = "impossible"
     DIRECT = "direct"
+    RELAYED = "relayed"
     LOST = "lost"
 
 
@@ -82,7 +83,9 @@ class Tally:
     """Unordered pairs, counted."""
 
     direct: int = 0
-    possible: int = 0
+    possible: int = 0  # to be direct
+    relayed: int = 0
+    relayable: int = 0  # not direct, but through a hub
     impossible: int = 0
     ipv6: int = 0
     direct_s: Spread | None = None
@@ -115,15 +118,19 @@ def rows_of(watch: Watch) -> tuple[Row, ...]:
 
 
 def tally_of(watch: Watch) -> Tally:
-    """The pairs counted now: one is direct when it is so, and pinged, both ways."""
+    """The pairs counted now: one is direct or relayed when it is so, and pinged, both ways."""
     ways = watch.pairs
     both = [(way, ways[b, a]) for (a, b), way in ways.items() if a < b and (b, a) in ways]
-    direct = [pair for pair in both if all(way.is_direct and way.is_pinged for way in pair)]
+    settled = [pair for pair in both if all(way.is_at_best and way.is_pinged for way in pair)]
+    direct = [pair for pair in settled if all(way.is_direct for way in pair)]
     possible = [there for there, _ in both if there.obstacle is None]
+    relayable = [there for there, _ in both if there.obstacle is not None and there.is_possible]
     return Tally(
         direct=len(direct),
         possible=len(possible),
-        impossible=len(both) - len(possible),
+        relayed=len(settled) - len(direct),
+        relayable=len(relayable),
+        impossible=len(both) - len(possible) - len(relayable),
         ipv6=sum(there.reach is not None and there.reach.family == "IPv6" for there, _ in direct),
         direct_s=Spread.of([s for way in ways.values() if (s := way.direct_s) is not None]),
         first_ping_s=Spread.of([s for way in ways.values() if (s := way.first_ping_s) is not None]),
@@ -143,15 +150,16 @@ def _cell(source: Member, target: Member, watch: Watch, now: float) -> Cell:
     pair = watch.pairs.get((source.name, target.name))
     if pair is None:
         return Cell(Show.AWAITED)
-    if pair.is_direct and pair.is_pinged and pair.reach is not None and pair.flow is not None:
+    if pair.is_at_best and pair.is_pinged and pair.reach is not None and pair.flow is not None:
         if pair.flow.last is not None and now - pair.flow.last > _QUIET_S:
             return Cell(Show.LOST)
         fresh = pair.flow.first is not None and now - pair.flow.first < _FRESH_S
-        return Cell(Show.DIRECT, pair.reach.family, pair.rtt_ms, fresh)
-    if pair.obstacle is not None and not pair.is_direct:
+        show = Show.DIRECT if pair.is_direct else Show.RELAYED
+        return Cell(show, pair.reach.family, pair.rtt_ms, fresh)
+    if not pair.is_possible and not pair.is_direct:
         return Cell(Show.IMPOSSIBLE)
     return Cell(Show.LOST if _was_direct(pair) else Show.SEARCHING)
 
 
 def _was_direct(pair: PairRecord) -> bool:
-    return pair.direct_at is not None and not pair.is_direct
+    return pair.direct_at is not None and not pair.is_at_best

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from kubelab.programs import kubernetes_program
 from lab import Lab, Machine
 from meshlab import Member, mesh_document
-from meshlab.cluster import Cluster
+from meshlab.cluster import CLUSTER, Cluster
 
-from demo.cast import MESH, OFF_CLUSTER, ROLES
+from demo.cast import HUBS, MESH, OFF_CLUSTER, ROLES
 
 
 class Kubernetes:
@@ -28,7 +28,8 @@ class Kubernetes:
 
     def serve(self, lab: Lab) -> None:
         self._cluster = Cluster(lab.server("cluster"))
-        self._cluster.apply(mesh_document(MESH))
+        hubs = {"names": [f"{MESH}.{CLUSTER}.{name}" for name in HUBS]}
+        self._cluster.apply(mesh_document(MESH, hubs=hubs))
         self._token = self._cluster.token(MESH)
 
     def join(self, machine: Machine, *, arguments: Sequence[str]) -> Member:

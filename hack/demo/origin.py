@@ -11,7 +11,7 @@ from typing import Protocol
 from lab import Lab, Machine
 from meshlab import Member, Registry, mesh_document
 
-from demo.cast import MESH, ROLES
+from demo.cast import HUBS, MESH, ROLES
 
 REGISTRIES = ("embedded", "kubernetes")
 
@@ -49,7 +49,8 @@ class Embedded:
 
     def serve(self, lab: Lab) -> None:
         self._registry = Registry(lab.server("registry"))
-        self._registry.apply(mesh_document(MESH))
+        hubs = {"names": [f"{MESH}.external.{name}" for name in HUBS]}
+        self._registry.apply(mesh_document(MESH, hubs=hubs))
         self._token = self._registry.token(MESH)
 
     def join(self, machine: Machine, *, arguments: Sequence[str]) -> Member:

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from demo.frame import Cell, Event, Frame, Mood, Row, Show
 
-# What ten machines need; on a smaller terminal lines tell the same.
+# What eleven machines need; on a smaller terminal lines tell the same.
 MIN_WIDTH, MIN_HEIGHT = 100, 28
 _CELL_WIDTH = 6  # a name of five characters, and a space before it
 _LINE_WIDTH = 110
@@ -27,6 +27,7 @@ _FRAMES_PER_SECOND = 8
 _SEARCHING = ("·  ", "·· ", "···", " ··", "  ·", "   ")
 MOOD_STYLES = {Mood.PLAIN: "default", Mood.GOOD: "green", Mood.BAD: "bold red"}
 _SUPERSCRIPT = {"IPv4": "⁴", "IPv6": "⁶"}
+_RELAYED_STYLE, _RELAYED_MARK = "magenta", "ʰ"
 _FAMILY_STYLE = {"IPv4": "cyan", "IPv6": "green"}
 
 
@@ -137,10 +138,14 @@ def _drawn(cell: Cell, now: float) -> Text:
             return Text("—", style="bright_black")
         case Show.LOST:
             return Text("lost", style="bold red")
-        case Show.DIRECT:
+        case Show.DIRECT | Show.RELAYED:
             family = cell.family or ""
-            style = _FAMILY_STYLE.get(family, "default") + (" bold reverse" if cell.fresh else "")
-            return Text(f"{rtt_text(cell.rtt_ms)}{_SUPERSCRIPT.get(family, ' ')}", style=style)
+            is_direct = cell.show is Show.DIRECT
+            style = _FAMILY_STYLE.get(family, "default") if is_direct else _RELAYED_STYLE
+            mark = _SUPERSCRIPT.get(family, " ") if is_direct else _RELAYED_MARK
+            return Text(
+                f"{rtt_text(cell.rtt_ms)}{mark}", style=style + (" bold reverse" if cell.fresh else "")
+            )
     assert_never(cell.show)
 
 
@@ -198,7 +203,8 @@ def _tally(frame: Frame) -> RenderableType:
         Text.assemble("direct and pinged  ", (f"{tally.direct} of {tally.possible}", "bold")),
         # A bar alone ends no line.
         Padding(ProgressBar(total=max(tally.possible, 1), completed=tally.direct, complete_style="green"), 0),
-        Text(f"{tally.impossible} more cannot be, without a hub", style="bright_black"),
+        Text(f"through a hub  {tally.relayed} of {tally.relayable}ʰ", style=_RELAYED_STYLE),
+        Text(f"{tally.impossible} without any way", style="bright_black"),
     ]
     if tally.direct:
         lines.append(

@@ -7,23 +7,26 @@ works and what does not.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from lab import Lab
-from meshlab import Member, PairRecord, Pinger, Watch, WatchError
+from meshlab import Flow, Member, PairRecord, Pinger, Watch, WatchError
 
-from demo.cast import LEAVER, NEWCOMER, REBOOTS, ROAMER, ROAMS_TO, ROLES, SCENES, Role
+from demo.cast import HUBS, LEAVER, NEWCOMER, REBOOTS, ROAMER, ROAMS_TO, ROLES, SCENES, Role
 from demo.frame import Event, Frame, Mood, Spread, Tally, rows_of, tally_of
 from demo.origin import Origin
 from demo.screen import Screen
 
-STAGES = ("internet", "registry", "join", "roam", "reboot", "leave", "newcomer", "done")
+STAGES = ("internet", "registry", "join", "hubs", "roam", "reboot", "leave", "newcomer", "done")
 # Far above what is seen, so that only what does not work at all runs into it; all of them together stay
 # below a minute and a half on an idle machine, because none of them is then reached.
 ALL_JOINED_S = 90.0  # ten programs' imports are as many seconds of the processor
 HEALED_S = 25.0
+# How long a hub's agent stays dead: every relayed pair pings once a second, and some knock.
+DEAD_S = 4.0
 # To be seen by a person before the next thing happens.
 PAUSE_S = 2.0
+UNDER_WAY_S = 1.0  # an answer may take so long
 _LOOK_S = 0.1
 
 
@@ -48,13 +51,22 @@ class Story:
         self._events: list[Event] = []
         self._members: dict[str, Member] = {}
         self._options = ("--verbose",) if verbose else ()
-        self.watch = Watch([], pinger)
+        self.watch = Watch([], pinger, has_hubs=True)
         self.failures: list[str] = []
 
     def perform(self) -> None:
         """All stages. LabError when a program does not even start or dies."""
         for number, act in enumerate(
-            (self._build, self._serve, self._join, self._roam, self._reboot, self._leave, self._join_late)
+            (
+                self._build,
+                self._serve,
+                self._join,
+                self._lose_hubs,
+                self._roam,
+                self._reboot,
+                self._leave,
+                self._join_late,
+            )
         ):
             self._stage = number
             self._show()
@@ -100,10 +112,48 @@ class Story:
         last = max(at for member in members if (at := member.joined_at()) is not None)
         tally = tally_of(self.watch)
         self._tell(
-            f"all {tally.possible} pairs that can be direct are, and pinged both ways: "
-            f"{max(self._first_pings(self.watch.pairs.values())) - last:.1f} s after the last join",
+            f"all {tally.possible} pairs that can be direct are, {tally.relayed} more talk through a hub, "
+            f"all pinged both ways: {max(self._first_pings(self.watch.pairs.values())) - last:.1f} s after "
+            "the last join",
             Mood.GOOD,
         )
+        self._pause()
+
+    def _lose_hubs(self) -> None:
+        relayed = [pair for pair in self.watch.pairs.values() if pair.is_relayed]
+        hub = max(HUBS, key=lambda name: len(self._carried(name, relayed)))
+        member, carried = self._members[hub], self._carried(hub, relayed)
+        self.watch.members.remove(member)  # it is no longer to be alive, and what it carries goes on
+        member.kill()
+        self._tell(f"{hub}, the hub of {len(carried) // 2} pairs: its agent is killed")
+        self.watch.mark(carried)
+        self._wait(DEAD_S)
+        flows = [pair.flow for pair in carried if pair.flow is not None]
+        sent, lost = sum(flow.sent for flow in flows), self._lost(flows)
+        told = f"{lost} of {sent} relayed pings are lost while it is dead"
+        if lost or not sent:
+            self.failures.append(f"{STAGES[self._stage]}: {told}")
+        self._tell(told, Mood.BAD if lost or not sent else Mood.GOOD)
+        member.run_again()
+        self.watch.add(member)
+        self._cut_off(hub)
+
+    def _lost(self, flows: Sequence[Flow]) -> int:
+        """Pings that were not answered, those aside that are under way."""
+        lost = {flow.number: flow.sent - flow.answered for flow in flows}
+        until = time.monotonic() + UNDER_WAY_S
+        while any(lost.values()) and time.monotonic() < until:
+            time.sleep(_LOOK_S / 10)
+            lost = {flow.number: min(lost[flow.number], flow.sent - flow.answered) for flow in flows}
+        return sum(lost.values())
+
+    def _cut_off(self, hub: str) -> None:
+        site = self._members[hub].machine.site
+        carried = self._carried(hub, [pair for pair in self.watch.pairs.values() if pair.is_relayed])
+        site.block_udp()
+        self._tell(f"{hub} is cut off from the internet")
+        self._await_healed(carried, f"{len(carried) // 2} pairs go on through the other hub")
+        site.unblock_udp()
         self._pause()
 
     def _roam(self) -> None:
@@ -160,6 +210,11 @@ class Story:
         )
         self._pause()
 
+    def _carried(self, hub: str, pairs: Iterable[PairRecord]) -> list[PairRecord]:
+        """Those of the pairs that talk through a hub."""
+        status = self.watch.statuses.get(hub)
+        return [p for p in pairs if status is not None and p.reach is not None and p.reach.hub == status.peer]
+
     # --- inside ---------------------------------------------------------------------------------------------
 
     def _member(self, role: Role) -> Member:
@@ -170,10 +225,10 @@ class Story:
         return member
 
     def _possible(self, *members: Member) -> list[PairRecord]:
-        return [pair for pair in self.watch.of(*members) if pair.obstacle is None]
+        return [pair for pair in self.watch.of(*members) if pair.is_possible]
 
     def _await_healed(self, pairs: list[PairRecord], text: str) -> None:
-        """Pings sent from now on come back over direct paths, both ways."""
+        """Pings sent from now on come back over paths that are at their best, both ways."""
         since = self.watch.mark(pairs)
         healed = lambda: all(pair.healed_at is not None for pair in pairs)  # noqa: E731
         if self._until(healed, within_s=HEALED_S):
@@ -199,14 +254,17 @@ class Story:
         return True
 
     def _pause(self) -> None:
-        until = time.monotonic() + PAUSE_S
+        self._wait(PAUSE_S)
+
+    def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
         while time.monotonic() < until:
             self.watch.look()
             self._show()
             time.sleep(_LOOK_S)
 
     def _first_pings(self, pairs: Iterable[PairRecord]) -> list[float]:
-        return [pair.pinged_at for pair in pairs if pair.obstacle is None and pair.pinged_at is not None]
+        return [pair.pinged_at for pair in pairs if pair.is_possible and pair.pinged_at is not None]
 
     def _tell(self, text: str, mood: Mood = Mood.PLAIN) -> None:
         event = Event(time.monotonic() - self._started, text, mood)

@@ -1,4 +1,4 @@
-"""What the demo came to: the pairs that cannot be direct and why, and the file for programs."""
+"""What the demo came to: the pairs that are not direct and why, and the file for programs."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def write(path: Path, watch: Watch) -> None:
     path.write_text(json.dumps(document(watch), indent=1, ensure_ascii=False) + "\n")
 
 
-def obstacles(watch: Watch) -> dict[str, list[str]]:
-    """Reason -> the pairs, as `a - b`, that cannot be direct for it."""
+def obstacles(watch: Watch, *, relayed: bool) -> dict[str, list[str]]:
+    """Reason -> the pairs, as `a - b`, that cannot be direct for it; `relayed`: those that hubs serve."""
     found: dict[str, list[str]] = defaultdict(list)
     for a, b in itertools.combinations([member.name for member in watch.members], 2):
         pair = watch.pairs.get((a, b))
-        if pair is not None and pair.obstacle is not None:
+        if pair is not None and pair.obstacle is not None and pair.is_possible is relayed:
             found[_obstacle(pair)].append(f"{a} - {b}")
     return dict(found)
 
@@ -56,6 +56,7 @@ def _pair(pair: PairRecord) -> dict[str, object]:
         "rtt_ms": _rounded(pair.rtt_ms, 1) if has_path else None,
         "first_ping_s": _rounded(pair.first_ping_s, 3),
         "direct_s": _rounded(pair.direct_s, 3),
+        "hub": (reach.hub if reach is not None else "") or None,
         "reason": (reach.reason if reach is not None else "") or (None if has_path else pair.obstacle),
     }
 

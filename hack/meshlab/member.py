@@ -37,10 +37,15 @@ class Reach:
     rx: int
     tx: int
     reason: str
+    hub: str  # name of the ScopePeer that relays, else empty
 
     @property
     def is_direct(self) -> bool:
         return self.path == "Direct"
+
+    @property
+    def is_relayed(self) -> bool:
+        return self.path == "Relayed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,7 @@ class Member:
         self.asked_at: float | None = None
         self._connection: socket.socket | None = None
         self._received = b""
+        self._arguments: Sequence[str] = ()  # of `run`
         registry.introduce(machine)
 
     @property
@@ -91,6 +97,7 @@ class Member:
     def join(self, token: str, *, wait: bool = False, arguments: Sequence[str] = ()) -> None:
         """Join and go on as an agent; with `wait` return once the registry has taken it."""
         self.asked_at = time.monotonic()
+        self._arguments = arguments
         self._start("join", "-", "--name", self.name, "--run", *arguments, said=token)
         if wait:
             self.await_joined()
@@ -102,7 +109,12 @@ class Member:
 
     def run(self, *arguments: str) -> None:
         """Start the agent of a machine that has joined, or is a Node."""
+        self._arguments = arguments
         self._start("run", *arguments)
+
+    def run_again(self) -> None:
+        """Start the agent again after `kill`, as it ran before."""
+        self._start("run", *self._arguments)
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:
         """End the agent, and nothing else; its device stays."""
@@ -228,6 +240,7 @@ def _reach(peer: _Json, now: float) -> Reach:
         rx=int(peer.number("rx") or 0),
         tx=int(peer.number("tx") or 0),
         reason=peer.text("reason") or "",
+        hub=peer.text("hub") or "",
     )
 
 

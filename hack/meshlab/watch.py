@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from lab import place_reason
+from lab import place_reason, relay_reason
 
 from meshlab.member import Member, Reach, Status
 from meshlab.pinger import Flow, Pinger
@@ -37,6 +37,7 @@ class PairRecord:
     pinged_at: float | None = None  # likewise
     changed_at: float | None = None  # when `Watch.mark` was last called for it
     flow: Flow | None = None
+    has_hubs: bool = False
 
     @property
     def obstacle(self) -> str | None:
@@ -44,8 +45,25 @@ class PairRecord:
         return place_reason(self.source.machine.place, self.target.machine.place)
 
     @property
+    def is_possible(self) -> bool:
+        """Whether there is a way between the two places at all."""
+        if self.obstacle is None:
+            return True
+        places = (self.source.machine.place, self.target.machine.place)
+        return self.has_hubs and relay_reason(*places) is None
+
+    @property
     def is_direct(self) -> bool:
         return self.reach is not None and self.reach.is_direct
+
+    @property
+    def is_relayed(self) -> bool:
+        return self.reach is not None and self.reach.is_relayed
+
+    @property
+    def is_at_best(self) -> bool:
+        """Whether the path is direct, or relayed where it cannot be direct."""
+        return self.is_direct or (self.is_relayed and self.obstacle is not None)
 
     @property
     def is_pinged(self) -> bool:
@@ -69,8 +87,8 @@ class PairRecord:
 
     @property
     def healed_at(self) -> float | None:
-        """When the path was direct and answered again after the last mark; None before."""
-        if not self.is_direct or not self.is_pinged or self.reach is None or self.flow is None:
+        """When the path was at its best and answered again after the last mark; None before."""
+        if not self.is_at_best or not self.is_pinged or self.reach is None or self.flow is None:
             return None
         return self.flow.first
 
@@ -91,7 +109,10 @@ class PairRecord:
 class Watch:
     """Follows members. Not thread-safe: one thread looks."""
 
-    def __init__(self, members: Iterable[Member], pinger: Pinger | None = None) -> None:
+    def __init__(
+        self, members: Iterable[Member], pinger: Pinger | None = None, *, has_hubs: bool = False
+    ) -> None:
+        self._has_hubs = has_hubs
         self.members: list[Member] = list(members)
         self.pairs: dict[tuple[str, str], PairRecord] = {}
         self.statuses: dict[str, Status] = {}
@@ -157,16 +178,16 @@ class Watch:
             time.sleep(_POLL_S)
 
     def is_complete(self) -> bool:
-        """Whether every pair of members that can be direct is direct and pinged."""
+        """Whether every pair of members with a possible way is at its best, and pinged."""
         count = len(self.members)
         return len(self.pairs) == count * (count - 1) and not self.unfinished()
 
     def unfinished(self) -> list[PairRecord]:
-        """The pairs that can be direct and are not, or have no ping back yet."""
+        """The pairs with a possible way that are not at their best, or have no ping back yet."""
         return [
             pair
             for pair in self.pairs.values()
-            if pair.obstacle is None and not (pair.is_direct and pair.is_pinged)
+            if pair.is_possible and not (pair.is_at_best and pair.is_pinged)
         ]
 
     def describe_unfinished(self) -> str:
@@ -180,7 +201,7 @@ class Watch:
 
     def _update(self, source: Member, target: Member, *, known_at: float) -> None:
         key = (source.name, target.name)
-        pair = self.pairs.setdefault(key, PairRecord(source, target, known_at))
+        pair = self.pairs.setdefault(key, PairRecord(source, target, known_at, has_hubs=self._has_hubs))
         status, peer = self.statuses.get(source.name), self.statuses.get(target.name)
         if status is None or peer is None:
             return

@@ -1,0 +1,156 @@
+"""Two peers that cannot reach each other directly talk through hubs, whatever happens to these.
+
+Both are behind symmetric NATs; two machines without a NAT are hubs. Real packets tell: pings through
+WireGuard, from the kernel of one machine to another's. What is relayed must not notice that a hub's agent is
+dead or hangs, and must leave a hub that is cut off for the other one.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+from lab import Lab, Nat
+from meshlab import PRIVATE, Member, Reach, Registry, mesh_document
+
+pytestmark = pytest.mark.timeout(240)
+MESH = "relayed"
+HUBS = ("one", "two")
+EDGES = ("left", "right")
+RELAYED_S = 30.0  # far above what is seen, from the last join
+MOVED_S = 3.0  # a relay that is cut off is left within so long
+# The ladder, made short: the reason stands in status when its last rung is reached.
+TIMERS = {
+    "probeInterval": "500ms",
+    "addressFallback": "1s",
+    "report": "2s",
+    "connectBack": "3s",
+    "hubFallback": "5s",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Relayed:
+    """The mesh of this file."""
+
+    lab: Lab
+    members: dict[str, Member]
+
+    def reach(self, name: str, other: str) -> Reach | None:
+        status = self.members[name].status()
+        return status.peers.get(f"{MESH}.external.{other}") if status is not None else None
+
+    def until(self, done: Callable[[], bool], what: str, *, within_s: float = RELAYED_S) -> None:
+        end = time.monotonic() + within_s
+        while not done():
+            for member in self.members.values():
+                member.check_alive()
+            assert time.monotonic() < end, f"not within {within_s:g} s: {what}; {self.describe()}"
+            time.sleep(0.1)
+
+    def is_relayed(self) -> bool:
+        return all(
+            (reach := self.reach(name, other)) is not None and reach.path == "Relayed" and reach.hub != ""
+            for name, other in (EDGES, EDGES[::-1])
+        )
+
+    def hub(self) -> str:
+        """The name of the machine that relays."""
+        reach = self.reach(*EDGES)
+        assert reach is not None
+        return reach.hub.removeprefix(f"{MESH}.external.")
+
+    def describe(self) -> str:
+        return "; ".join(f"{name}: {self.reach(name, other)}" for name, other in (EDGES, EDGES[::-1]))
+
+    def ping(self, *options: str) -> subprocess.Popen[str]:
+        """Ping from one side to the other, with times."""
+        status = self.members["right"].status()
+        assert status is not None and status.address is not None
+        argv = ["ping", "-D", "-O", "-n", "-W", "3", *options, status.address]
+        return self.members["left"].machine.popen(argv, stdout=subprocess.PIPE)
+
+
+@pytest.fixture(scope="module")
+def relayed() -> Iterator[Relayed]:
+    with Lab(delay_ms=10, private=PRIVATE) as lab:
+        registry = Registry(lab.server("registry"))
+        hubs = {"names": [f"{MESH}.external.{name}" for name in HUBS]}
+        registry.apply(mesh_document(MESH, hubs=hubs, timers=TIMERS))
+        token = registry.token(MESH)
+        members = {}
+        for name in HUBS + EDGES:
+            site = lab.site(f"site-{name}", nat=Nat.NONE if name in HUBS else Nat.SYMMETRIC)
+            members[name] = Member(site.machine(name), mesh=MESH, registry=registry)
+            members[name].join(token)
+        mesh = Relayed(lab, members)
+        mesh.until(mesh.is_relayed, "a relay")
+        said, _ = mesh.ping("-c", "1", "-w", "10").communicate()  # and WireGuard has a session
+        assert "1 received" in said
+        yield mesh
+        for member in members.values():
+            member.hang_up()
+
+
+def answers(said: str) -> list[float]:
+    """When each answer came: seconds since the epoch."""
+    return [float(at) for at in re.findall(r"^\[([0-9.]+)\] \d+ bytes from", said, re.MULTILINE)]
+
+
+def test_two_symmetric_nats_talk_through_a_hub_and_say_why(relayed: Relayed) -> None:
+    said, _ = relayed.ping("-c", "20", "-i", "0.05").communicate(timeout=30.0)
+    assert "20 received" in said
+
+    def is_explained() -> bool:
+        both = [relayed.reach(*pair) for pair in (EDGES, EDGES[::-1])]
+        return all(reach is not None and reach.reason == "symmetric NAT on both sides" for reach in both)
+
+    relayed.until(is_explained, "the reason on both sides")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_hub_whose_agent_is_dead_or_hangs_goes_on_relaying(
+    relayed: Relayed, number: signal.Signals
+) -> None:
+    relayed.until(relayed.is_relayed, "a relay")
+    name = relayed.hub()
+    hub = relayed.members[name]
+    pinging = relayed.ping("-c", "1250", "-i", "0.02")  # 25 s: every side knocks in that time
+    time.sleep(1.0)  # some go before, the rest while it is dead
+    assert hub.process is not None
+    hub.process.send_signal(number)
+    del relayed.members[name]
+    try:
+        said, _ = pinging.communicate(timeout=60.0)
+        assert "1250 received" in said
+        assert relayed.hub() == name
+    finally:
+        if number is signal.SIGSTOP:
+            hub.process.send_signal(signal.SIGCONT)
+        else:
+            hub.process.wait()
+            hub.run()
+        relayed.members[name] = hub
+    relayed.until(lambda: hub.status() is not None, "the hub's agent answers again")
+
+
+def test_a_hub_that_is_cut_off_is_left_for_the_other(relayed: Relayed) -> None:
+    relayed.until(relayed.is_relayed, "a relay")
+    name = relayed.hub()
+    pinging = relayed.ping("-c", "400", "-i", "0.02")
+    time.sleep(2.0)  # some go before
+    relayed.lab.sites[f"site-{name}"].block_udp()
+    cut = time.time()
+    try:
+        said, _ = pinging.communicate(timeout=60.0)
+        after = [at for at in answers(said) if at > cut + 0.1]
+        assert after, "no answer after the cut"
+        assert after[0] - cut < MOVED_S
+        assert relayed.hub() != name
+    finally:
+        relayed.lab.sites[f"site-{name}"].unblock_udp()
