@@ -56,7 +56,6 @@ def _pair(pair: PairRecord) -> dict[str, object]:
         "rtt_ms": _rounded(pair.rtt_ms, 1) if has_path else None,
         "first_ping_s": _rounded(pair.first_ping_s, 3),
         "direct_s": _rounded(pair.direct_s, 3),
-        "hub": (reach.hub if reach is not None else "") or None,
         "reason": (reach.reason if reach is not None else "") or (None if has_path else pair.obstacle),
     }
 
