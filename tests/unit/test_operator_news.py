@@ -53,6 +53,13 @@ def test_a_condition_is_told_when_it_begins_and_when_it_ends() -> None:
     assert reasons(WriteMeshStatus(HOME, clear.status)) == []
 
 
+def test_hubs_that_go_and_come_back_are_told_but_not_that_a_new_mesh_has_none_yet() -> None:
+    lacking, served = (with_condition(HOME, "HubsAvailable", status) for status in ("False", "True"))
+    assert reasons(WriteMeshStatus(HOME, lacking.status)) == []
+    assert reasons(WriteMeshStatus(served, lacking.status)) == ["HubsUnavailable"]
+    assert reasons(WriteMeshStatus(lacking, served.status)) == ["HubsUnavailableResolved"]
+
+
 def test_a_cluster_whose_name_is_taken_is_told_once() -> None:
     refused = with_condition(HOME, "Ready", "False", "ClusterNameTaken")
     assert reasons(WriteMeshStatus(HOME, refused.status)) == ["ClusterNameTaken"]

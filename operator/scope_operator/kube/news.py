@@ -21,6 +21,7 @@ from scope.registry.port import Deleted, Put, RegistryError, Unavailable
 from scope_operator.plan.conditions import (
     ADDRESS_CONFLICT,
     ADDRESSES_EXHAUSTED,
+    HUBS_AVAILABLE,
     PORT_CONFLICT,
     READY,
     REMOVED,
@@ -43,7 +44,13 @@ MAX_WAITING = 256  # Events that wait for an API server; beyond it the eldest ar
 ATTEMPTS = 3
 RETRY_SECONDS = 5.0
 
-PROBLEMS = (ADDRESSES_EXHAUSTED, PORT_CONFLICT, ROUTE_CONFLICT)
+# The conditions that are told: the status that is the problem, and what the Event is called.
+PROBLEMS = {
+    ADDRESSES_EXHAUSTED: ("True", ADDRESSES_EXHAUSTED),
+    PORT_CONFLICT: ("True", PORT_CONFLICT),
+    ROUTE_CONFLICT: ("True", ROUTE_CONFLICT),
+    HUBS_AVAILABLE: ("False", "HubsUnavailable"),
+}
 WORTH = frozenset(
     {"ClusterNameTaken", "AddressesOverlap"}
 )  # reasons of not being ready that no other condition tells
@@ -121,15 +128,18 @@ def _turns(about: About, before: Iterable[Condition], after: Iterable[Condition]
             if was is None or was.changed != condition.changed:
                 yield News(about, ADDRESS_CONFLICT, condition.message, is_warning=True)
         elif condition.type in PROBLEMS:
-            if condition.status == "True" and (was is None or was.status != "True"):
-                yield News(about, condition.type, condition.message, is_warning=True)
-            elif condition.status != "True" and was is not None and was.status == "True":
-                yield News(about, f"{condition.type}Resolved", f"it was: {was.message}")
+            bad, name = PROBLEMS[condition.type]
+            # A mesh is made before its hubs are there.
+            is_new = was.status != bad if was is not None else condition.type != HUBS_AVAILABLE
+            if condition.status == bad and is_new:
+                yield News(about, name, condition.message, is_warning=True)
+            elif condition.status != bad and was is not None and was.status == bad:
+                yield News(about, f"{name}Resolved", f"it was: {was.message}")
         elif condition.type == READY and condition.reason in WORTH - {was.reason if was else ""}:
             yield News(about, condition.reason, condition.message, is_warning=True)
-    for kind in PROBLEMS:  # a peer's conditions are left out when they end
-        if kind in earlier and earlier[kind].status == "True":
-            yield News(about, f"{kind}Resolved", f"it was: {earlier[kind].message}")
+    for kind, (bad, name) in PROBLEMS.items():  # some conditions are left out when they end
+        if kind in earlier and earlier[kind].status == bad:
+            yield News(about, f"{name}Resolved", f"it was: {earlier[kind].message}")
 
 
 def _about(resource: Resource) -> About:

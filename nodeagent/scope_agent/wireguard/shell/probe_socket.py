@@ -26,7 +26,7 @@ from scope.model import ConfigError, Endpoint, IPAddress
 from scope_agent.wireguard import raw
 from scope_agent.wireguard.shell.nft import NftError, run_nft
 
-# One wake-up reads no more than this, so that a flood of datagrams does not hold up the loop.
+# One call reads no more than this of each family; whoever reads on bounds what it takes.
 READ_AT_ONCE = 64
 # Enough for the answers of a thousand peers that were pinged at once.
 BUFFER_BYTES = 1 << 20
