@@ -444,6 +444,7 @@ class Agent:
             self._serving.configure(
                 mesh.spec.hubs,
                 is_hub=snapshot.own.assignment.role is Role.HUB and not self.removed,
+                listen_port=self._listen_port,
                 members={key: probe for probe, key in self._peer_keys.items()},
                 now=now,
             )

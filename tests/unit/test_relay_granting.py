@@ -50,9 +50,12 @@ def set_up(
     ports: tuple[int, int] = PORTS,
     limits: RelayLimits = UNLIMITED,
     is_hub: bool = True,
+    listen_port: int = 0,
     wall: float = NOW,
 ) -> list[Telling]:
-    return granting.configure(is_hub=is_hub, ports=ports, limits=limits, members=members, wall=wall)
+    return granting.configure(
+        is_hub=is_hub, ports=ports, limits=limits, listen_port=listen_port, members=members, wall=wall
+    )
 
 
 def granted(telling: Telling) -> Granted:
@@ -267,6 +270,16 @@ def test_another_range_of_ports_gives_what_is_outside_anew_and_tells_it() -> Non
     changed = {pair for pair in after if after[pair] != before[pair]}
     assert {telling.to for telling in tellings} == {ALL[peer] for pair in changed for peer in pair}
     assert (made.grants().first_port, made.grants().last_port) == (26001, 26016)
+
+
+def test_the_port_of_the_hubs_own_wireguard_is_granted_to_nobody() -> None:
+    granting = hub()
+    granting.ask(A, AskRelay(B), NOW)
+    (before,) = granting.grants().grants
+    told = set_up(granting, listen_port=before.sides[0].port)
+    (after,) = granting.grants().grants
+    assert before.sides[0].port not in {side.port for side in after.sides}
+    assert {granted(each).port for each in told} == {side.port for side in after.sides}
 
 
 def test_other_limits_are_part_of_the_grants_and_disturb_nobody() -> None:

@@ -22,7 +22,7 @@ def serving(*, earlier: Grants | None = None) -> Serving:
 
 
 def configure(served: Serving, *, is_hub: bool = True, hubs: Hubs | None = None) -> None:
-    served.configure(hubs or Hubs(), is_hub=is_hub, members=MEMBERS, now=NOW)
+    served.configure(hubs or Hubs(), is_hub=is_hub, listen_port=0, members=MEMBERS, now=NOW)
 
 
 def hub() -> Serving:

@@ -53,6 +53,7 @@ class Granting:
         self._random = random
         self._is_hub = False
         self._ports = range(0)
+        self._listen_port = 0
         self._limits = RelayLimits()
         self._members: Mapping[PublicKey, PublicKey] = {}
         self._forwarding: Forwarding | None = None  # until it is known
@@ -119,10 +120,14 @@ class Granting:
         is_hub: bool,
         ports: tuple[int, int],
         limits: RelayLimits,
+        listen_port: int,
         members: Mapping[PublicKey, PublicKey],
         wall: float,
     ) -> list[Telling]:
-        """What the mesh says: `members` are WireGuard keys with their probe keys, `ports` first and last."""
+        """What the mesh says: `members` are WireGuard keys with their probe keys, `ports` first and last.
+
+        What comes to `listen_port` is for our own WireGuard: nobody is granted that one.
+        """
         tellings: list[Telling] = []
         self._members = members
         for pair in [pair for pair in self._grants if not pair <= members.keys()]:
@@ -130,8 +135,8 @@ class Granting:
         for gone in self._allowance.keys() - members.keys():
             del self._allowance[gone]
         wanted = range(ports[0], ports[1] + 1)
-        if (wanted, limits) != (self._ports, self._limits):
-            self._ports, self._limits = wanted, limits
+        if (wanted, limits, listen_port) != (self._ports, self._limits, self._listen_port):
+            self._ports, self._limits, self._listen_port = wanted, limits, listen_port
             self._as_grants = None
             self._refused.clear()
             tellings += self._move_into_range(wall)
@@ -230,7 +235,11 @@ class Granting:
 
     def _free_port(self, peer: PublicKey) -> int | None:
         taken = self._taken.get(peer, set())
-        return next((port for port in self._ports if port not in taken), None)
+        return next((port for port in self._ports if self._is_grantable(port) and port not in taken), None)
+
+    def _is_grantable(self, port: int) -> bool:
+        """Whether it may be granted."""
+        return port in self._ports and port != self._listen_port
 
     def _free_half(self, wall: float) -> int | None:
         for half in [half for half, until in self._resting.items() if until <= wall]:
@@ -274,7 +283,7 @@ class Granting:
         outside = [
             grant
             for grant in self._grants.values()
-            if any(side.port not in self._ports for side in grant.sides)
+            if not all(self._is_grantable(side.port) for side in grant.sides)
         ]
         for grant in outside:
             self._drop(_pair(grant), wall)

@@ -64,12 +64,23 @@ class Serving:
             self._granting.handle_timer(now + self._offset)
 
     def configure(
-        self, hubs: Hubs, *, is_hub: bool, members: Mapping[PublicKey, PublicKey], now: float
+        self,
+        hubs: Hubs,
+        *,
+        is_hub: bool,
+        listen_port: int,
+        members: Mapping[PublicKey, PublicKey],
+        now: float,
     ) -> None:
         """What the mesh says; `members` are WireGuard keys with their probe keys."""
         self._is_configured = True
         self._waiting += self._granting.configure(
-            is_hub=is_hub, ports=hubs.ports, limits=hubs.limits, members=members, wall=now + self._offset
+            is_hub=is_hub,
+            ports=hubs.ports,
+            limits=hubs.limits,
+            listen_port=listen_port,
+            members=members,
+            wall=now + self._offset,
         )
 
     def ask(self, asker: PublicKey, request: AskRelay, now: float) -> None:
