@@ -28,7 +28,7 @@ def _roamed(attempts: int) -> Iterator[Sample]:
             time.sleep(QUIET_S)
             began = time.monotonic()
             roaming.machine.move(site)
-            yield _answered_both_ways(world, roaming, still, began)
+            yield answered_both_ways(world, roaming, still, began)
 
 
 def _rebound(attempts: int) -> Iterator[Sample]:
@@ -37,7 +37,7 @@ def _rebound(attempts: int) -> Iterator[Sample]:
             time.sleep(QUIET_S)
             began = time.monotonic()
             _site(first).rebind()
-            yield _answered_both_ways(world, first, second, began)
+            yield answered_both_ways(world, first, second, began)
 
 
 def _healed(attempts: int) -> Iterator[Sample]:
@@ -61,10 +61,10 @@ def _rerouted(attempts: int) -> Iterator[Sample]:
             family = _family_in_use(first, second)
             began = time.monotonic()
             _cut_family(world, first, second, family)
-            yield _answered_both_ways(world, first, second, began)
+            yield answered_both_ways(world, first, second, began)
 
 
-def _answered_both_ways(world: World, first: Member, second: Member, began: float) -> Sample:
+def answered_both_ways(world: World, first: Member, second: Member, began: float) -> Sample:
     """Seconds since `began` until a ping each way, sent from now on, is answered."""
     flows = [world.flow(first, second), world.flow(second, first)]
     for flow in flows:

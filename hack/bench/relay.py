@@ -137,6 +137,7 @@ def _granting() -> tuple[Granting, list[PublicKey]]:
         is_hub=True,
         ports=PORTS,
         limits=RelayLimits(),
+        listen_port=0,
         members={key: PublicKey(secrets.token_bytes(32)) for key in keys},
         wall=time.time(),
     )
