@@ -9,15 +9,17 @@ if (($#)); then
     exec "${pytest[@]}" "$@"
 fi
 
-# Tests against a real API server mostly wait for it, so they run beside the others, and what they said is shown at
-# the end. The emulated machine of the kernel tests keeps the cores busy and heeds no other: it comes last.
-"${pytest[@]}" tests/kube >build/test-kube.log 2>&1 &
-kube=$!
-trap 'kill "$kube" 2>/dev/null || true' EXIT
+# Two streams, one for each of two cores, of which the second shows at the end what it said. The emulated machine of the
+# kernel tests keeps a core busy, so it goes beside those that count no seconds; tests against a real API server mostly
+# wait, so they go beside those with real packets.
+beside=build/test-beside.log
+"${pytest[@]}" tests/kernel tests/kube >"$beside" 2>&1 &
+child=$!
+trap 'kill "$child" 2>/dev/null || true' EXIT
 failed=0
-"${pytest[@]}" tests/unit tests/sim tests/netns tests/kernel || failed=$?
-printf '\n==> The tests against a real API server, which ran beside the others (build/test-kube.log):\n'
-wait "$kube" || failed=$?
+"${pytest[@]}" tests/unit tests/sim tests/netns || failed=$?
+printf '\n==> The virtual machine and the API server, which ran beside the others (%s):\n' "$beside"
+wait "$child" || failed=$?
 trap - EXIT
-cat build/test-kube.log
+cat "$beside"
 exit "$failed"
