@@ -142,6 +142,7 @@ def test_a_pair_with_a_direct_path_asks_nobody() -> None:
 def test_a_hub_that_does_not_answer_is_asked_ever_more_rarely_and_another_in_its_place() -> None:
     loop = _Loop(hubs=3)
     loop.grant(1)
+    loop.stand(PathKind.RELAYED)
     loop.run(200.0)
     gaps = [round(b - a, 3) for a, b in pairwise(loop.asked(0))]
     assert gaps[:5] == [0.3, 0.6, 1.2, 2.4, 4.8]
@@ -217,10 +218,27 @@ def test_a_pair_that_lost_its_direct_path_asks_again_so_that_the_hub_tells_the_o
     assert loop.asked(0) == [0.0, 500.0]
 
 
+def test_a_hub_that_lost_what_it_granted_is_asked_again_while_the_pair_has_no_path() -> None:
+    loop = _Loop(hubs=1)
+    loop.grant(0)
+    loop.run(61.0)
+    assert loop.asked(0)[:2] == [0.0, 60.0]
+
+
+def test_a_pair_that_lost_its_relay_asks_at_once() -> None:
+    loop = _Loop(hubs=1)
+    loop.grant(0)
+    loop.stand(PathKind.RELAYED)
+    loop.run(500.0)
+    loop.stand(PathKind.NONE)
+    assert loop.asked(0) == [0.0, 500.0]
+
+
 def test_a_much_nearer_hub_takes_the_place_of_the_farther_one_and_a_slightly_nearer_one_does_not() -> None:
     loop = _Loop(hubs=3)
     loop.grant(0)
     loop.grant(1)
+    loop.stand(PathKind.RELAYED)
     loop.reach(2, rtt=0.018)  # hub 1 takes 0.02
     loop.run(100.0)
     assert not loop.asked(2)

@@ -209,10 +209,12 @@ class Asking:
         before, pair.standing = pair.standing, standing
         if key in self._hubs:
             self._reach(key, standing, now)
-        if before.path is PathKind.DIRECT and standing.path is not PathKind.DIRECT:
-            for question in pair.questions.values():
-                if now - question.answered > TOLD_LATELY:
-                    question.next = now
+        is_worse = before.path is PathKind.DIRECT or standing.path is PathKind.NONE
+        for question in pair.questions.values() if before.path is not standing.path else ():
+            if is_worse and now - question.answered > TOLD_LATELY:
+                question.next = now
+            elif before.path is PathKind.NONE and not question.tries:
+                question.next = self._renewal(question.answered, pair)
         is_good = standing.path is not PathKind.NONE and not standing.is_in_doubt
         was_good = before.path is not PathKind.NONE and not before.is_in_doubt
         if was_good and not is_good:
@@ -250,7 +252,7 @@ class Asking:
             question = pair.questions[hub] = _Question(now)
         question.tries = question.refusals = 0
         question.answered, question.refused_until = now, 0.0
-        question.next = now + RENEW * (0.9 + 0.2 * self._random())
+        question.next = self._renewal(now, pair)
         self._hold(
             pair,
             HeldGrant(
@@ -264,6 +266,11 @@ class Asking:
         self._serve(message.peer, now)
         if pair.knock_at == planned:  # not just now, at all of them
             self._knock(message.peer, pair, [hub])
+
+    def _renewal(self, answered: float, pair: _Pair) -> float:
+        """When to ask again. A hub may lose what it granted: a pair that has no path asks before long."""
+        interval = RENEW if pair.standing.path is not PathKind.NONE else ASK_LONGEST
+        return answered + interval * (0.9 + 0.2 * self._random())
 
     def refused(self, hub: PublicKey, message: Refused, now: float) -> None:
         """Take a hub's refusal, asked for or not: another hub is asked, and this one again later."""
