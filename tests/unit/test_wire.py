@@ -5,7 +5,7 @@ from __future__ import annotations
 from ipaddress import IPv4Address, IPv6Address
 
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from scope import wire
@@ -102,8 +102,11 @@ def test_fields_that_a_later_release_appends_are_ignored(message: Message, appen
 @given(messages, st.data())
 def test_a_message_cut_short_is_refused(message: Message, data: st.DataObject) -> None:
     body = encode_message(message)
+    cut = data.draw(st.integers(0, len(body) - 1))
+    if isinstance(message, CallMeMaybe):  # whose opened endpoints earlier releases leave out
+        assume(cut != 2 + 19 * len(message.candidates))
     with pytest.raises(WireError):
-        decode_message(body[: data.draw(st.integers(0, len(body) - 1))])
+        decode_message(body[:cut])
 
 
 @given(st.binary(max_size=300))
