@@ -247,6 +247,20 @@ def test_a_much_nearer_hub_takes_the_place_of_the_farther_one_and_a_slightly_nea
     assert loop.asked(2)
 
 
+@pytest.mark.timeout(20)
+def test_hubs_that_refused_or_were_replaced_are_waited_for_without_haste() -> None:
+    loop = _Loop(hubs=3)
+    loop.refuse(0, RefusedBecause.NO_PORT_LEFT)
+    loop.grant(1)
+    loop.grant(2)
+    for path in (PathKind.RELAYED, PathKind.DIRECT, PathKind.NONE, PathKind.RELAYED):
+        loop.stand(path)
+    loop.run(10.0)
+    loop.grant(0)
+    loop.run(8000.0)  # the farthest one's hour is over, too
+    assert len(loop.asked()) < 300
+
+
 # --- grants ------------------------------------------------------------------------------------------------
 
 

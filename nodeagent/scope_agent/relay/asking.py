@@ -210,10 +210,10 @@ class Asking:
         if key in self._hubs:
             self._reach(key, standing, now)
         is_worse = before.path is PathKind.DIRECT or standing.path is PathKind.NONE
-        for question in pair.questions.values() if before.path is not standing.path else ():
+        for hub, question in pair.questions.items() if before.path is not standing.path else ():
             if is_worse and now - question.answered > TOLD_LATELY:
                 question.next = now
-            elif before.path is PathKind.NONE and not question.tries:
+            elif before.path is PathKind.NONE and hub in pair.grants and not question.tries:
                 question.next = self._renewal(question.answered, pair)
         is_good = standing.path is not PathKind.NONE and not standing.is_in_doubt
         was_good = before.path is not PathKind.NONE and not before.is_in_doubt
@@ -328,14 +328,14 @@ class Asking:
         was_warm, pair.is_warm = pair.is_warm, warm_until is None or now < warm_until
         if pair.is_warm and not was_warm:
             pair.knock_at = now
-        if self._wants_hubs(pair):
-            for hub in self._choose(key, pair, now):
-                self._ask(key, pair, hub, now)
+        asked = self._choose(key, pair, now) if self._wants_hubs(pair) else []
+        for hub in asked:
+            self._ask(key, pair, hub, now)
         self._offer(key, pair)
         if pair.is_warm and now >= pair.knock_at:
             pair.knock_at = now + KNOCK_INTERVAL * (0.9 + 0.1 * self._random())
             self._knock(key, pair, list(pair.grants))
-        self._arm(key, pair, now)
+        self._arm(key, pair, asked, now)
 
     def _wants_hubs(self, pair: _Pair) -> bool:
         """Whether hubs are to be asked: a doubt may be over in a moment, so what is held is enough for it."""
@@ -427,13 +427,14 @@ class Asking:
 
     # --- the agenda ----------------------------------------------------------------------------------------
 
-    def _arm(self, key: PublicKey, pair: _Pair, now: float) -> None:
+    def _arm(self, key: PublicKey, pair: _Pair, asked: Iterable[PublicKey], now: float) -> None:
         times = list(pair.until.values())
         if pair.is_warm:
             times.append(pair.knock_at if pair.grants else float("inf"))
             times.append(pair.warm_until() or float("inf"))
+        times += [pair.questions[hub].next for hub in asked]
         if self._wants_hubs(pair):
-            times += [q.next for hub, q in pair.questions.items() if hub in self._reached and hub != key]
+            times += [q.refused_until for q in pair.questions.values() if q.refused_until > now]
         due = max(min(times, default=float("inf")), now)
         if due == float("inf"):
             self._armed.pop(key, None)
