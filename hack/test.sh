@@ -9,17 +9,20 @@ if (($#)); then
     exec "${pytest[@]}" "$@"
 fi
 
-# Two streams, one for each of two cores, of which the second shows at the end what it said. The emulated machine of the
-# kernel tests keeps a core busy, so it goes beside those that count no seconds; tests against a real API server mostly
-# wait, so they go beside those with real packets.
-beside=build/test-beside.log
-"${pytest[@]}" tests/kernel tests/kube >"$beside" 2>&1 &
-child=$!
-trap 'kill "$child" 2>/dev/null || true' EXIT
+# Three streams on two cores: the emulated machine of the kernel tests heeds nobody, and tests against a real API server
+# mostly wait. They run beside the units and simulations, which count no seconds, and what they said is shown at the end.
+declare -A beside=()
+trap 'kill "${beside[@]}" 2>/dev/null || true' EXIT
+for folder in kernel kube; do
+    "${pytest[@]}" "tests/$folder" >"build/test-$folder.log" 2>&1 &
+    beside[$folder]=$!
+done
 failed=0
 "${pytest[@]}" tests/unit tests/sim tests/netns || failed=$?
-printf '\n==> The virtual machine and the API server, which ran beside the others (%s):\n' "$beside"
-wait "$child" || failed=$?
+for folder in kernel kube; do
+    printf '\n==> tests/%s, which ran beside the others:\n' "$folder"
+    wait "${beside[$folder]}" || failed=$?
+    cat "build/test-$folder.log"
+done
 trap - EXIT
-cat "$beside"
 exit "$failed"
