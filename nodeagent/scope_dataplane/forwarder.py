@@ -25,7 +25,6 @@ import argparse
 import contextlib
 import ctypes
 import errno
-import fcntl
 import gc
 import json
 import os
@@ -33,8 +32,6 @@ import resource
 import select
 import signal
 import socket
-import stat
-import sys
 import time
 from dataclasses import dataclass
 from types import FrameType
@@ -61,17 +58,15 @@ from scope_dataplane.batches import (
     token_of,
 )
 from scope_dataplane.pairs import Address, End, Pairs, Place
+from scope_dataplane.process import log, take_lock
 
 LOOK_INTERVAL = 0.25  # how soon a grant's end is seen, and the file's where the kernel does not tell
 READ_SHARE = 4.0  # after a read that took t seconds the next one waits so many t: grants may come by hundreds
 WAIT_INTERVAL = 0.05  # how soon the file's appearance is
 BIND_INTERVAL = 5.0  # how often a port that another program held is tried again
-LOCK_TIMEOUT = 1.0  # somebody may hold it for an instant, to see whether it is free
 
 # What the lock file says once we serve; it is empty before.
 RUNNING = b"running"
-
-LOG_BYTES = 256 << 10  # beyond this the log starts afresh
 
 # Of a socket, both ways: what comes while a thousand grants are read (10 ms) at 1 Gbit/s. The kernel counts
 # its own bookkeeping too, which for batches is little and for single datagrams the larger part.
@@ -114,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(grants: str, *, mark: int) -> int:
     stem = os.path.splitext(grants)[0]
-    lock = _take_lock(stem + ".lock")
+    lock = take_lock(stem + ".lock")
     if lock is None:
         return _complain(f"another scope-forwarder runs for {grants}")
     os.ftruncate(lock, 0)
@@ -561,32 +556,8 @@ def _drain_watch(descriptor: int) -> None:
             pass
 
 
-def _take_lock(path: str) -> int | None:
-    """Lock the file until this process ends; None where another one holds it."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    deadline = time.monotonic() + LOCK_TIMEOUT
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(0.02)
-        else:
-            return descriptor
-
-
 def _log(event: str) -> None:
-    """One line to standard error, which the agent points at a file beside the file of grants."""
-    try:
-        found = os.fstat(2)
-        if stat.S_ISREG(found.st_mode) and found.st_size > LOG_BYTES:
-            os.ftruncate(2, 0)
-        sys.stderr.write(f"scope-forwarder: {event}\n")
-        sys.stderr.flush()
-    except OSError:
-        pass  # a full disk or a closed terminal ends no relaying
+    log("scope-forwarder", event)
 
 
 def _complain(sentence: str) -> int:

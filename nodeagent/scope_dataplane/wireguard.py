@@ -27,8 +27,9 @@ import select
 import signal
 import socket
 import struct
-import sys
 import time
+
+from scope_dataplane.process import log, take_lock
 
 CONTROL_SOCKETS = "/var/run/wireguard"  # fixed by the program
 
@@ -41,7 +42,6 @@ WAIT_INTERVAL = 0.05  # how soon its appearance is
 START_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 10.0
 STOP_TIMEOUT = 5.0
-LOCK_TIMEOUT = 1.0  # somebody may hold it for an instant, to see whether it is free
 
 # The first restart is immediate; a process that dies at once is then given ever more time.
 STABLE_AFTER = 5.0
@@ -49,8 +49,6 @@ FIRST_BACKOFF, LAST_BACKOFF = 0.1, 5.0
 
 # What the lock file says, of one length, so that a reader sees one or the other.
 STARTING, READY = b"starting", b"ready   "
-
-LOG_BYTES = 256 << 10  # beyond this the log starts afresh
 
 _TUNSETIFF, _TUNSETPERSIST = 0x400454CA, 0x400454CB
 _IFF_TUN, _IFF_NO_PI = 0x0001, 0x1000
@@ -69,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", metavar="NAME", help="the network interface")
     parser.add_argument("--state", required=True, metavar="FILE", help="the state file that the agent writes")
     options = parser.parse_args(arguments)
-    lock = _take_lock(os.path.splitext(options.state)[0] + ".lock")
+    lock = take_lock(os.path.splitext(options.state)[0] + ".lock")
     if lock is None:
         return _complain(f"another scope-wireguard runs for {options.name}")
     program = _find_program()
@@ -235,31 +233,8 @@ def _find_program() -> str | None:
     return next((path for path in paths if os.path.isfile(path) and os.access(path, os.X_OK)), None)
 
 
-def _take_lock(path: str) -> int | None:
-    """Lock the file until this process ends; None where another one holds it."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    deadline = time.monotonic() + LOCK_TIMEOUT
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return None
-            time.sleep(0.02)
-        else:
-            return descriptor
-
-
 def _log(event: str) -> None:
-    """One line to standard error, which the agent points at a file beside the state file."""
-    try:
-        if os.fstat(2).st_size > LOG_BYTES:
-            os.ftruncate(2, 0)
-        sys.stderr.write(f"scope-wireguard: {event}\n")
-        sys.stderr.flush()
-    except OSError:
-        pass  # a full disk or a closed terminal ends no tunnel
+    log("scope-wireguard", event)
 
 
 def _complain(sentence: str) -> int:
