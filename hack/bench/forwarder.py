@@ -14,7 +14,6 @@ import os
 import secrets
 import socket
 import struct
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,17 +25,15 @@ from lab.netns import call_in
 from lab.plan import CORE_IPV4, CORE_IPV6
 from scope_agent.relay.shell.forwarder import ForwarderProcess
 
-from bench.agents import BenchError, spawn
+from bench.agents import BenchError
+from bench.flood import rate
 from bench.result import Benchmark, Row, Sample, Target
 from scope.model import PublicKey, RelayLimits
 from scope.relay import Grant, Grants, Side
 from scope.wire import TOKEN_BYTES
 
-WARM_S = 1.0  # not counted
-SECONDS = 3.0
 PLAIN_PORT, FIRST_PORT = 5000, 26000
 START_S = 20.0
-_HERE = (Path(__file__).parents[1],)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +102,7 @@ def _plain(way: _Way, sender: Host, receiver: Host) -> float:
     """Bytes a second straight from one to the other, over the receiver's IP."""
     address = str(receiver.ipv4 if way.receiver == 4 else receiver.ipv6)
     end = [address, str(PLAIN_PORT)]
-    return _rate(way, sender, receiver, sends=end, receives=end)
+    return rate(sender, receiver, sends=end, receives=end, batch=way.batch)
 
 
 def _relayed(way: _Way, grant: Grant, sender: Host, receiver: Host) -> float:
@@ -114,49 +111,7 @@ def _relayed(way: _Way, grant: Grant, sender: Host, receiver: Host) -> float:
         (str(CORE_IPV4 if version == 4 else CORE_IPV6), str(side.port), side.token.hex())
         for version, side in zip((way.sender, way.receiver), grant.sides, strict=True)
     ]
-    return _rate(way, sender, receiver, sends=list(ends[0]), receives=list(ends[1]))
-
-
-def _rate(way: _Way, sender: Host, receiver: Host, *, sends: list[str], receives: list[str]) -> float:
-    """`sends` and `receives`: address, port, and a token where that is a hub's."""
-    log = receiver.directory / "flood.log"
-    log.unlink(missing_ok=True)
-    sink = spawn(
-        receiver,
-        "bench.datagrams",
-        "receive",
-        *receives[:2],
-        str(WARM_S),
-        str(SECONDS),
-        *receives[2:],
-        log=log,
-        path=_HERE,
-    )
-    source = spawn(
-        sender,
-        "bench.datagrams",
-        "send",
-        *sends[:2],
-        str(WARM_S + SECONDS + START_S),
-        str(way.batch),
-        *sends[2:],
-        log=sender.directory / "flood.log",
-        path=_HERE,
-    )
-    try:
-        sink.wait(WARM_S + SECONDS + START_S)
-    except subprocess.TimeoutExpired:
-        raise BenchError(f"the flood to {sends[0]} did not end") from None
-    finally:
-        source.kill()
-        source.wait()
-    try:
-        rate = float(log.read_text())
-    except ValueError:
-        raise BenchError(f"the flood to {sends[0]} gave no rate:\n{log.read_text()}") from None
-    if not rate:
-        raise BenchError(f"nothing of the flood to {sends[0]} arrived")
-    return rate
+    return rate(sender, receiver, sends=ends[0], receives=ends[1], batch=way.batch)
 
 
 def _grant(number: int) -> Grant:

@@ -11,34 +11,30 @@ from __future__ import annotations
 import contextlib
 import secrets
 import socket
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean, median
 
-from lab import Host, Lab
+from lab import Lab
 from lab.netns import call_in
 from lab.plan import CORE_IPV4, CORE_IPV6
 from scope_agent.relay.granting import Granting
 from scope_agent.relay.shell.rules import KernelRelay
 
-from bench.agents import BenchError, spawn
+from bench.agents import BenchError
+from bench.flood import ENDED_S, rate
 from bench.result import Benchmark, Row, Sample, Target
 from scope.model import Forwarding, PublicKey, RelayLimits
 from scope.relay import Grant, knock
 from scope.wire import AskRelay
 
-WARM_S = 1.0  # not counted
-SECONDS = 3.0
-ENDED_S = 20.0  # for a program to start and end on a busy machine
 PLAIN_PORT = 5000
 PORTS = (26000, 26255)
 PAIRS = 1000  # on one hub
 PEERS = 64  # of that many peers: 2016 pairs
 ROUND_TRIPS = 2000
 _DATA = b"\4\0\0\0" + bytes(124)
-_HERE = (Path(__file__).parents[1],)
 
 
 def _ratios(attempts: int) -> Iterator[Sample | Row]:
@@ -50,10 +46,10 @@ def _ratios(attempts: int) -> Iterator[Sample | Row]:
                 hub = str(CORE_IPV4 if version == 4 else CORE_IPV6)
                 straight = [address, str(PLAIN_PORT)]
                 ends = [[hub, str(side.port), side.token.hex()] for side in grant.sides]
-                plain, relayed = [_rate(sender, receiver, straight, straight)], list[float]()
+                plain, relayed = [rate(sender, receiver, sends=straight, receives=straight)], list[float]()
                 for _ in range(attempts):
-                    relayed.append(_rate(sender, receiver, ends[0], ends[1]))
-                    plain.append(_rate(sender, receiver, straight, straight))
+                    relayed.append(rate(sender, receiver, sends=ends[0], receives=ends[1]))
+                    plain.append(rate(sender, receiver, sends=straight, receives=straight))
                     yield relayed[-1] / fmean(plain[-2:])
                 yield {
                     "IP": version,
@@ -161,32 +157,6 @@ def _round_trip(ends: list[socket.socket], ways: list[tuple[str, int]]) -> float
         ends[0].recv(2048)
         times.append(time.perf_counter() - began)
     return median(times)
-
-
-def _rate(sender: Host, receiver: Host, sends: list[str], receives: list[str]) -> float:
-    """Bytes a second that arrive. `sends` and `receives`: address, port, and a token at a hub."""
-    log = receiver.directory / "flood.log"
-    log.unlink(missing_ok=True)
-    listening = (*receives[:2], str(WARM_S), str(SECONDS), *receives[2:])
-    sending = (*sends[:2], str(WARM_S + SECONDS + ENDED_S), "1", *sends[2:])
-    sink = spawn(receiver, "bench.datagrams", "receive", *listening, log=log, path=_HERE)
-    source = spawn(
-        sender, "bench.datagrams", "send", *sending, log=sender.directory / "flood.log", path=_HERE
-    )
-    try:
-        sink.wait(WARM_S + SECONDS + ENDED_S)
-    except subprocess.TimeoutExpired:
-        raise BenchError(f"the flood to {sends[0]} did not end") from None
-    finally:
-        source.kill()
-        source.wait()
-    try:
-        rate = float(log.read_text())
-    except ValueError:
-        raise BenchError(f"the flood to {sends[0]} gave no rate:\n{log.read_text()}") from None
-    if not rate:
-        raise BenchError(f"nothing of the flood to {sends[0]} arrived")
-    return rate
 
 
 def _slab() -> int:
