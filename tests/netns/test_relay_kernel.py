@@ -363,14 +363,17 @@ def second_address(relay: Relay) -> IPAddress:
 def test_knocks_of_one_side_beyond_a_few_a_second_do_nothing(relay: Relay) -> None:
     """A member that plays with its token moves itself, at a bounded pace, and nobody else."""
     tag = "4" if relay.family is Family.IPV4 else "6"
+    local = relay.local(A_PORT)
     ends = [relay.end(relay.internet.anna) for _ in range(100)]
     for end in ends:
         end.send(knock(A_TOKEN), relay.hub, A_PORT)
+    for _ in ends:
+        local.receive()  # what comes from elsewhere may overtake knocks: wait until the kernel has done them
     relay.b.send(DATA, relay.hub, B_PORT)
     (spoken_to,), _, _ = select.select([end.socket for end in ends], [], [], PATIENCE)
-    assert 10 <= [end.socket for end in ends].index(spoken_to) < 90
+    assert 5 <= [end.socket for end in ends].index(spoken_to) < 90
     # One for each side, once the kernel has cleared away; a few more where processors took knocks at once.
-    assert relay.elements(f"address{tag}") <= 2 + 20
+    assert relay.elements(f"address{tag}") <= 2 + 10
     wait_until(lambda: relay.elements(f"place{tag}") < 10, "places stay that were taken away")
 
 
