@@ -35,7 +35,7 @@ REMOVED = 3  # exit status; RestartPreventExitStatus of docs/systemd/scope-agent
 RUN_DIR = Path("/run/scope")
 MAX_DEVICE_NAME = 15  # IFNAMSIZ less its zero
 DISMISS_PATIENCE = 2.0  # for a running agent to take what it is told
-LEAVE_PATIENCE = 5.0  # for a running agent to hear of its own leaving and end
+LEAVE_PATIENCE = 30.0  # for a running agent to hear of its own leaving and end, on a machine that is busy
 
 
 def main(arguments: list[str] | None = None) -> int:
