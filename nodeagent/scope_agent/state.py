@@ -41,6 +41,7 @@ from scope.model import (
 from scope.relay import Grants, decode_grants, encode_grants
 from scope.wire import TOKEN_BYTES
 from scope_agent.desired import Identity
+from scope_agent.files import replace_file
 from scope_agent.inputs import DiskState
 from scope_agent.relay.asking import HeldGrant
 
@@ -264,39 +265,26 @@ def _lock(path: Path, flags: int, mesh: str) -> int:
 def _write(
     path: Path, document: Mapping[str, object], *, peers: Iterable[Mapping[str, object]] | None = None
 ) -> None:
-    """Replace `path` whole, 0600. The temporary file is new, so nobody's link is followed.
+    """Replace `path` whole. Raises ConfigError; the old one is then there still.
 
     `peers` becomes the member of that name. Each is rendered by itself: ten thousand dictionaries at once
     would be half of what the agent holds.
     """
-    import tempfile  # it loads three compressors, and nothing is written before the first ping
-
-    temporary = ""
+    text = _json({"format": FORMAT, **document})
+    parts = [text] if peers is None else _with_peers(text, peers)
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            text = _json({"format": FORMAT, **document})
-            if peers is not None:
-                file.write(text.removesuffix("}") + ',"peers":[')
-                for number, peer in enumerate(peers):
-                    file.write(("," if number else "") + _json(peer))
-                text = "]}"
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        replace_file(path, parts, durable=True)
     except OSError as error:
-        if temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
         raise ConfigError(
             f"cannot write {path}: {error.strerror}; {_next_move(error)}. Nothing was lost"
         ) from None
+
+
+def _with_peers(text: str, peers: Iterable[Mapping[str, object]]) -> Iterator[str]:
+    yield text.removesuffix("}") + ',"peers":['
+    for number, peer in enumerate(peers):
+        yield ("," if number else "") + _json(peer)
+    yield "]}"
 
 
 def _json(value: Mapping[str, object]) -> str:

@@ -691,7 +691,7 @@ def test_one_that_was_killed_is_started_again(hub: Hub, agents: ForwarderProcess
     wait_until(lambda: not agents.is_running(), "it is gone")
 
     def is_back() -> bool:
-        call_in(hub.host.namespace, agents.ensure_running)
+        call_in(hub.host.namespace, lambda: agents.program(all_grants(grant(1))))
         return agents.is_running()
 
     wait_until(is_back, "it is back")
@@ -700,7 +700,7 @@ def test_one_that_was_killed_is_started_again(hub: Hub, agents: ForwarderProcess
 
 
 def test_stopping_one_that_never_served_leaves_nothing(hub: Hub, agents: ForwarderProcess) -> None:
-    call_in(hub.host.namespace, agents.ensure_running)
+    call_in(hub.host.namespace, lambda: agents.program(all_grants(grant(1))))
     agents.stop()
     assert started_for(hub.file) == []
 

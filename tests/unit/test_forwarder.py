@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import struct
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from scope_agent.relay.shell import forwarder as agents
-from scope_agent.relay.shell.forwarder import ForwarderProcess, parse_counters
+from scope_agent.relay.shell.forwarder import parse_counters
 from scope_dataplane import forwarder
 from scope_dataplane.batches import (
     IP_PKTINFO,
@@ -551,34 +548,3 @@ def test_counters_are_read_as_they_are_told() -> None:
 def test_what_is_no_list_of_counters_is_refused(text: str) -> None:
     with pytest.raises((ValueError, KeyError, TypeError)):
         parse_counters(text)
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
-def test_a_forwarder_that_ends_at_once_is_started_ever_more_rarely(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock = _Clock()
-    started: list[float] = []
-
-    def spawn(*_: object, **__: object) -> int:
-        started.append(clock.now)
-        return 12345
-
-    monkeypatch.setattr(agents, "time", clock)
-    monkeypatch.setattr(os, "posix_spawn", spawn)
-    monkeypatch.setattr(os, "waitpid", lambda pid, _: (pid, 256))
-    process = ForwarderProcess(tmp_path / "grants.json")
-    for _ in range(1000):
-        process.ensure_running()
-        clock.now += 0.1
-    gaps = [later - earlier for earlier, later in pairwise(started)]
-    assert gaps[0] == pytest.approx(agents.FIRST_BACKOFF, abs=0.3)
-    assert all(later > earlier for earlier, later in pairwise(gaps[:6]))
-    assert max(gaps) == pytest.approx(agents.LAST_BACKOFF, abs=0.3)

@@ -51,7 +51,8 @@ _ID_MASK: Final = 0x00F030FF
 _MARK_MASK: Final = 0xFFFFFFFF & ~_ID_MASK
 
 # Of one side: four addresses of ours, and a network that changes. Each may take away what the one before it
-# said, which the kernel clears away once a second; and beyond sixteen that wait for it, it can note no new one.
+# said, which the kernel clears away once a second; and beyond sixteen that wait for it, it can note no new
+# one.
 _KNOCKS_PER_SECOND, _KNOCK_BURST = 3, 10
 _PACE_FORGOTTEN: Final = 60  # seconds after which a pair's pace starts anew: many times its burst
 _LEARNED_SIZE: Final = 32768  # every side there can be, and as many that the kernel has yet to clear away

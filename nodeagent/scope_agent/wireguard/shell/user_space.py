@@ -9,12 +9,9 @@ it (it waits for the file); otherwise the agent does.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import os
 import socket
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +38,7 @@ from scope_agent.wireguard.device import (
     SetUp,
 )
 from scope_agent.wireguard.shell.links import Links, failure
+from scope_agent.wireguard.shell.process import DataplaneProcess
 
 PROGRAM = "wireguard-go"
 CONTROL_SOCKETS = Path("/var/run/wireguard")  # fixed by the program
@@ -66,13 +64,13 @@ class UserSpaceDevice:
         self._name = name
         self._links = links
         self._control = CONTROL_SOCKETS / f"{name}.sock"
-        self._state, self._lock = state_path(run_dir, name), lock_path(run_dir, name)
+        state = state_path(run_dir, name)
+        self._process = DataplaneProcess("wireguard", state, name, "--state", str(state))
         self._public_keys: tuple[Secret, PublicKey] | None = None
         self._told: dict[int, ObservedPeer] = {}
         self._kept: DesiredDevice | None = None  # what the state file holds
         self._to_keep: DesiredDevice | None = None  # what it is to hold once `_keep_after` has come
         self._keep_after = 0.0
-        self._supervisor: int | None = None  # the pid of the one that we started
 
     def observe(self) -> ObservedDevice:
         """Read everything; without its process the device does not exist. Raises ApplyError, ConfigError."""
@@ -131,17 +129,17 @@ class UserSpaceDevice:
         self._to_keep = desired
         self._keep_due(at_once=self._kept is None or _is_urgent(self._kept, desired))
         if self._links.find() is not None:
-            self._supervise()
+            self._process.ensure_running()
 
     def _keep_due(self, *, at_once: bool = False) -> None:
         desired, kept, began = self._to_keep, self._kept, time.monotonic()
         if desired is None:
             return
-        is_there = self._state.exists()
+        is_there = self._process.file.exists()
         if kept is not None and is_there and _is_kept(kept, desired):
             self._to_keep = None
         elif at_once or not is_there or began >= self._keep_after:
-            self._write_state(uapi.render_state(desired))
+            self._process.write(uapi.render_state(desired))
             self._kept, self._to_keep = desired, None
             ended = time.monotonic()
             self._keep_after = ended + KEEP_SHARE * (ended - began)
@@ -149,17 +147,9 @@ class UserSpaceDevice:
     def delete(self) -> None:
         """Remove the state file, wait for supervisor and process to end, remove the TUN."""
         self._kept = self._to_keep = None
-        self._state.unlink(missing_ok=True)
-        deadline = time.monotonic() + START_TIMEOUT
-        while _is_locked(self._lock) and self._lock.stat().st_size:  # empty: it waits for the next file
-            if time.monotonic() > deadline:
-                raise ApplyError(f"scope-wireguard for {self._name} does not end")
-            time.sleep(_POLL_INTERVAL)
-        self._is_starting()  # it has ended: reap it
+        self._process.end(START_TIMEOUT, terminate=False)  # it ends the process behind the device first
         self._links.delete()
-        if not _is_locked(self._lock):
-            self._lock.unlink(missing_ok=True)
-        self._log_path().unlink(missing_ok=True)
+        self._process.forget()
 
     def close(self) -> None:
         """Give the descriptors back; device, process and supervisor stay."""
@@ -170,68 +160,22 @@ class UserSpaceDevice:
 
     def _start(self) -> None:
         """Start what is not running and wait until it answers and is configured."""
-        if not self._state.exists():
-            self._write_state(uapi.BLANK_STATE)
-        self._supervise()
+        if not self._process.file.exists():
+            self._process.write(uapi.BLANK_STATE)
         deadline = time.monotonic() + START_TIMEOUT
         while not self._is_ready() or self._ask_if_running(uapi.GET) is None:
+            self._process.ensure_running()
             if time.monotonic() > deadline:
                 raise ApplyError(
-                    f"{self._name} did not start in {START_TIMEOUT:.0f} s; see {self._log_path()}"
+                    f"{self._name} did not start in {START_TIMEOUT:.0f} s; see {self._process.log}"
                 )
             time.sleep(_POLL_INTERVAL)
 
-    def _supervise(self) -> None:
-        if _is_locked(self._lock):
-            return
-        if self._is_starting():
-            return
-        append = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
-        command = [sys.executable, "-m", "scope_dataplane.wireguard", self._name, "--state", str(self._state)]
-        # A session, and no pipe and no terminal of ours: it lives on when we are gone.
-        self._supervisor = os.posix_spawn(
-            sys.executable,
-            command,
-            os.environ,
-            file_actions=[
-                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0),
-                (os.POSIX_SPAWN_OPEN, 2, str(self._log_path()), append, 0o600),
-            ],
-            setsid=True,
-        )
-
-    def _is_starting(self) -> bool:
-        """Whether a supervisor of ours lives, and so is about to take the lock; a dead one is reaped."""
-        if self._supervisor is None:
-            return False
-        with contextlib.suppress(ChildProcessError):
-            if os.waitpid(self._supervisor, os.WNOHANG) == (0, 0):
-                return True
-        self._supervisor = None
-        return False
-
     def _is_ready(self) -> bool:
         try:
-            return self._lock.read_bytes().rstrip() == b"ready"
+            return self._process.lock.read_bytes().rstrip() == b"ready"
         except FileNotFoundError:
             return False
-
-    def _log_path(self) -> Path:
-        return self._state.with_suffix(".log")
-
-    def _write_state(self, text: str) -> None:
-        """Replace the file in one step: a reader sees the old or the new one, nobody else sees either."""
-        temporary = self._state.with_suffix(".new")
-        try:
-            self._state.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            temporary.unlink(missing_ok=True)
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            with open(descriptor, "w") as file:
-                file.write(text)
-            temporary.replace(self._state)
-        except OSError as error:
-            raise ApplyError(f"Writing {self._state}: {error.strerror}") from None
 
     def _set(self, operation: str, doing: str) -> None:
         answer = self._ask_if_running(operation)
@@ -341,20 +285,6 @@ def require_program() -> None:
 
 def _is_program(path: Path) -> bool:
     return path.is_file() and os.access(path, os.X_OK)
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _refuse_taken_port(port: int) -> None:
