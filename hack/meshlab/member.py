@@ -19,7 +19,7 @@ from meshlab.names import Introduces
 from meshlab.programs import await_line, program, tail
 
 _JOIN_S = 30.0
-_LEAVE_S = 30.0
+_LEAVE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
