@@ -326,6 +326,14 @@ def test_a_handshake_that_never_comes_is_waited_for_one_second() -> None:
     assert loop.view().ready
 
 
+def test_a_peer_whose_handshake_came_before_its_nomination_may_be_sent_to_once_it_echoes() -> None:
+    loop = _Loop(V4, lower=False)
+    loop.device(got=148, handshake=True, endpoint=V4)
+    loop.rtt[V4] = RTT
+    loop.run(2.0)
+    assert (loop.is_direct(), loop.view().endpoint, loop.view().ready) == (True, V4, True)
+
+
 def test_a_side_without_a_session_initiates_whatever_its_key() -> None:
     loop = _Loop(V4, lower=False)
     loop.rtt[V4] = RTT

@@ -724,11 +724,11 @@ class Pair:
         self._live(now)
         if was_direct and not self._path.is_direct:
             self.search(now)  # the peer had to leave the direct path
-        self._gate.start(now)
 
     def _live(self, now: float) -> None:
         """There is a path: what a doubt still had in mind is dropped, and of a direct one the search too."""
         self._path.live(now)
+        self._gate.start(now)
         self._liveness.clear()
         if self._path.is_direct:
             self._search.succeed()
