@@ -111,7 +111,7 @@ def test_a_member_that_speaks_from_thousands_of_places_is_kept_in_bounds() -> No
         data = b.agent._channel.seal(a.identity.public.probe, Ping(number, has_session=True, received=0))
         a.give(DatagramArrived(data, Socket(source)))
     assert len(a.agent._paths._pairs[b.key]._routes) <= MAX_ROUTES
-    assert len(a.agent._paths._heap) < 1000
+    assert len(a.agent._paths._agenda._heap) < 1000
     world.run(30.0)
     assert a.endpoint_of(b) == right
     assert world.is_direct(a, b)

@@ -33,6 +33,7 @@ from scope.model import (
     Timers,
 )
 from scope.wire import MAX_CANDIDATES, CallMeMaybe, Message, Nominate, Nominated, Ping, Pong
+from scope_agent.agenda import Agenda
 from scope_agent.paths.candidates import claims, is_private, misplacement, own_candidates, refusal
 from scope_agent.paths.due import CallPeer, CheckMapping, SendTo
 from scope_agent.paths.pace import Pace
@@ -114,9 +115,7 @@ class Paths:
         self._interfaces: frozenset[IPInterface] = frozenset()
         self._listen_port = 0
         self._reflexive = Reflexive()
-        self._heap: list[tuple[float, int, PublicKey]] = []
-        self._armed: dict[PublicKey, float] = {}
-        self._sequence = 0
+        self._agenda: Agenda[PublicKey] = Agenda()
         self._transaction = 0
         self._unread_since: float | None = None  # the device's counters moved and were not read since
         self._out: deque[PathsOutput] = deque()
@@ -359,7 +358,8 @@ class Paths:
 
     def get_timer(self) -> float | None:
         """When `handle_timer` wants to run next."""
-        times = [self._heap[0][0]] if self._heap else []
+        due = self._agenda.next()
+        times = [due] if due is not None else []
         reflexive = self._reflexive.get_timer()
         if reflexive is not None and self._families:
             times.append(reflexive)
@@ -376,19 +376,17 @@ class Paths:
                 self._out.append(Outgoing(question.target.probe_key, ping, question.target.endpoint))
             if self._publish(now):
                 self._tell_mapping(now)
-        self._pace.earn(now, late=now - self._heap[0][0] if self._heap else 0.0)
-        while self._heap and self._heap[0][0] <= now:
-            at, _, key = heapq.heappop(self._heap)
-            if self._armed.get(key) == at:
-                del self._armed[key]
-                pair = self._pairs[key]
-                is_there = pair.is_answering(now) and self._pace.may_answer
-                if pair.direct or pair.is_urgent or is_there:
-                    self._serve(key, now)
-                elif pair.is_punching(now):
-                    self._young[key] = None
-                else:
-                    self._waiting[key] = None
+        due = self._agenda.next()
+        self._pace.earn(now, late=now - due if due is not None else 0.0)
+        while (key := self._agenda.take(now)) is not None:
+            pair = self._pairs[key]
+            is_there = pair.is_answering(now) and self._pace.may_answer
+            if pair.direct or pair.is_urgent or is_there:
+                self._serve(key, now)
+            elif pair.is_punching(now):
+                self._young[key] = None
+            else:
+                self._waiting[key] = None
         while (self._young or self._waiting) and self._pace.may_search:
             self._serve(next(iter(self._young or self._waiting)), now)
 
@@ -583,7 +581,7 @@ class Paths:
         probe = self._keys.pop(key)
         self._peer_of.pop(probe, None)
         self._origins.pop(probe, None)
-        self._armed.pop(key, None)
+        self._agenda.put(key, None)
         self._young.pop(key, None)
         self._waiting.pop(key, None)
         self._restored.pop(key, None)
@@ -650,17 +648,7 @@ class Paths:
         elif key in self._young or key in self._waiting:
             return
         due = pair.get_timer()
-        if due is None:
-            self._armed.pop(key, None)
-            return
-        due = max(due, now)
-        if self._armed.get(key) != due:
-            self._armed[key] = due
-            self._sequence += 1
-            heapq.heappush(self._heap, (due, self._sequence, key))
-        if len(self._heap) > 4 * len(self._armed) + 64:  # mostly appointments that were moved since
-            self._heap = [entry for entry in self._heap if self._armed.get(entry[2]) == entry[0]]
-            heapq.heapify(self._heap)
+        self._agenda.put(key, max(due, now) if due is not None else None)
 
     def _note_last_good(self, key: PublicKey, endpoint: Endpoint | None) -> None:
         if self._last_good.get(key) == endpoint:

@@ -16,7 +16,6 @@ Peers and hubs are named by their WireGuard keys. Time is monotonic seconds.
 
 from __future__ import annotations
 
-import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from typing import TypeAlias
 from scope.model import Endpoint, Family, IPAddress, PathKind, PublicKey
 from scope.relay import knock
 from scope.wire import Granted, Refused, RefusedBecause
+from scope_agent.agenda import Agenda
 
 HUBS = 2  # asked for each pair: one that dies is left for the other
 MAX_GRANTS = 4  # of one pair: our two hubs, and the other side's
@@ -158,9 +158,7 @@ class Asking:
         self._restored: list[HeldGrant] = []
         self._slot = float("-inf")  # when the next question fits the pace
         self._out: deque[AskingOutput] = deque()
-        self._heap: list[tuple[float, int, PublicKey]] = []
-        self._armed: dict[PublicKey, float] = {}
-        self._sequence = 0
+        self._agenda: Agenda[PublicKey] = Agenda()
         self._is_changed = False
 
     # --- what is known -------------------------------------------------------------------------------------
@@ -174,7 +172,7 @@ class Asking:
         members = set(peers)
         for key in self._pairs.keys() - members:
             del self._pairs[key]
-            self._armed.pop(key, None)
+            self._agenda.put(key, None)
         for key in sorted(members - self._pairs.keys()):
             self._pairs[key] = _Pair(Standing(PathKind.DIRECT, float("-inf")))  # until we hear otherwise
         if self._restored:
@@ -301,15 +299,12 @@ class Asking:
 
     def get_timer(self) -> float | None:
         """When `handle_timer` wants to run next."""
-        return self._heap[0][0] if self._heap else None
+        return self._agenda.next()
 
     def handle_timer(self, now: float) -> None:
         """Do what is due."""
-        while self._heap and self._heap[0][0] <= now:
-            at, _, key = heapq.heappop(self._heap)
-            if self._armed.get(key) == at:
-                del self._armed[key]
-                self._serve(key, now)
+        while (key := self._agenda.take(now)) is not None:
+            self._serve(key, now)
 
     def outputs(self) -> list[AskingOutput]:
         """What is to be done now, in order."""
@@ -425,8 +420,6 @@ class Asking:
         found = [address for address in first + others if families[address.version] in self._families]
         return list(dict.fromkeys(found))[:MAX_ADDRESSES]
 
-    # --- the agenda ----------------------------------------------------------------------------------------
-
     def _arm(self, key: PublicKey, pair: _Pair, asked: Iterable[PublicKey], now: float) -> None:
         times = list(pair.until.values())
         if pair.is_warm:
@@ -435,16 +428,8 @@ class Asking:
         times += [pair.questions[hub].next for hub in asked]
         if self._wants_hubs(pair):
             times += [q.refused_until for q in pair.questions.values() if q.refused_until > now]
-        due = max(min(times, default=float("inf")), now)
-        if due == float("inf"):
-            self._armed.pop(key, None)
-        elif self._armed.get(key) != due:
-            self._armed[key] = due
-            self._sequence += 1
-            heapq.heappush(self._heap, (due, self._sequence, key))
-            if len(self._heap) > 4 * len(self._armed) + 64:  # mostly appointments that were moved since
-                self._heap = [entry for entry in self._heap if self._armed.get(entry[2]) == entry[0]]
-                heapq.heapify(self._heap)
+        due = min(times, default=float("inf"))
+        self._agenda.put(key, max(due, now) if due < float("inf") else None)
 
     def _touch_all(self, now: float) -> None:
         for key in self._pairs:
