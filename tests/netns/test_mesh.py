@@ -1,7 +1,8 @@
-"""Real agents behind each pair of NAT kinds, with a real registry: who can be direct is, and says so.
+"""Real agents behind each pair of NAT kinds, with a real registry and a hub: nobody is without a path.
 
 One lab holds two sites of every kind, so all pairs, a kind with itself included, are found at once, as in a
-mesh that is powered up. The table of the lab says what to expect of each.
+mesh that is powered up. One of the machines without a NAT is a hub. The table of the lab says what to expect
+of each pair: a direct path, or a relayed one and why.
 """
 
 from __future__ import annotations
@@ -14,27 +15,28 @@ import pytest
 from lab import GRID_KINDS, Lab, Nat
 from meshlab import PRIVATE, Member, PairRecord, Pinger, Registry, Watch, WatchError, mesh_document
 
-# Sixteen agents start, join and search at once on two cores; what cannot be direct is not waited for.
+# Eighteen agents start, join and search at once on two cores.
 pytestmark = pytest.mark.timeout(300)
+MESH = "grid"
 CONVERGED_S = 90.0
 
 
 @pytest.fixture(scope="module")
 def grid() -> Iterator[Watch]:
-    """Two machines behind every kind of NAT, joined; all that can be direct has had the time for it."""
+    """Two machines behind every kind of NAT, joined; every pair with a way has had the time to find it."""
     with Lab(delay_ms=10, private=PRIVATE) as lab, Pinger() as pinger:
         registry = Registry(lab.server("registry"))
-        registry.apply(mesh_document("grid"))
-        token = registry.token("grid")
+        registry.apply(mesh_document(MESH, hubs={"names": [HUB]}))
+        token = registry.token(MESH)
         machines = [
             lab.site(name := name_of(kind, number), nat=kind).machine(f"m-{name}")
             for number in (1, 2)
             for kind in GRID_KINDS
         ]
-        members = [Member(machine, mesh="grid", registry=registry) for machine in machines]
+        members = [Member(machine, mesh=MESH, registry=registry) for machine in machines]
         for member in members:
             member.join(token)
-        with Watch(members, pinger) as watch:
+        with Watch(members, pinger, has_hubs=True) as watch:
             # What is missing then fails as the pair that it is.
             with contextlib.suppress(WatchError):
                 watch.until(
@@ -47,7 +49,7 @@ def is_settled(watch: Watch) -> bool:
     """Whether all is found: paths, what is in the way of the others, each agent's own NAT, and no change."""
     return (
         watch.is_complete()
-        and all(way.reach is not None for way in watch.pairs.values())
+        and all(way.reach is not None and (way.is_direct or way.reach.reason) for way in watch.pairs.values())
         and all(watch.statuses[name].mapping == mapping for name, mapping in MAPPINGS.items())
         and all(family_of(way) == family_of(watch.pairs[b, a]) for (a, b), way in watch.pairs.items())
     )
@@ -71,6 +73,7 @@ def mapping_of(kind: Nat) -> str:
             return "EndpointIndependent"
 
 
+HUB = f"{MESH}.external.m-{name_of(Nat.NONE, 1)}"
 MAPPINGS = {f"m-{name_of(kind, number)}": mapping_of(kind) for kind in GRID_KINDS for number in (1, 2)}
 
 
@@ -90,18 +93,21 @@ IDS = [f"{a.name}-{b.name}" for a, b in PAIRS]
 
 
 @pytest.mark.parametrize(("a", "b"), PAIRS, ids=IDS)
-def test_a_pair_is_direct_and_pinged_or_says_why_not(grid: Watch, a: Nat, b: Nat) -> None:
+def test_a_pair_is_direct_or_else_relayed_and_says_why(grid: Watch, a: Nat, b: Nat) -> None:
     for way in ways(grid, a, b):
         assert way.reach is not None
         if way.obstacle is None:
-            assert way.is_direct, way.reach.reason
-            assert way.is_pinged
-            assert way.reach.rtt_ms is not None
+            assert way.is_direct, way.describe()
             assert way.reach.reason == ""
+        elif way.is_possible:
+            assert way.is_relayed, way.describe()
+            assert way.reach.hub == HUB
+            assert way.reach.reason != ""
         else:
             assert way.reach.path == "None"
-            assert not way.is_pinged
             assert way.reach.reason != ""
+        assert way.is_pinged == way.is_possible, way.describe()
+        assert (way.reach.rtt_ms is not None) == way.is_possible
 
 
 @pytest.mark.parametrize("name", MAPPINGS)
