@@ -293,6 +293,13 @@ class Hubs:
     limits: RelayLimits = RelayLimits()
 
 
+class TopologyMode(enum.StrEnum):
+    """Between which peers there are direct links."""
+
+    FULL = "Full"  # between all
+    TREE = "Tree"  # between hubs, and from each edge to hubs
+
+
 @dataclass(frozen=True, slots=True)
 class MeshSpec:
     """What the user asks of a mesh."""
@@ -305,6 +312,7 @@ class MeshSpec:
     peer_expiry: float = 30 * 86400.0
     node_selector: LabelSelector = LabelSelector()  # which Kubernetes Nodes are peers: all, unless it says
     hubs: Hubs = Hubs()
+    topology: TopologyMode = TopologyMode.FULL
 
 
 @dataclass(frozen=True, slots=True)

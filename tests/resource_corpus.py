@@ -93,6 +93,8 @@ def right() -> Iterator[Case]:
     for ipv6 in ("fd5c:0be1:7a30::/64", "FD00::/32", "fc00::/120", "fdff:ffff::/48", "fd00::10.0.0.0/120"):
         yield Case(f"{ipv6}", mesh(addressing={"ipv6": ipv6}))
     yield Case("both families", mesh(addressing={"ipv4": "10.9.0.0/16", "ipv6": "fd00:9::/64"}))
+    for topology in ("Full", "Tree"):
+        yield Case(f"topology {topology}", mesh(topology=topology))
     yield Case("no timer named", mesh(timers={}))
     yield Case("timers in mixed units", mesh(timers={"probeInterval": "100ms", "hubFallback": "1m30s"}))
     yield Case("all timers at once", mesh(timers=dict.fromkeys(TIMERS, "1000ms")))
@@ -188,6 +190,7 @@ def everything_of_a_mesh() -> Document:
     requirement = {"key": "zone", "operator": "In", "values": ["a", "b"]}
     return mesh(
         addressing={"ipv4": "100.80.0.0/16", "ipv6": "fd5c:be1:7a30::/64"},
+        topology="Tree",
         prefer="IPv4",
         timers={"probeInterval": "1s", "addressFallback": "4s", "report": "8s", "connectBack": "10s"},
         listenPort=51820,
@@ -294,6 +297,8 @@ def _wrong_meshes() -> Iterator[Case]:
     yield Case("a prefix as a number", number, "spec.addressing.ipv4")
     yield Case("a third family", mesh(addressing={"ipv4": "10.0.0.0/8", "ipv5": "x"}), "spec.addressing.ipv5")
     yield Case("a family in small letters", mesh(prefer="ipv4"), "spec.prefer")
+    for topology in ("tree", "", "Star"):
+        yield Case(f"topology {topology!r}", mesh(topology=topology), "spec.topology")
     for duration in ("16", "16 s", "1.5s", "-2s", "2S", "", "soon", "1w", "9999999999s"):
         yield Case(f"duration {duration!r}", mesh(timers={"report": duration}), "spec.timers.report")
     yield Case("a duration as a number", mesh(timers={"report": 16}), "spec.timers.report")
@@ -311,7 +316,7 @@ def _wrong_meshes() -> Iterator[Case]:
         yield Case(f"MTU {mtu!r}", mesh(mtu=mtu), "spec.mtu")
     for expiry in ("59s", "3651d", "315360000001ms", "soon"):
         yield Case(f"expiry {expiry!r}", mesh(peerExpiry=expiry), "spec.peerExpiry")
-    yield Case("a field that nobody knows", mesh(topology="Full"), "spec.topology")
+    yield Case("a field that nobody knows", mesh(topologies="Full"), "spec.topologies")
 
 
 def _wrong_selectors() -> Iterator[Case]:

@@ -18,6 +18,7 @@ from scope.model import (
     MeshStatus,
     Reflector,
     Timers,
+    TopologyMode,
 )
 from scope.resources.addresses import read_endpoint, read_mesh_ipv4, read_mesh_ipv6
 from scope.resources.cluster import cluster_to_dict, read_cluster
@@ -91,6 +92,9 @@ def _read_mesh_spec(fields: Fields) -> MeshSpec:
         addressing.refuse("no prefix", "ipv4, ipv6 or both", 'for example ipv6: "fd5c:0be1:7a30::/64"')
     spec = MeshSpec(
         addressing=Addressing(ipv4, ipv6),
+        topology=fields.optional(
+            "topology", lambda value: read_choice(TopologyMode, value), TopologyMode.FULL
+        ),
         prefer=fields.optional("prefer", lambda value: read_choice(Family, value), Family.IPV6),
         timers=_read_timers(fields.sub("timers")),
         listen_port=fields.optional("listenPort", lambda value: read_integer(value, 0, 65535), 0),
@@ -166,6 +170,7 @@ def mesh_spec_dict(spec: MeshSpec) -> dict[str, object]:
     timers = spec.timers
     return {
         "addressing": {f"ipv{prefix.version}": str(prefix) for prefix in prefixes_of(spec.addressing)},
+        "topology": str(spec.topology),
         "prefer": str(spec.prefer),
         "timers": {
             "probeInterval": format_duration(timers.probe_interval),

@@ -108,6 +108,35 @@ def test_an_object_has_the_fields_that_the_parser_knows(
     assert sorted(schema["properties"]) == known[1].split(", ")
 
 
+OPENAPI = Path(__file__).parents[2] / "operator/scope_operator/gateway/openapi.yaml"
+
+
+@pytest.mark.parametrize("kind", EVERYTHING)
+def test_the_http_api_describes_every_field_with_the_same_choices_and_lengths(kind: Kind) -> None:
+    components = yaml.safe_load(OPENAPI.read_text())["components"]["schemas"]
+
+    def resolved(schema: Schema) -> Schema:
+        reference = schema.get("$ref", "")
+        return components[reference.rpartition("/")[2]] if reference else schema
+
+    def compare(path: tuple[Step, ...], ours: Schema, theirs: Schema) -> None:
+        described = resolved(theirs)
+        if "properties" in ours:
+            assert sorted(described["properties"]) == sorted(ours["properties"]), dotted(path)
+        for name, inner in ours.get("properties", {}).items():
+            compare((*path, name), inner, described["properties"][name])
+        for bound in ("maxItems", "minimum", "maximum"):
+            if bound in described:
+                assert described[bound] == ours[bound], f"{dotted(path)}: {bound}"
+        choices = described.get("enum", [described["const"]] if "const" in described else [])
+        assert sorted(choices) == sorted(ours.get("enum", ())), dotted(path)
+        if "items" in ours:
+            compare((*path, 0), ours["items"], described["items"])
+
+    for part in ("spec", "status"):
+        compare((part,), schema_of(kind)["properties"][part], components[str(kind)]["properties"][part])
+
+
 def test_a_token_key_has_the_fields_that_the_parser_knows() -> None:
     clusters = schema_of(Kind.MESH)["properties"]["status"]["properties"]["clusters"]
     schema = clusters["items"]["properties"]["keys"]["items"]

@@ -36,6 +36,7 @@ from scope.model import (
     RelayReport,
     Role,
     Tombstone,
+    TopologyMode,
 )
 from scope.resources import MAX_HUBS, MAX_REASON, parse, to_dict
 from tests.unit.registry_conformance import MESH, keys
@@ -92,6 +93,7 @@ class Registry:
     ) -> None:
         self.now = NOW
         self.hubs = hubs
+        self.topology = TopologyMode.FULL
         self.labels = labels or {}
         self.peers = {peer.meta.name: peer for peer in peers}
         self.told: tuple[HubChoice, ...] = ()
@@ -105,7 +107,8 @@ class Registry:
 
     @property
     def mesh(self) -> Mesh:
-        return mesh_with(self.hubs, told=self.told)
+        mesh = mesh_with(self.hubs, told=self.told)
+        return replace(mesh, spec=replace(mesh.spec, topology=self.topology))
 
     @property
     def asked(self) -> dict[str, Asked]:
@@ -620,6 +623,46 @@ def test_what_keeps_hubs_from_relaying_is_a_condition_that_says_what_to_do(
     condition = registry.condition()
     assert (condition.status, condition.reason) == ("False", reason)
     assert words in condition.message
+
+
+NAMED = "name some in spec.hubs.names, or set spec.hubs.mode to Auto"
+
+
+@pytest.mark.parametrize(
+    ("registry", "words"),
+    [
+        (Registry(a_peer("home.a"), hubs=Hubs()), NAMED),
+        (Registry(), "forward UDP ports to one"),
+        (Registry(a_peer("home.a"), hubs=Hubs(names=("home.b",))), "no ScopePeer home.b: correct"),
+        (Registry(a_peer("home.a", role=Role.EDGE), hubs=Hubs(names=("home.a",))), "set that to Auto"),
+        (Registry(a_peer("home.a"), hubs=Hubs(selector=LABELS)), "label a Node"),
+    ],
+)
+def test_a_tree_without_hubs_says_what_to_do_and_that_peers_keep_their_links(
+    registry: Registry, words: str
+) -> None:
+    registry.topology = TopologyMode.TREE
+    condition = registry.condition()
+    assert (condition.status, condition.reason) == ("False", "TreeWithoutHubs")
+    assert condition.message.startswith(
+        "spec.topology is Tree, and the mesh has no hub, so peers keep the links they have: "
+    )
+    assert words in condition.message
+    assert condition.message.endswith("; or set spec.topology to Full")
+
+
+def test_a_tree_whose_hubs_are_all_offline_says_that_edges_reach_nobody() -> None:
+    registry = Registry(a_peer("home.a", online=False), hubs=Hubs(names=("home.a",)))
+    registry.topology = TopologyMode.TREE
+    condition = registry.condition()
+    assert condition.reason == "AllOffline"
+    assert condition.message.endswith("; edges reach nobody until then")
+
+
+def test_hubs_of_a_tree_route() -> None:
+    registry = Registry(a_peer("home.a"), hubs=Hubs(names=("home.a",)))
+    registry.topology = TopologyMode.TREE
+    assert registry.condition().message == "routed by home.a"
 
 
 def test_a_static_endpoint_makes_a_hub_behind_a_nat_one_that_serves() -> None:

@@ -60,10 +60,11 @@ class PortConflict:
 
 @dataclass(frozen=True, slots=True)
 class HubsState:
-    """How it stands with the hubs of a mesh that asks for some; names of ScopePeers, sorted."""
+    """How it stands with the hubs of a mesh that asks for some, or is a tree; names of ScopePeers, sorted."""
 
     hubs: tuple[str, ...]
     is_auto: bool
+    is_tree: bool
     ports: tuple[int, int]
     selects_nobody: bool  # there is a selector, and no peer that it selects
     missing: tuple[str, ...]  # named, and no peer
@@ -182,6 +183,7 @@ def _relay_failed(peer: Peer, *, role: Role, wall: float) -> Iterable[Condition]
 def _hubs_available(earlier: Iterable[Condition], hubs: HubsState, wall: float) -> Condition:
     chain = (
         _all_offline(hubs) if hubs.hubs and hubs.offline == hubs.hubs else None,
+        _tree_without_hubs(hubs) if hubs.is_tree and not hubs.hubs else None,
         _no_such_peer(hubs.missing) if hubs.missing else None,
         _says_edge(hubs.excluded) if hubs.excluded else None,
         _no_such_node() if hubs.selects_nobody else None,
@@ -190,14 +192,33 @@ def _hubs_available(earlier: Iterable[Condition], hubs: HubsState, wall: float) 
         _not_forwarding(hubs.not_forwarding) if hubs.not_forwarding else None,
         _no_port_left(hubs) if hubs.without_port else None,
     )
-    return _holds(earlier, HUBS_AVAILABLE, chain, f"relayed by {_some(hubs.hubs)}", wall)
+    holds = f"{'routed' if hubs.is_tree else 'relayed'} by {_some(hubs.hubs)}"
+    return _holds(earlier, HUBS_AVAILABLE, chain, holds, wall)
 
 
 def _all_offline(hubs: HubsState) -> Failure:
     mend = "start scope-agent there, or " + ("let another peer be reached" if hubs.is_auto else "name others")
+    meanwhile = "edges reach nobody until then" if hubs.is_tree else "pairs keep the paths they have"
     return Failure(
-        "AllOffline",
-        f"no hub is online, of {_some(hubs.offline)}: {mend} (spec.hubs); pairs keep the paths they have",
+        "AllOffline", f"no hub is online, of {_some(hubs.offline)}: {mend} (spec.hubs); {meanwhile}"
+    )
+
+
+def _tree_without_hubs(hubs: HubsState) -> Failure:
+    """What keeps those from being hubs that are asked for stands behind it: one condition has one message."""
+    asked = (
+        _no_such_peer(hubs.missing) if hubs.missing else None,
+        _says_edge(hubs.excluded) if hubs.excluded else None,
+        _no_such_node() if hubs.selects_nobody else None,
+        _nobody_reachable() if hubs.is_auto else None,
+    )
+    mend = next((failure.message for failure in asked if failure is not None), None)
+    if mend is None:
+        mend = "name some in spec.hubs.names, or set spec.hubs.mode to Auto"
+    return Failure(
+        "TreeWithoutHubs",
+        f"spec.topology is Tree, and the mesh has no hub, so peers keep the links they have: {mend}; "
+        "or set spec.topology to Full",
     )
 
 

@@ -15,7 +15,7 @@ import enum
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from scope.model import Forwarding, HubChoice, HubMode, Hubs, Mesh, Peer, Role
+from scope.model import Forwarding, HubChoice, HubMode, Hubs, Mesh, Peer, Role, TopologyMode
 from scope.resources import MAX_HUBS, MAX_REASON
 from scope.selectors import selects
 from scope_operator.plan.conditions import HubsState
@@ -82,9 +82,10 @@ def plan_hubs(
 def hubs_state(
     mesh: Mesh, *, peers: Mapping[str, Peer], asked: Mapping[str, Asked], chosen: Collection[str]
 ) -> HubsState | None:
-    """How it stands with the hubs of a mesh, for its condition; None where nobody asks for any."""
-    hubs = mesh.spec.hubs
-    if hubs.mode is HubMode.DECLARED and not hubs.names and hubs.selector is None and not asked:
+    """How it stands with the hubs of a mesh, for its condition; None where nobody asks for or needs any."""
+    hubs, is_tree = mesh.spec.hubs, mesh.spec.topology is TopologyMode.TREE
+    is_declared = hubs.mode is HubMode.DECLARED
+    if not is_tree and is_declared and not hubs.names and hubs.selector is None and not asked:
         return None
     excluded = {name for name in asked if peers[name].spec.role is Role.EDGE}
     serving = sorted((asked.keys() | set(chosen)) - excluded)
@@ -95,7 +96,8 @@ def hubs_state(
 
     return HubsState(
         hubs=tuple(serving),
-        is_auto=hubs.mode is HubMode.AUTO,
+        is_auto=not is_declared,
+        is_tree=is_tree,
         ports=hubs.ports,
         selects_nobody=hubs.selector is not None and Asked.SELECTOR not in asked.values(),
         missing=tuple(sorted(name for name in hubs.names if name not in asked)),
