@@ -313,6 +313,7 @@ class MeshSpec:
     node_selector: LabelSelector = LabelSelector()  # which Kubernetes Nodes are peers: all, unless it says
     hubs: Hubs = Hubs()
     topology: TopologyMode = TopologyMode.FULL
+    birthday: bool = False  # whether ports of a symmetric NAT may be guessed
 
 
 @dataclass(frozen=True, slots=True)
@@ -475,6 +476,7 @@ class Link:
     reason: str = ""  # why not direct
     hub: str = ""  # name of the ScopePeer that relays
     user_space: bool = False  # what relays is a process on the hub, not its kernel
+    birthday: bool = False  # direct, by a port of a symmetric NAT that was guessed
 
 
 class Forwarding(enum.StrEnum):

@@ -21,7 +21,7 @@ a knock's (`scope.relay`), "SCoh" is kept for datagrams that end at a hub.
 
 A message is one byte of type and then:
 
-    1 Ping         transaction u32, has_session u8, received u64, 18 bytes of zeros
+    1 Ping         transaction u32, has_session u8, received u64, guessed u8, 17 bytes of zeros
     2 Pong         transaction u32, has_session u8, received u64, observed endpoint
     3 Nominate     sequence u32, there endpoint, here endpoint
     4 Nominated    sequence u32
@@ -33,6 +33,8 @@ A message is one byte of type and then:
     9 AskRelay     peer 32, 15 bytes of zeros
    10 Granted      peer 32, token 8, port u16, lifetime u32, user space u8
    11 Refused      peer 32, reason u8
+   14 Guess        attempt u32, at endpoint, here endpoint
+   15 Guessing     attempt u32, answer u8
 
     endpoint       address 16 bytes (IPv4 as ::ffff:a.b.c.d), port u16: 18 bytes
 
@@ -89,6 +91,7 @@ class Ping:
     transaction: int  # u32, chosen by the asker
     has_session: bool  # the asker's WireGuard holds a live session with the receiver
     received: int  # u64, bytes that the asker's WireGuard has received from the receiver
+    guessed: bool = False  # it leaves by a port of the asker's symmetric NAT that the receiver has guessed
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +193,37 @@ class Refused:
     reason: RefusedBecause
 
 
+@dataclass(frozen=True, slots=True)
+class Guess:
+    """Ask a peer to ping ports of the sender's public address until one of them leads to the sender.
+
+    Many ports of the sender send to the receiver's endpoint `at`, so that its symmetric NAT lets the
+    receiver in at as many ports, which nobody knows.
+    """
+
+    attempt: int  # u32, another one for each try of one boot
+    at: Endpoint  # the receiver's, as it publishes it
+    here: Endpoint  # the sender's, as it publishes it: the port says nothing
+
+
+class Guesses(enum.IntEnum):
+    """Whether a peer guesses ports, or why not. Numbers are never used again for another answer."""
+
+    YES = 0
+    OFF = 1  # the mesh, as far as the peer knows, does not allow it
+    BUSY = 2  # it does so for another peer now
+    TOO_OFTEN = 3  # it did so lately, or for many
+    ELSEWHERE = 4  # it knows other endpoints of itself or of the asker: one side's news are late
+
+
+@dataclass(frozen=True, slots=True)
+class Guessing:
+    """The answer to Guess `attempt`."""
+
+    attempt: int  # u32
+    answer: Guesses
+
+
 Message: TypeAlias = (
     Ping
     | Pong
@@ -202,6 +236,8 @@ Message: TypeAlias = (
     | AskRelay
     | Granted
     | Refused
+    | Guess
+    | Guessing
 )
 
 
@@ -219,6 +255,8 @@ class _Type(enum.IntEnum):
     ASK_RELAY = 9
     GRANTED = 10
     REFUSED = 11
+    GUESS = 14
+    GUESSING = 15
 
 
 class DatagramType(enum.IntEnum):
@@ -292,7 +330,9 @@ def encode_message(message: Message) -> bytes:
         case Ping():
             _require_u32(message.transaction, "transaction")
             _require_u64(message.received, "received")
-            return _PING.pack(_Type.PING, message.transaction, message.has_session, message.received)
+            return _PING.pack(
+                _Type.PING, message.transaction, message.has_session, message.received, message.guessed
+            )
         case Pong():
             _require_u32(message.transaction, "transaction")
             _require_u64(message.received, "received")
@@ -337,6 +377,13 @@ def encode_message(message: Message) -> bytes:
             )
         case Refused():
             return _REFUSED.pack(_Type.REFUSED, message.peer.raw, message.reason)
+        case Guess():
+            _require_u32(message.attempt, "attempt")
+            fixed = _SEQUENCE.pack(_Type.GUESS, message.attempt)
+            return fixed + _encode_endpoint(message.at) + _encode_endpoint(message.here)
+        case Guessing():
+            _require_u32(message.attempt, "attempt")
+            return _GUESSING.pack(_Type.GUESSING, message.attempt, message.answer)
         case _:
             assert_never(message)
 
@@ -348,8 +395,9 @@ def decode_message(body: bytes) -> Message:
     match number:
         case _Type.PING:
             transaction, has_session, received = reader.u32(), reader.flag(), reader.u64()
-            reader.take(_ENDPOINT.size)
-            return Ping(transaction=transaction, has_session=has_session, received=received)
+            guessed = reader.flag()
+            reader.take(_PING_ZEROS)
+            return Ping(transaction=transaction, has_session=has_session, received=received, guessed=guessed)
         case _Type.PONG:
             transaction, has_session, received = reader.u32(), reader.flag(), reader.u64()
             observed = reader.endpoint()
@@ -397,19 +445,25 @@ def decode_message(body: bytes) -> Message:
             )
         case _Type.REFUSED:
             return Refused(reader.key(), _reason(reader.u8()))
+        case _Type.GUESS:
+            return Guess(reader.u32(), at=reader.endpoint(), here=reader.endpoint())
+        case _Type.GUESSING:
+            return Guessing(reader.u32(), _guesses(reader.u8()))
         case _:
             raise UnknownMessage(f"no such message type: {number}; its sender may run a later release")
 
 
 _DATAGRAM_TYPES = frozenset(int(member) for member in DatagramType)
 _ENDPOINT = struct.Struct(">16sH")
-_PING = struct.Struct(f">BI?Q{_ENDPOINT.size}x")
+_PING_ZEROS = _ENDPOINT.size - 1
+_PING = struct.Struct(f">BI?Q?{_PING_ZEROS}x")
 _PONG = struct.Struct(">BI?Q")
 _SEQUENCE = struct.Struct(">BI")
 _GRANTED = struct.Struct(f">B{KEY_BYTES}s{TOKEN_BYTES}sHI?")
 _ASK_RELAY_ZEROS = _GRANTED.size - 1 - KEY_BYTES
 _ASK_RELAY = struct.Struct(f">B{KEY_BYTES}s{_ASK_RELAY_ZEROS}x")
 _REFUSED = struct.Struct(f">B{KEY_BYTES}sB")
+_GUESSING = struct.Struct(">BIB")
 _MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, section 2.5.5.2
 
 _KIND_NUMBERS = {
@@ -428,6 +482,13 @@ def _reason(number: int) -> RefusedBecause:
         return RefusedBecause(number)
     except ValueError:
         raise WireError(f"no such reason to refuse a relay: {number}") from None
+
+
+def _guesses(number: int) -> Guesses:
+    try:
+        return Guesses(number)
+    except ValueError:
+        raise WireError(f"no such answer to who asks to guess ports: {number}") from None
 
 
 def _require_u32(value: int, name: str) -> None:

@@ -197,6 +197,7 @@ def everything_of_a_mesh() -> Document:
         mtu=1420,
         peerExpiry="7d",
         nodeSelector={"matchLabels": {"scope": "on"}, "matchExpressions": [requirement]},
+        birthday=True,
         hubs={
             "mode": "Auto",
             "names": ["home.external.nas"],
@@ -239,7 +240,7 @@ def everything_of_a_peer() -> Document:
             "links": [
                 link
                 | {"observed": "[2001:db8::1]:9", "reason": "no echo"}
-                | {"hub": "home.external.nas", "userSpace": True}
+                | {"hub": "home.external.nas", "userSpace": True, "birthday": True}
             ],
             "direct": 0,
             "relayed": 1,
@@ -312,6 +313,7 @@ def _wrong_meshes() -> Iterator[Case]:
     for port in (-1, 65536, "51820"):
         yield Case(f"port {port!r}", mesh(listenPort=port), "spec.listenPort")
     yield Case("half a port", mesh(listenPort=1.5), "spec.listenPort")
+    yield Case("a birthday that is no boolean", mesh(birthday="yes"), "spec.birthday")
     for mtu in (1279, 9001, "auto", "1420", ""):
         yield Case(f"MTU {mtu!r}", mesh(mtu=mtu), "spec.mtu")
     for expiry in ("59s", "3651d", "315360000001ms", "soon"):
@@ -526,7 +528,7 @@ def _wrong_reports() -> Iterator[Case]:
         *(("peer", "Home"), ("path", "Guessed"), ("endpoint", "host:1"), ("observed", "[::1]")),
         *(("latencyMs", -1), ("latencyMs", 600001), ("latencyMs", "3"), ("reason", "r" * 161)),
         *(("reason", "red \x1b[31m"), ("reason", "two\nlines"), ("reason", "a\u00a0b"), ("reason", "\u200b")),
-        *(("hub", "Home"), ("userSpace", "yes")),
+        *(("hub", "Home"), ("userSpace", "yes"), ("birthday", 1)),
     ):
         what = f"a link with {name} {value!r}"[:60]
         yield Case(what, peer(status=_links(**{name: value})), f"status.links[0].{name}")

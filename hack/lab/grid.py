@@ -2,7 +2,8 @@
 
 The one table that demo, tests and benchmarks judge by. What counts is how a kind's outermost NAT
 maps and filters, not how it is built: two port-restricted NATs in a row are port-restricted, and
-hairpin changes nothing between sites. Guessing ports (birthday punching) is not counted on.
+hairpin changes nothing between sites. Guessing ports (birthday punching) is not counted on:
+a mesh has to allow it, and a guess may miss.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ class Reach:
     tx: int
     reason: str
     hub: str  # name of the ScopePeer that relays, else empty
+    birthday: bool = False  # direct by a port of a symmetric NAT that was guessed
 
     @property
     def is_direct(self) -> bool:
@@ -59,6 +60,7 @@ class Status:
     device: str
     drift: int
     peers: Mapping[str, Reach]
+    birthday: Mapping[str, object]  # what guessing ports took so far; empty where the mesh does not allow it
 
     @staticmethod
     def of(document: Mapping[str, object], *, now: float) -> Status:
@@ -73,6 +75,7 @@ class Status:
             device=_Json(said.mapping("device")).text("kind") or "",
             drift=int(_Json(said.mapping("device")).number("drift") or 0),
             peers={reach.peer: reach for reach in peers},
+            birthday=said.mapping("birthday"),
         )
 
 
@@ -241,6 +244,7 @@ def _reach(peer: _Json, now: float) -> Reach:
         tx=int(peer.number("tx") or 0),
         reason=peer.text("reason") or "",
         hub=peer.text("hub") or "",
+        birthday=peer.get("birthday") is True,
     )
 
 

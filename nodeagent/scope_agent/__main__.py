@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 from scope.model import ConfigError, DeviceKind, Kind, Mesh, Peer, Snapshot, Tombstone
 from scope_agent.inputs import DiskState
-from scope_agent.run import RemovedFromMesh, RunConfig, Runner, be_no_hub, free_port
+from scope_agent.run import RemovedFromMesh, RunConfig, Runner, be_no_hub, close_ports, free_port
 from scope_agent.state import STATE_ROOT, Enrolment, Held, StateDir, enrolled_meshes, sole_agent
 from scope_agent.wireguard.device import ApplyError
 from scope_agent.wireguard.shell import choose_device
@@ -322,7 +322,8 @@ def _leave(options: argparse.Namespace) -> None:
         _dismiss(options.run_dir / f"{mesh}.sock", tombstone)
     with _sole(state, options.run_dir):
         asyncio.run(_tear_down(enrolment, options))
-        for failed in be_no_hub(RunConfig(state, options.run_dir), enrolment):
+        config = RunConfig(state, options.run_dir)
+        for failed in (*be_no_hub(config, enrolment), *close_ports(config, enrolment)):
             print(f"scope-agent: {failed}", file=sys.stderr)
         state.remove()
     print(f"Left {mesh}: {enrolment.device} is gone, and so are this machine's keys.", file=sys.stderr)

@@ -34,6 +34,7 @@ from scope.wire import (
     Forwarded,
     Granted,
     Message,
+    Ping,
     Refused,
     Removed,
 )
@@ -48,6 +49,7 @@ from scope_agent.desired import (
 from scope_agent.inputs import (
     Applied,
     ApplyGrants,
+    ApplyPorts,
     CommandArrived,
     Courier,
     DatagramArrived,
@@ -63,6 +65,7 @@ from scope_agent.inputs import (
     ListAgain,
     Observe,
     Output,
+    PortsApplied,
     Relaying,
     Reply,
     SaveState,
@@ -104,6 +107,7 @@ from scope_agent.wireguard.device import (
     SetUp,
 )
 from scope_agent.wireguard.plan import count_drift, plan_device, plan_holds
+from scope_agent.wireguard.port_rules import Opening
 
 DEVICE_ACTIONS = (
     CreateDevice, SetPrivateKey, SetListenPort, SetFwmark, SetMtu, SetUp,
@@ -136,7 +140,8 @@ class AgentConfig:
 class Agent:
     """One peer. `random` draws from [0, 1); `channel` holds a fresh boot id.
 
-    `wall` is the wall clock at `now`, and `granted` what the last run relayed as a hub, if it was one.
+    `wall` is the wall clock at `now`, `granted` what the last run relayed as a hub, if it was one, and
+    `openings` the ports that it had WireGuard speak from.
     """
 
     def __init__(
@@ -149,6 +154,7 @@ class Agent:
         now: float,
         wall: float = 0.0,
         granted: Grants | None = None,
+        openings: tuple[Opening, ...] = (),
     ) -> None:
         self._config = config
         self._channel = channel
@@ -199,6 +205,7 @@ class Agent:
         self._reporting = Reporting(own=own, written=written, random=random)
         self._membership.restore(state.snapshot)
         self._paths.restore(state.last_good, now)
+        self._paths.restore_openings(openings, now)
         self._asking.restore(state.grants)
 
     # --- the five verbs ------------------------------------------------------------------------------------
@@ -229,6 +236,8 @@ class Agent:
                 self._failed(event, now)
             case Relaying(by, reason, forgot=forgot, answers=answers):
                 self._serving.relaying(by, reason, forgot=forgot, answers=answers, now=now)
+            case PortsApplied(error):
+                self._paths.port_rules_applied(error, now)
             case TrafficMoved():
                 self._paths.traffic_moved(now)
                 self._observe_soon(now, OBSERVE_TRAFFIC)
@@ -324,6 +333,10 @@ class Agent:
         if self._origins.get(sender) != origin:
             self._origins[sender] = origin
             self._greet(sender, leg, now)
+        if isinstance(leg, Socket) and leg.port is not None:
+            if isinstance(message, Ping):
+                self._paths.hit(sender, leg.endpoint, leg.port, now)
+            return
         match message:
             case Forward():
                 self._out += self._carrying.forward(sender, message, peers=self._peer_keys.keys(), now=now)
@@ -684,12 +697,15 @@ class Agent:
         self._serve(now)
         for out in self._paths.outputs():
             match out:
-                case Outgoing(to, message, endpoint, ttl):
-                    self._out += self._carrying.seal(to, message, Socket(endpoint, ttl), now)
+                case Outgoing(to, message, endpoint, ttl, port):
+                    self._out += self._carrying.seal(to, message, Socket(endpoint, ttl, port), now)
                 case Call():
                     self._out += self._carrying.call(out, now)
                 case _:
                     assert_never(out)
+        rules = self._paths.take_port_rules(now)
+        if rules is not None:
+            self._out.append(ApplyPorts(rules))
         self._touched |= changes.pairs
         self._plan_device(now)
         if self._observe_at is not None and now >= self._observe_at:
@@ -773,6 +789,7 @@ class Agent:
                 "Removed": "this peer was removed from the mesh" if self.removed else "",
             },
             dropped=self._carrying.dropped + self._serving.dropped,
+            birthday=self._paths.birthday_spent,
             now=now,
         )
 

@@ -87,8 +87,8 @@ class Carrying:
 def back(leg: Leg, sender: PublicKey) -> Leg:
     """The way back to who sent over `leg`."""
     match leg:
-        case Socket(endpoint):
-            return Socket(endpoint)
+        case Socket(endpoint, port=port):
+            return Socket(endpoint, port=port)
         case Via(carrier):
             return Via(carrier, sender)
         case Courier():

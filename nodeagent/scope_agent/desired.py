@@ -145,6 +145,7 @@ def _link(snapshot: Snapshot, key: PublicKey, pair: PairView) -> Link | None:
         reason=pair.reason,
         hub=pair.hub,
         user_space=pair.user_space,
+        birthday=pair.birthday,
     )
 
 

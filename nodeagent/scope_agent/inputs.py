@@ -25,14 +25,19 @@ from scope.registry.port import Fact
 from scope.relay import Grants
 from scope_agent.relay.asking import HeldGrant
 from scope_agent.wireguard.device import DesiredDevice, ObservedDevice, PlannedAction
+from scope_agent.wireguard.port_rules import PortRules
 
 
 @dataclass(frozen=True, slots=True)
 class Socket:
-    """WireGuard's own UDP port, to an endpoint. `ttl` bounds the hops of an opener, None is the default."""
+    """WireGuard's own UDP port, or another `port` of ours, to an endpoint.
+
+    `ttl` bounds the hops of an opener, None is the default.
+    """
 
     endpoint: Endpoint
     ttl: int | None = None
+    port: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +141,13 @@ class Relaying:
 
 
 @dataclass(frozen=True, slots=True)
+class PortsApplied:
+    """The answer to ApplyPorts: they are so, or, with `error` as part of a sentence, as they were."""
+
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TrafficMoved:
     """The device's own counters moved: someone uses the mesh now."""
 
@@ -163,6 +175,7 @@ Input: TypeAlias = (
     | Applied
     | Failed
     | Relaying
+    | PortsApplied
     | TrafficMoved
     | CommandArrived
     | Leaving
@@ -223,6 +236,16 @@ class ApplyGrants:
 
 
 @dataclass(frozen=True, slots=True)
+class ApplyPorts:
+    """Have WireGuard speak from these ports, and listen for probes at those of a search, and no others.
+
+    Answered by PortsApplied. One is in flight at a time.
+    """
+
+    rules: PortRules
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """The answer to a command: plain JSON values."""
 
@@ -235,4 +258,6 @@ class ListAgain:
     """Ask the registry for a complete list: many peers seem to be gone."""
 
 
-Output: TypeAlias = Send | DeviceBatch | Observe | WriteReport | SaveState | ApplyGrants | Reply | ListAgain
+Output: TypeAlias = (
+    Send | DeviceBatch | Observe | WriteReport | SaveState | ApplyGrants | ApplyPorts | Reply | ListAgain
+)

@@ -33,6 +33,7 @@ from scope_agent.inbox import Inbox
 from scope_agent.inputs import (
     Applied,
     ApplyGrants,
+    ApplyPorts,
     CommandArrived,
     Courier,
     DatagramArrived,
@@ -46,6 +47,7 @@ from scope_agent.inputs import (
     ListAgain,
     Observe,
     Output,
+    PortsApplied,
     Relaying,
     Reply,
     SaveState,
@@ -58,7 +60,16 @@ from scope_agent.inputs import (
 from scope_agent.state import Enrolment, StateDir
 from scope_agent.underlay.shell import InterfaceWatch
 from scope_agent.wireguard.device import ApplyError, HoldEndpoint, PortTaken
-from scope_agent.wireguard.shell import Device, EndpointHolds, ProbeSocket, choose_device, open_probe_socket
+from scope_agent.wireguard.port_rules import PortRules
+from scope_agent.wireguard.shell import (
+    Device,
+    EndpointHolds,
+    PortTable,
+    ProbeSocket,
+    choose_device,
+    open_probe_socket,
+)
+from scope_agent.wireguard.shell.nft import NftError
 from scope_agent.wireguard.shell.probe_socket import READ_AT_ONCE
 
 if TYPE_CHECKING:
@@ -71,6 +82,8 @@ READ_AGAIN_AFTER = 0.02  # seconds of handling inputs: what arrives meanwhile is
 TRAFFIC_INTERVAL = 0.25  # how soon the device's counters tell that someone uses the mesh
 HUB_CHECK = 2.0  # seconds: with the knocks that follow, relayed pairs are back within three
 HUB_CHECK_SHARE = 20.0  # a check that took t seconds is followed by t times this of not checking
+PORTS_CHECK = 2.0  # seconds: a path that needs the rules is back as soon
+NO_PORTS = range(0)
 HTTP_AFTER = 0.4  # the HTTP client's import waits for the first pings, or for so long
 HEARTBEAT = 60.0
 HEARTBEAT_AGAIN = 10.0  # after one that failed: a few are tried before those who listen give us up
@@ -162,6 +175,9 @@ class Runner:
         granted, trouble = config.state.load_granted()
         if trouble:
             log.warning("granted.damaged detail=%s", trouble)
+        self._ports = PortTable(enrolment.device)
+        mesh = state.snapshot.mesh
+        openings = self._ports.read() if mesh is not None and mesh.spec.birthday else ()
         self._wall_offset = time.time() - time.monotonic()
         identity = enrolment.identity
         self._device: Device = choose_device(enrolment.device, run_dir=config.run_dir, only=config.only)
@@ -180,11 +196,13 @@ class Runner:
             now=time.monotonic(),
             wall=self._wall(),
             granted=granted,
+            openings=openings,
         )
         self._probe: ProbeSocket = open_probe_socket(self._agent.listen_port, fwmark=config.fwmark)
         self._holds = EndpointHolds()
         self._hub: HubMachine | None = None  # made when there is something to relay, or to undo
         self._hub_lock = asyncio.Lock()
+        self._ports_lock = asyncio.Lock()
         self._inbox = Inbox()
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -210,6 +228,7 @@ class Runner:
         self._spawn(self._observe())
         self._spawn(self._watch_traffic())
         self._spawn(self._watch_hub())
+        self._spawn(self._watch_ports())
         self._spawn(self._serve_commands())
         self._spawn(self._follow_registry())
         try:
@@ -318,6 +337,8 @@ class Runner:
                 self._spawn(self._save(output, removed=self._agent.removed))
             case ApplyGrants(grants):
                 self._spawn(self._relay(grants))
+            case ApplyPorts(rules):
+                self._spawn(self._apply_ports(rules))
             case Reply(number, value):
                 future = self._replies.pop(number, None)
                 if future is not None and not future.done():
@@ -352,7 +373,11 @@ class Runner:
     def _read_probes(self) -> None:
         """Read all there is: how long a datagram lay in the kernel's buffer, nobody could tell."""
         while self._inbox.has_room:
-            arrived = [DatagramArrived(data, Socket(source)) for source, _, data in self._probe.receive()]
+            own = self._probe.port
+            arrived = [
+                DatagramArrived(each.data, Socket(each.source, port=None if each.port == own else each.port))
+                for each in self._probe.receive()
+            ]
             for datagram in arrived:
                 self._post(datagram)
             if len(arrived) < READ_AT_ONCE:
@@ -360,7 +385,7 @@ class Runner:
 
     def _send(self, leg: Socket | Courier, data: bytes) -> None:
         if isinstance(leg, Socket):
-            result = self._probe.send(leg.endpoint, data, ttl=leg.ttl)
+            result = self._probe.send(leg.endpoint, data, ttl=leg.ttl, port=leg.port)
             if result.name != "SENT":
                 self._counters.unsent[result.name] = self._counters.unsent.get(result.name, 0) + 1
                 log.debug("probe.unsent endpoint=%s result=%s", leg.endpoint, result.name)
@@ -426,6 +451,35 @@ class Runner:
                 self._post(TrafficMoved())
             last = counters
             await asyncio.sleep(TRAFFIC_INTERVAL)
+
+    # --- ports beside WireGuard's own ----------------------------------------------------------------------
+
+    async def _apply_ports(self, rules: PortRules) -> None:
+        search, error = rules.search, ""
+        async with self._ports_lock:
+            try:
+                self._probe.hear(range(search.first, search.last + 1) if search is not None else NO_PORTS)
+                await asyncio.to_thread(self._ports.apply, rules)
+            except ConfigError as refused:
+                error = str(refused)
+            except NftError as failed:
+                log.warning("ports.failed error=%s", failed)
+                error = "nftables takes no rules here"
+        log.debug("ports.applied rules=%s error=%s", rules, error)
+        self._post(PortsApplied(error))
+
+    async def _watch_ports(self) -> None:
+        """Put right what other programs do to our rules."""
+        while True:
+            await asyncio.sleep(PORTS_CHECK)
+            if self._ports.is_empty:
+                continue
+            async with self._ports_lock:
+                try:
+                    if await asyncio.to_thread(self._ports.check):
+                        log.warning("ports.mended other programs changed the rules")
+                except NftError as error:
+                    log.warning("ports.unmended error=%s", error)
 
     # --- relaying for others -------------------------------------------------------------------------------
 
@@ -656,6 +710,21 @@ def be_no_hub(config: RunConfig, enrolment: Enrolment) -> list[str]:
     if not state.granted_file.exists() and not state.settings_file.exists():
         return []
     return make_hub(config, enrolment).stop()
+
+
+def close_ports(config: RunConfig, enrolment: Enrolment) -> list[str]:
+    """Take away the ports that WireGuard has beside its own, if any; what stays comes back in words.
+
+    The mesh is left, so nobody runs here.
+    """
+    state, _ = config.state.load()
+    if state.snapshot.mesh is None or not state.snapshot.mesh.spec.birthday:
+        return []
+    try:
+        PortTable(enrolment.device).remove()
+    except NftError as error:
+        return [f"the rules for ports of {enrolment.device} may stay: {error}"]
+    return []
 
 
 def make_hub(config: RunConfig, enrolment: Enrolment) -> HubMachine:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping as MappingOf
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from scope.model import DeviceKind, Mapping, PathKind, Peer, PublicKey, Snapshot
 from scope_agent.membership import Registration
+from scope_agent.paths.birthday import Spent
 from scope_agent.paths.core import PathsView
 from scope_agent.wireguard.device import ObservedDevice
 
@@ -32,6 +33,7 @@ def status(
     registration: Registration,
     errors: MappingOf[str, str],
     dropped: int,
+    birthday: Spent | None = None,
     now: float,
 ) -> dict[str, object]:
     """All that is known, by the name of `mesh`. `errors`: what stands against each part, "" for nothing."""
@@ -59,6 +61,7 @@ def status(
             for key, peer in sorted(snapshot.peers.items(), key=lambda item: item[1].meta.name)
         ],
         "dropped": dropped,
+        "birthday": asdict(birthday) if birthday is not None else None,
         "conditions": [{"type": kind, "message": message} for kind, message in errors.items() if message],
     }
 
@@ -95,5 +98,6 @@ def _peer_status(
         "sinceSeconds": round(now - pair.since, 3) if pair is not None else None,
         "hub": pair.hub or None if pair is not None else None,
         "userSpace": pair.user_space if pair is not None else False,
+        "birthday": pair.birthday if pair is not None else False,
         "reason": pair.reason if pair is not None else "",
     }

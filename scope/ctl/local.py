@@ -40,6 +40,7 @@ class PeerView:
     reason: str = ""
     hub: str = ""  # name of the ScopePeer that relays
     user_space: bool = False  # a process on the hub relays, not its kernel
+    birthday: bool = False  # direct by a port of a symmetric NAT that was guessed
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +190,7 @@ def _parse_peer(peer: Mapping[str, object]) -> PeerView:
         reason=_string(peer, "reason"),
         hub=_string(peer, "hub"),
         user_space=peer.get("userSpace") is True,
+        birthday=peer.get("birthday") is True,
     )
 
 

@@ -286,6 +286,8 @@ def _by_hub(peer: PeerView) -> str:
 def _path(peer: PeerView) -> str:
     if peer.path == "Relayed" and peer.hub:
         return f"{peer.path} {_by_hub(peer)}"
+    if peer.path == "Direct" and peer.birthday:
+        return f"{peer.path} (birthday)"
     return peer.path or "None"
 
 

@@ -41,6 +41,7 @@ from scope.resources.selector import read_selector, selector_dict
 from scope.resources.times import format_duration
 from scope.resources.values import (
     NO_KEY,
+    read_boolean,
     read_choice,
     read_count,
     read_duration,
@@ -103,6 +104,7 @@ def _read_mesh_spec(fields: Fields) -> MeshSpec:
             "peerExpiry", lambda value: read_duration(value, MIN_EXPIRY, MAX_EXPIRY), _USUAL_EXPIRY
         ),
         node_selector=read_selector(fields.sub("nodeSelector")),
+        birthday=fields.optional("birthday", read_boolean, False),
     )
     # Who asks for no hubs may have WireGuard listen where hubs usually are reached.
     hubs = fields.sub_if_any("hubs")
@@ -182,6 +184,7 @@ def mesh_spec_dict(spec: MeshSpec) -> dict[str, object]:
         "listenPort": spec.listen_port,
         "mtu": "Auto" if spec.mtu is None else spec.mtu,
         "peerExpiry": format_duration(spec.peer_expiry),
+        "birthday": spec.birthday,
         **({"nodeSelector": selector} if (selector := selector_dict(spec.node_selector)) else {}),
         **({"hubs": hubs_dict(spec.hubs)} if spec.hubs != Hubs() else {}),
     }

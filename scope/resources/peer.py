@@ -186,6 +186,7 @@ def _read_link(fields: Fields) -> Link:
         reason=fields.optional("reason", lambda value: read_text(value, MAX_REASON), ""),
         hub=fields.optional("hub", read_subdomain, ""),
         user_space=fields.optional("userSpace", read_boolean, False),
+        birthday=fields.optional("birthday", read_boolean, False),
     )
 
 
@@ -266,6 +267,7 @@ def _link_dict(link: Link) -> dict[str, object]:
         **({"reason": link.reason} if link.reason else {}),
         **({"hub": link.hub} if link.hub else {}),
         **({"userSpace": True} if link.user_space else {}),
+        **({"birthday": True} if link.birthday else {}),
     }
 
 

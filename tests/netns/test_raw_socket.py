@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from scope_agent.wireguard.shell import ProbeSocket, SendResult
-from scope_agent.wireguard.shell.probe_socket import RawProbeSocket, RewrittenProbeSocket
+from scope_agent.wireguard.shell.probe_socket import Arrived, RawProbeSocket, RewrittenProbeSocket
 
 from scope.model import Endpoint, IPAddress
 from tests.netns.device_fixture import (
@@ -297,12 +297,17 @@ class _Inside:
     def descriptors(self) -> tuple[int, ...]:
         return self._inner.descriptors
 
-    def send(self, endpoint: Endpoint, data: bytes, *, ttl: int | None = None) -> SendResult:
+    def send(
+        self, endpoint: Endpoint, data: bytes, *, ttl: int | None = None, port: int | None = None
+    ) -> SendResult:
         with self._namespace.entered():
-            return self._inner.send(endpoint, data, ttl=ttl)
+            return self._inner.send(endpoint, data, ttl=ttl, port=port)
 
-    def receive(self) -> Iterator[tuple[Endpoint, IPAddress, bytes]]:
+    def receive(self) -> Iterator[Arrived]:
         return self._inner.receive()
+
+    def hear(self, ports: range) -> None:
+        self._inner.hear(ports)
 
     def move(self, port: int) -> None:
         with self._namespace.entered():
@@ -318,7 +323,7 @@ def receive_one(probes: ProbeSocket) -> tuple[Endpoint, IPAddress, bytes]:
     deadline = time.monotonic() + PATIENCE
     while True:
         for arrived in probes.receive():
-            return arrived
+            return arrived.source, arrived.own, arrived.data
         left = deadline - time.monotonic()
         assert left > 0, "no probe arrives"
         select.select(probes.descriptors, [], [], left)

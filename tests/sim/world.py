@@ -24,6 +24,7 @@ from scope_agent.carrying import Carrying
 from scope_agent.inputs import (
     Applied,
     ApplyGrants,
+    ApplyPorts,
     Courier,
     DatagramArrived,
     DeviceBatch,
@@ -37,6 +38,7 @@ from scope_agent.inputs import (
     ListAgain,
     Observe,
     Output,
+    PortsApplied,
     Relaying,
     Reply,
     SaveState,
@@ -50,6 +52,7 @@ from scope_agent.membership import Membership
 from scope_agent.paths.core import Paths
 from scope_agent.state import make_identity
 from scope_agent.wireguard.device import HoldEndpoint
+from scope_agent.wireguard.port_rules import PortRules
 from scope_operator.gateway.reflector import HEARD_SECONDS
 
 from scope.channel import Channel, Confirmed, Hello, NotACorrespondent, Received
@@ -97,6 +100,7 @@ DEVICE_DELAY = 0.002
 HOLD_DELAY = (0.005, 0.04)  # the packet filter's program is started for each hold
 TURN_DELAY = 0.002  # what another family's packet may lose by going through the agent
 DISK_DELAY = 0.005
+PORTS_DELAY = 0.02  # a run of the packet filter's program
 RELAY_DELAY = 0.05  # a disk write and a run of the packet filter's program
 POLL = 0.25  # how often the shell looks at the device's own counters
 RECONNECT, RECONNECT_MAX = 1.0, 30.0
@@ -304,6 +308,8 @@ class Machine:
         self._traffic_noted = False
         self._polled = 0
         self.is_off = False
+        self.ports = PortRules()  # of its packet filter and probe socket
+        self.ports_fail = ""
         self.relay = relay.Relay(lambda: world.now, self._send_relayed)
         self.device = Device(
             name="scope0",
@@ -412,6 +418,7 @@ class Machine:
         self.is_off = False
         self.device.delete()
         self.relay.forget()
+        self.ports = PortRules()
         self.start()
 
     def leave(self) -> None:
@@ -471,6 +478,11 @@ class Machine:
         if relay.FIRST_PORT <= port <= relay.LAST_PORT:
             self.relay.arrived(source, port, payload)
             return
+        if any((source, port) == (opening.endpoint, opening.port) for opening in self.ports.openings):
+            port = self.ports.port
+        search = self.ports.search
+        if search is not None and search.first <= port <= search.last and isinstance(payload, bytes):
+            self.give(DatagramArrived(payload, Socket(source, port=port)))
         if port != (self.device.listen_port or self.disk.listen_port):
             return
         if isinstance(payload, bytes):
@@ -492,7 +504,10 @@ class Machine:
 
     def _put(self, to: Endpoint, payload: object, *, ttl: int | None = None) -> None:
         port = self.device.listen_port or (self.agent.listen_port if self.agent else 0)
-        self._put_from(port, to, payload, ttl=ttl)
+        turned = [
+            each.port for each in self.ports.openings if each.endpoint == to and port == self.ports.port
+        ]
+        self._put_from(turned[0] if turned else port, to, payload, ttl=ttl)
 
     def _send_relayed(self, port: int, to: Endpoint, payload: object) -> None:
         self._put_from(port, to, payload)
@@ -578,7 +593,10 @@ class Machine:
             case Send(leg, data):
                 if isinstance(leg, Socket):
                     self.probe_bytes += len(data)
-                    self._put(leg.endpoint, data, ttl=leg.ttl)
+                    if leg.port is None:
+                        self._put(leg.endpoint, data, ttl=leg.ttl)
+                    else:
+                        self._put_from(leg.port, leg.endpoint, data, ttl=leg.ttl)
                 else:
                     self.world.registry.carry(self, leg.to, data)
             case DeviceBatch():
@@ -596,6 +614,8 @@ class Machine:
                 self._later(DISK_DELAY, lambda: self._save(state))
             case ApplyGrants(grants):
                 self._later(RELAY_DELAY, lambda: self._grant(grants))
+            case ApplyPorts(rules):
+                self._later(PORTS_DELAY, lambda: self._turn_ports(rules))
             case Reply():
                 self.replies.append(output)
             case ListAgain():
@@ -620,6 +640,11 @@ class Machine:
         self.granted = grants
         self.give(Relaying(self.relay.forwarding, "", forgot=forgot, answers=True))
 
+    def _turn_ports(self, rules: PortRules) -> None:
+        if not self.ports_fail:
+            self.ports = rules
+        self.give(PortsApplied(self.ports_fail))
+
     def _save(self, state: DiskState) -> None:
         if self.disk_fails:
             self.give(Failed(Target.DISK, "no space left on device"))
@@ -641,6 +666,7 @@ class _Overheard(Agent):
             now=world.now,
             wall=world.now,
             granted=machine.granted,
+            openings=machine.ports.openings,
         )
         self._machine = machine
         self._carrying = _Ear(machine, channel, paths=self._paths, membership=self._membership)

@@ -169,6 +169,18 @@ def test_the_status_shows_the_agent_and_every_peer_with_its_path() -> None:
     ]
 
 
+def test_the_status_says_that_a_direct_path_was_guessed() -> None:
+    peers = [
+        {"name": "home.tv", "path": "Direct", "birthday": True},
+        {"name": "home.pi", "path": "Direct", "birthday": False},
+    ]
+    text = render.status_text(parse_status({"mesh": "home", "peers": peers}), color=False)
+    assert [line.partition("  -  ")[0].rstrip() for line in text.splitlines()[-2:]] == [
+        "home.tv  Direct (birthday)",
+        "home.pi  Direct",
+    ]
+
+
 def test_the_status_names_the_hub_of_each_relayed_peer() -> None:
     told = {"path": "Relayed", "endpoint": None}
     relayed = [

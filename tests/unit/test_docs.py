@@ -182,7 +182,11 @@ def test_the_mesh_to_copy_is_the_example_and_a_mesh() -> None:
 def test_the_fields_of_a_mesh_and_their_defaults_are_the_real_ones() -> None:
     spec = resources.to_dict(Mesh(Meta("home"), MeshSpec(Addressing())))["spec"]
     assert isinstance(spec, dict)
-    real = {name: str(value) for name, value in spec.items() if name not in ("addressing", "timers")}
+    real = {
+        name: str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in spec.items()
+        if name not in ("addressing", "timers")
+    }
     real |= {f"timers.{name}": value for name, value in spec["timers"].items()}
     told = dict(re.findall(r"^\| `([\w.]+)` \| `(\w+)` \|", INSTALL.read_text(), re.MULTILINE))
     assert told == real

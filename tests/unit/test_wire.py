@@ -21,6 +21,9 @@ from scope.wire import (
     Forward,
     Forwarded,
     Granted,
+    Guess,
+    Guesses,
+    Guessing,
     Message,
     Nominate,
     Nominated,
@@ -61,7 +64,7 @@ datagrams = st.binary(max_size=MAX_FORWARDED - wire.MIN_DATAGRAM).map(datagram)
 uids = st.text(min_size=1, max_size=63).filter(lambda text: len(text.encode()) <= 63)
 signatures = st.binary(min_size=64, max_size=64)
 messages: st.SearchStrategy[Message] = st.one_of(
-    st.builds(Ping, u32, st.booleans(), u64),
+    st.builds(Ping, u32, st.booleans(), u64, st.booleans()),
     st.builds(Pong, u32, endpoints, st.booleans(), u64),
     st.builds(Nominate, u32, endpoints, endpoints),
     st.builds(Nominated, u32),
@@ -83,6 +86,8 @@ messages: st.SearchStrategy[Message] = st.one_of(
         user_space=st.booleans(),
     ),
     st.builds(Refused, keys, st.sampled_from(RefusedBecause)),
+    st.builds(Guess, u32, endpoints, endpoints),
+    st.builds(Guessing, u32, st.sampled_from(Guesses)),
 )
 
 
@@ -122,6 +127,15 @@ def test_any_bytes_are_a_message_or_a_wire_error(body: bytes) -> None:
     ("message", "body"),
     [
         (Ping(1, has_session=True, received=2), "01 00000001 01 0000000000000002" + " 00" * 18),
+        (
+            Ping(1, has_session=False, received=2, guessed=True),
+            "01 00000001 00 0000000000000002 01" + " 00" * 17,
+        ),
+        (
+            Guess(9, at=THERE, here=HERE),
+            "0e 00000009 20010db8000000000000000000000007 01bb 00000000000000000000ffffc0000207 ca6c",
+        ),
+        (Guessing(9, Guesses.BUSY), "0f 00000009 02"),
         (
             Pong(1, HERE, has_session=False, received=2),
             "02 00000001 00 0000000000000002 00000000000000000000ffffc0000207 ca6c",
@@ -180,6 +194,7 @@ def test_no_answer_is_larger_than_its_question() -> None:
     pong = encode_message(Pong(2**32 - 1, THERE, has_session=True, received=2**64 - 1))
     assert len(pong) <= len(encode_message(Ping(0, has_session=False, received=0)))
     assert len(encode_message(Nominated(2**32 - 1))) <= len(encode_message(Nominate(0, HERE, THERE)))
+    assert len(encode_message(Guessing(0, Guesses.YES))) <= len(encode_message(Guess(0, HERE, THERE)))
     assert len(datagram(b"", DatagramType.COOKIE)) == wire.MIN_DATAGRAM
 
 

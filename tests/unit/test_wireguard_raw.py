@@ -32,6 +32,10 @@ def run_filter(program: bytes, packet: bytes) -> int:
                 index = (packet[value] & 0xF) * 4
             case 0x15:
                 position += if_true if accumulator == value else if_false
+            case 0x25:
+                position += if_true if accumulator > value else if_false
+            case 0x35:
+                position += if_true if accumulator >= value else if_false
             case 0x06:
                 return value
             case _:
@@ -55,6 +59,25 @@ def test_the_filter_keeps_probes_to_our_port_whatever_the_ip_options(words: int)
     assert run_filter(raw.keep_probes_v4(7001), header + udp(7001, b"SC")) == 0
 
 
+@pytest.mark.parametrize("words", [5, 15])
+def test_the_filter_also_keeps_probes_to_the_ports_of_a_search(words: int) -> None:
+    program, header = raw.keep_probes_v4(7001, also=range(26300, 26556)), ip_header(words)
+    for port, kept in (
+        *((7001, True), (26300, True), (26400, True), (26555, True)),
+        *((7000, False), (7002, False), (26299, False), (26556, False), (65535, False)),
+    ):
+        assert (run_filter(program, header + udp(port, PROBE)) > 65535) is kept
+    assert run_filter(program, header + udp(26300, b"\4\0\0\0data")) == 0
+    assert run_filter(program, header + udp(26300, b"SC")) == 0
+
+
+def test_a_probe_says_to_which_of_our_ports_it_came() -> None:
+    also = range(26300, 26556)
+    assert raw.open_datagram(udp(26301, PROBE), 7001, also=also) == (7000, 26301, PROBE)
+    assert raw.open_datagram(udp(7001, PROBE), 7001, also=also) == (7000, 7001, PROBE)
+    assert raw.open_datagram(udp(26299, PROBE), 7001, also=also) is None
+
+
 def test_the_filter_for_ipv6_starts_at_the_udp_header() -> None:
     assert run_filter(raw.keep_probes_v6(7001), udp(7001, PROBE)) > 65535
     assert run_filter(raw.keep_probes_v6(7001), udp(7002, PROBE)) == 0
@@ -71,7 +94,7 @@ def test_the_magic_is_neither_wireguard_nor_stun() -> None:
 def test_a_datagram_is_opened_as_it_was_made_and_its_checksum_holds(rest: bytes) -> None:
     payload = raw.MAGIC + rest
     datagram = raw.datagram_v4(HERE, THERE, source_port=7000, port=7001, payload=payload)
-    assert raw.open_datagram(datagram, 7001) == (7000, payload)
+    assert raw.open_datagram(datagram, 7001) == (7000, 7001, payload)
     pseudo = HERE.packed + THERE.packed + struct.pack("!BBH", 0, 17, len(datagram))
     summed = pseudo + datagram + bytes(len(datagram) % 2)
     total = sum(struct.unpack(f"!{len(summed) // 2}H", summed))
@@ -79,7 +102,7 @@ def test_a_datagram_is_opened_as_it_was_made_and_its_checksum_holds(rest: bytes)
 
 
 def test_padding_after_the_datagram_is_cut_off() -> None:
-    assert raw.open_datagram(udp(7001, PROBE) + b"padding", 7001) == (7000, PROBE)
+    assert raw.open_datagram(udp(7001, PROBE) + b"padding", 7001) == (7000, 7001, PROBE)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,17 @@ def public_addresses(peer: Peer) -> tuple[IPAddress, ...]:
     return tuple(dict.fromkeys(ordered))
 
 
+def public_reflexive(candidates: Iterable[Candidate]) -> tuple[Endpoint, ...]:
+    """Where reflectors saw a peer's NAT, over IPv4 and not inside of a carrier's network."""
+    return tuple(
+        candidate.endpoint
+        for candidate in candidates
+        if candidate.kind is CandidateKind.REFLEXIVE
+        and candidate.endpoint.family is Family.IPV4
+        and not is_private(candidate.endpoint.address)
+    )
+
+
 def rank(endpoint: Endpoint, prefer: Family) -> tuple[int, int]:
     """Lower is better: private before public, then the preferred family."""
     return (0 if is_private(endpoint.address) else 1, 0 if endpoint.family is prefer else 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -32,15 +32,34 @@ from scope.model import (
     Snapshot,
     Timers,
 )
-from scope.wire import MAX_CANDIDATES, CallMeMaybe, Message, Nominate, Nominated, Ping, Pong
+from scope.wire import (
+    MAX_CANDIDATES,
+    CallMeMaybe,
+    Guess,
+    Guessing,
+    Message,
+    Nominate,
+    Nominated,
+    Ping,
+    Pong,
+)
 from scope_agent.agenda import Agenda
-from scope_agent.paths.candidates import claims, is_private, misplacement, own_candidates, refusal
+from scope_agent.paths.birthday import Ask, Birthday, Say, Spent, Standing
+from scope_agent.paths.candidates import (
+    claims,
+    is_private,
+    misplacement,
+    own_candidates,
+    public_reflexive,
+    refusal,
+)
 from scope_agent.paths.due import CallPeer, CheckMapping, SendTo
 from scope_agent.paths.pace import Pace
 from scope_agent.paths.pair import Pair
 from scope_agent.paths.reflexive import MAX_TARGETS, ReflectorTarget, Reflexive
 from scope_agent.paths.route import Relay
 from scope_agent.paths.view import PairView
+from scope_agent.wireguard.port_rules import Opening, PortRules
 
 COUNTER_STALE = 0.5  # a receive counter read longer before the latest traffic is reported as 0: unknown
 CARRIER_PATIENCE = 2.0  # on a busy machine a reflector's answer may be read so late
@@ -56,6 +75,7 @@ class Outgoing:
     message: Message
     endpoint: Endpoint
     ttl: int | None = None
+    port: int | None = None  # of ours; None: WireGuard's
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +163,7 @@ class Paths:
         self._hubs_at: frozenset[Endpoint] = frozenset()  # where hubs themselves say to be
         self._hub_addresses: frozenset[IPAddress] = frozenset()
         self._routed: frozenset[IPNetwork] = frozenset()  # what peers offer beyond their addresses
+        self._birthday = Birthday(random=random)
 
     # --- what is known -------------------------------------------------------------------------------------
 
@@ -152,6 +173,8 @@ class Paths:
         if before.mesh is not None and snapshot.mesh is not None and before.mesh.spec != snapshot.mesh.spec:
             for pair in self._pairs.values():
                 pair.configure(self._timers(), self._prefer())
+        if snapshot.mesh is not None:
+            self._birthday.configure(allowed=snapshot.mesh.spec.birthday)
         gone = before.peers.keys() - snapshot.peers.keys()
         news = [key for key, peer in snapshot.peers.items() if before.peers.get(key) is not peer]
         stale = set(news)  # whose routes are to be worked out anew
@@ -222,6 +245,7 @@ class Paths:
         self._interfaces, self._listen_port = interfaces, listen_port
         self._families = frozenset(Family.IPV4 if i.version == 4 else Family.IPV6 for i in interfaces)
         self._own_endpoints = frozenset(Endpoint(i.ip, listen_port) for i in interfaces if listen_port)
+        self._birthday.set_port(listen_port)
         self._set_reflectors(now)
         for key, peer in self._snapshot.peers.items():
             if key in self._pairs and peer.report is not None:
@@ -230,6 +254,7 @@ class Paths:
         if not before[0]:
             return
         self._reflexive.restart(now, forget=True)
+        self._birthday.network_changed(now)
         lost = bool(before[0] - interfaces)
         for key, pair in self._pairs.items():
             pair.network_changed(now, lost=lost)
@@ -242,6 +267,24 @@ class Paths:
             if key in last_good:
                 pair.restore(last_good[key], now)
                 self._touch(key, now)
+
+    def restore_openings(self, openings: Iterable[Opening], now: float) -> None:
+        """Take the ports that an earlier agent had WireGuard speak from."""
+        self._birthday.restore(openings, now)
+
+    def take_port_rules(self, now: float) -> PortRules | None:
+        """The ports that WireGuard is to speak from, once; answered by `port_rules_applied`."""
+        return self._birthday.take_rules(now)
+
+    def port_rules_applied(self, error: str, now: float) -> None:
+        """The ports are as they should be, or, with `error` as part of a sentence, as they were."""
+        self._birthday.applied(error, now)
+        self._explain_birthday(now)
+
+    @property
+    def birthday_spent(self) -> Spent | None:
+        """What guessing ports took so far; None where the mesh does not allow it."""
+        return self._birthday.spent if self._birthday.is_allowed else None
 
     def set_relays(self, key: PublicKey, relays: MappingOf[Endpoint, Relay], now: float) -> None:
         """Take the hubs' ports that are granted to us and the peer with WireGuard key `key`."""
@@ -335,13 +378,30 @@ class Paths:
             case Ping() | Pong() | Nominate() | Nominated() if source is not None:
                 if isinstance(message, Nominate) and self._is_refused(message.here, pair):
                     return
+                self._birthday.heard(key, source)
                 for due in pair.receive(message, source, now):
                     if isinstance(due, SendTo):
-                        said = self._without_stale_counter(due.message, now)
+                        said = self._said(due.message, due.endpoint, now)
                         self._out.append(Outgoing(sender, said, due.endpoint, due.ttl))
+            case Guess() if source is not None:
+                self._look(now)
+                answer = self._birthday.asked(key, message, self._stands(key), now)
+                self._out.append(Outgoing(sender, answer, source))
+                return
+            case Guessing():
+                self._birthday.answered(key, message, now)
+                self._explain_birthday(now)
+                return
             case _:
                 return
         self._touch(key, now)
+
+    def hit(self, sender: PublicKey, source: Endpoint, port: int, now: float) -> None:
+        """A ping of the holder of probe key `sender` came to a port of ours that is not WireGuard's."""
+        key = self._peer_of.get(sender)
+        if key is not None:
+            self._birthday.hit(key, source, port, now)
+            self._explain_birthday(now)
 
     def confirmed(self, sender: PublicKey, source: Endpoint | None, now: float) -> None:
         """The channel can seal for `sender` now."""
@@ -363,6 +423,9 @@ class Paths:
         reflexive = self._reflexive.get_timer()
         if reflexive is not None and self._families:
             times.append(reflexive)
+        guess = self._birthday.get_timer()
+        if guess is not None:
+            times.append(guess)
         if self._young or self._waiting:
             times.append(self._pace.next_search())
         return min(times, default=None)
@@ -376,6 +439,9 @@ class Paths:
                 self._out.append(Outgoing(question.target.probe_key, ping, question.target.endpoint))
             if self._publish(now):
                 self._tell_mapping(now)
+        guess = self._birthday.get_timer()
+        if guess is not None and guess <= now:
+            self._guess(now)
         due = self._agenda.next()
         self._pace.earn(now, late=now - due if due is not None else 0.0)
         while (key := self._agenda.take(now)) is not None:
@@ -402,7 +468,7 @@ class Paths:
                 case SendTo(message, endpoint, ttl):
                     if isinstance(message, Ping) and is_searched:
                         self._pace.spend()
-                    said = self._without_stale_counter(message, now)
+                    said = self._said(message, endpoint, now)
                     self._out.append(Outgoing(self._keys[key], said, endpoint, ttl))
                 case CheckMapping():
                     self._reflexive.check(now)
@@ -413,6 +479,42 @@ class Paths:
         if not pair.direct:
             pair.explain(self._why_not(key, now))
         self._touch(key, now)
+
+    def _guess(self, now: float) -> None:
+        """Do what guessing ports wants."""
+        self._look(now)
+        due = self._birthday.handle_timer(
+            now, keys=self._pairs, stands=self._stands, transactions=self._next_transaction
+        )
+        for out in due:
+            match out:
+                case Say(key, message, endpoint, ttl, port):
+                    self._out.append(Outgoing(self._keys[key], message, endpoint, ttl, port))
+                case Ask(key, endpoint):
+                    self._pairs[key].ask(endpoint, now)
+                    self._touch(key, now)
+        self._explain_birthday(now)
+
+    def _stands(self, key: PublicKey) -> Standing | None:
+        """How a pair stands, as it was last looked at."""
+        view, peer = self._views.get(key), self._snapshot.peers.get(key)
+        if view is None or peer is None or peer.report is None:
+            return None
+        endpoints = tuple(e for e in public_reflexive(peer.report.endpoints) if self._refusal(e) is None)
+        return Standing(view.path, view.since, view.endpoint, peer.report.mapping, endpoints)
+
+    def _explain_birthday(self, now: float) -> None:
+        for key in self._birthday.take_news() & self._pairs.keys():
+            if not self._pairs[key].direct:
+                self._pairs[key].explain(self._why_not(key, now))
+            self._touch(key, now)
+
+    def _said(self, message: Message, endpoint: Endpoint, now: float) -> Message:
+        """What is to be said to an endpoint: nothing that is stale, and whether the port was guessed."""
+        said = self._without_stale_counter(message, now)
+        if isinstance(said, Ping) and self._birthday.holds(endpoint):
+            return replace(said, guessed=True)
+        return said
 
     def _without_stale_counter(self, message: Message, now: float) -> Message:
         """On a busy machine the device is read late, and the peer would take what arrived since for lost."""
@@ -457,6 +559,8 @@ class Paths:
             if pair is None:
                 continue
             before, view = self._views.get(key), pair.view(now)
+            if view.path is PathKind.DIRECT and self._birthday.holds(view.endpoint):
+                view = replace(view, birthday=True)
             if view != before:
                 self._views[key] = view
                 self._changes.pairs.add(key)
@@ -480,6 +584,7 @@ class Paths:
         if (candidates, mapping) == (self._candidates, self._mapping):
             return False
         self._candidates, self._mapping = candidates, mapping
+        self._birthday.set_own(mapping, public_reflexive(candidates))
         self._changes.own = True
         return True
 
@@ -577,6 +682,7 @@ class Paths:
         return pair
 
     def _forget(self, key: PublicKey) -> None:
+        self._birthday.forget(key)
         del self._pairs[key]
         probe = self._keys.pop(key)
         self._peer_of.pop(probe, None)
@@ -686,10 +792,13 @@ class Paths:
         ):
             return "no reflector answers: is UDP blocked here?"
         if mine is Mapping.ENDPOINT_DEPENDENT and report.mapping is Mapping.ENDPOINT_DEPENDENT:
-            return "symmetric NAT on both sides"
+            both = "symmetric NAT on both sides"
+            return f"{both}, so no side's ports can be guessed" if self._birthday.is_allowed else both
         if Mapping.ENDPOINT_DEPENDENT in (mine, report.mapping):
             where = "here" if mine is Mapping.ENDPOINT_DEPENDENT else "there"
-            return f"symmetric NAT {where}, and the other side's NAT lets in only whom it was sent to"
+            why = f"symmetric NAT {where}, and the other side's NAT lets in only whom it was sent to"
+            guessed = self._birthday.explain(key)
+            return f"{why}; {guessed}" if guessed else why
         if report.mapping is Mapping.UNKNOWN and not any(
             c.kind in (CandidateKind.REFLEXIVE, CandidateKind.STATIC) for c in report.endpoints
         ):

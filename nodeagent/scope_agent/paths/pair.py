@@ -204,6 +204,10 @@ class Pair:
         if not self._path.is_direct:
             self._punch(now, call=source is None or self._search.is_calling)
 
+    def ask(self, endpoint: Endpoint, now: float) -> None:
+        """The peer may answer there now: a port was found at which it can."""
+        self._ask_in_full(endpoint, now)
+
     def explain(self, reason: str) -> None:
         """The agent knows better why there is no direct path (mappings, families, reflectors)."""
         if not self._path.is_direct:
@@ -240,7 +244,7 @@ class Pair:
         route = self._open(source)
         if route is None:
             return [answer]
-        route.heard = now
+        route.heard, route.guessed = now, ping.guessed
         if route.is_data_dead(now):
             return []  # an echo would tell the peer that the path works
         self._ping_back(route, now)
@@ -440,6 +444,7 @@ class Pair:
             user_space=(
                 relay is not None and in_use is not None and (relay.user_space or in_use.crosses_families)
             ),
+            birthday=self._path.is_direct and in_use is not None and in_use.guessed,
             is_in_doubt=self._liveness.is_in_doubt,
         )
 

@@ -52,6 +52,7 @@ class Route:
     probation: float = NEVER  # WireGuard moved here by itself at this time
     data_dead: float = NEVER  # echoes came, WireGuard's packets did not
     lost: float = NEVER  # given up at this time: only a later echo proves it
+    guessed: bool = False  # the peer says that it leaves by a port which we guessed
     relay: Relay | None = None  # the hub's port where it is relayed; None: it leads straight to the peer
 
     # --- asking --------------------------------------------------------------------------------------------

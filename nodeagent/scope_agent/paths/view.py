@@ -25,4 +25,5 @@ class PairView:
     since: float  # of the present `path`
     hub: str = ""  # name of the ScopePeer that relays
     user_space: bool = False  # a process on the hub relays, not its kernel
+    birthday: bool = False  # the direct path goes by a port that was guessed
     is_in_doubt: bool = False  # the path is being asked whether it still works

@@ -15,12 +15,13 @@ from ipaddress import IPv4Address
 
 MAGIC = b"SCop"
 UDP_HEADER = 8
+NO_PORTS = range(0)
 MAX_PAYLOAD = 65535 - 20 - UDP_HEADER  # what an IPv4 packet without options can carry
 
 _LOAD_HALF, _LOAD_WORD = 0x28, 0x20  # from a fixed offset
 _LOAD_HALF_AFTER, _LOAD_WORD_AFTER = 0x48, 0x40  # from an offset after the index register
 _INDEX_IP_HEADER = 0xB1  # index register = length of the IPv4 header at an offset
-_JUMP_EQUAL, _RETURN = 0x15, 0x06
+_JUMP_EQUAL, _JUMP_ABOVE, _JUMP_FROM, _RETURN = 0x15, 0x25, 0x35, 0x06
 _WHOLE = 0x40000  # more than any datagram
 
 
@@ -29,13 +30,15 @@ def drop_all() -> bytes:
     return _assemble([(_RETURN, 0, 0, 0)])
 
 
-def keep_probes_v4(port: int) -> bytes:
-    """The program for an IPv4 raw socket: UDP to `port`, starting with the magic."""
+def keep_probes_v4(port: int, *, also: range = NO_PORTS) -> bytes:
+    """The program for an IPv4 raw socket: UDP to `port`, or to one of `also`, starting with the magic."""
+    others = [(_JUMP_FROM, 0, 4, also[0]), (_JUMP_ABOVE, 3, 0, also[-1])] if also else []
     return _assemble(
         [
             (_INDEX_IP_HEADER, 0, 0, 0),
             (_LOAD_HALF_AFTER, 0, 0, 2),
-            (_JUMP_EQUAL, 0, 3, port),
+            (_JUMP_EQUAL, len(others), 0 if others else 3, port),
+            *others,
             (_LOAD_WORD_AFTER, 0, 0, UDP_HEADER),
             (_JUMP_EQUAL, 0, 1, int.from_bytes(MAGIC)),
             (_RETURN, 0, 0, _WHOLE),
@@ -79,18 +82,21 @@ def udp_part(packet: bytes) -> bytes:
     return packet[(packet[0] & 0xF) * 4 :] if len(packet) >= 20 else b""
 
 
-def open_datagram(data: bytes, port: int) -> tuple[int, bytes] | None:
-    """Source port and payload of a UDP datagram; None where it is no probe to `port`, or is cut off.
+def open_datagram(data: bytes, port: int, *, also: range = NO_PORTS) -> tuple[int, int, bytes] | None:
+    """Source port, our port and payload of a UDP datagram.
 
-    The filter looked already, but a datagram may have been queued before the port changed.
+    None where it is no probe to `port` or to one of `also`, or is cut off. The filter looked already, but a
+    datagram may have been queued before the ports changed.
     """
     if len(data) < UDP_HEADER:
         return None
     source_port, to_port, length, _ = struct.unpack_from("!HHHH", data)
-    if to_port != port or source_port == 0 or not UDP_HEADER <= length <= len(data):
+    if to_port != port and to_port not in also:
+        return None
+    if source_port == 0 or not UDP_HEADER <= length <= len(data):
         return None
     payload = data[UDP_HEADER:length]
-    return (source_port, payload) if payload.startswith(MAGIC) else None
+    return (source_port, to_port, payload) if payload.startswith(MAGIC) else None
 
 
 def _checksum(data: bytes) -> int:

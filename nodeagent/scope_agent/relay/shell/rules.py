@@ -12,26 +12,13 @@ Everything here blocks, for as long as `nft` takes.
 from __future__ import annotations
 
 import json
-import os
-import socket
-import struct
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from scope.model import Family
 from scope.relay import Grants
 from scope_agent.relay.rules import change, delete, is_change, load, mark_of, table
-from scope_agent.wireguard.shell.nft import PATIENCE_S, NftError, run_nft
-
-_NETLINK_NETFILTER = 12
-_GETGEN = 10 << 8 | 16  # linux/netfilter/nfnetlink.h: NFNL_SUBSYS_NFTABLES; nf_tables.h: NFT_MSG_GETGEN
-_NEWGEN = 10 << 8 | 15
-_NLM_F_REQUEST = 1
-_NFTA_GEN_ID = 1
-_HEADER = struct.Struct("=IHHII")
-_NFGENMSG = struct.Struct("=BBH")
-_ATTRIBUTE = struct.Struct("=HH")
+from scope_agent.wireguard.shell.nft import NftError, ask_nft, read_generation, run_nft
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +47,14 @@ class KernelRelay:
         """
         if families != self._families:
             self._families, self._loaded = families, None
-        before = self._read_generation()
+        before = read_generation()
         knew = self._loaded is not None or self._show() != ""
         if self._loaded is None or not self._change(self._loaded, grants, wall):
             self._loaded = None
             knew = self._load(grants, wall) and knew
             self._shape = self._show()
         self._loaded = grants
-        after = self._read_generation()
+        after = read_generation()
         # Anything else: somebody changed rules meanwhile, and the next check looks whether ours.
         if before is not None and after == before + 1:
             self._generation = after
@@ -75,7 +62,7 @@ class KernelRelay:
 
     def has_moved(self) -> bool:
         """Whether anybody changed rules, whoever's, since `is_whole` or `apply` last looked."""
-        generation = self._read_generation()
+        generation = read_generation()
         return generation is None or generation != self._generation
 
     def is_whole(self) -> bool:
@@ -85,7 +72,7 @@ class KernelRelay:
         """
         if self._loaded is None:
             return False
-        generation = self._read_generation()
+        generation = read_generation()
         if generation is not None and generation == self._generation:
             return True
         if self._show() != self._shape or self._count_tokens() != 2 * len(self._loaded.grants):
@@ -148,33 +135,6 @@ class KernelRelay:
         (listed,) = (entry["map"] for entry in json.loads(shown)["nftables"] if "map" in entry)
         return [(_plain(key), value) for key, value in listed.get("elem", [])]
 
-    def _read_generation(self) -> int | None:
-        """The number of the ruleset; None where the kernel does not tell it."""
-        try:
-            with socket.socket(
-                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER
-            ) as kernel:
-                kernel.settimeout(PATIENCE_S)
-                body = _NFGENMSG.pack(socket.AF_UNSPEC, 0, 0)
-                size = _HEADER.size + len(body)
-                kernel.sendto(_HEADER.pack(size, _GETGEN, _NLM_F_REQUEST, 1, 0) + body, (0, 0))
-                return _parse_generation(kernel.recv(4096))
-        except OSError:
-            return None
-
-
-def _parse_generation(answer: bytes) -> int | None:
-    """The attribute NFTA_GEN_ID of a NEWGEN message."""
-    if len(answer) < _HEADER.size or _HEADER.unpack_from(answer)[1] != _NEWGEN:
-        return None
-    offset = _HEADER.size + _NFGENMSG.size
-    while offset + _ATTRIBUTE.size <= len(answer):
-        length, kind = _ATTRIBUTE.unpack_from(answer, offset)
-        if kind == _NFTA_GEN_ID:
-            return int.from_bytes(answer[offset + _ATTRIBUTE.size : offset + length], "big")
-        offset += max(length + 3 & ~3, _ATTRIBUTE.size)
-    return None
-
 
 def _plain(key: object) -> object:
     """The key of an element; what else is said of it stays where it is the counter."""
@@ -182,20 +142,3 @@ def _plain(key: object) -> object:
         element = key["elem"]
         return element if "counter" in element else element["val"]
     return key
-
-
-def ask_nft(arguments: list[str]) -> str | None:
-    """What `nft` shows; None where there is no such thing. Raises NftError."""
-    try:
-        done = subprocess.run(
-            ["nft", *arguments], capture_output=True, text=True, check=False, timeout=PATIENCE_S
-        )
-    except FileNotFoundError:
-        raise NftError(f"`nft` is not on the PATH {os.environ.get('PATH', '')}") from None
-    except subprocess.TimeoutExpired:
-        raise NftError(f"`nft` did not answer in {PATIENCE_S} s") from None
-    if done.returncode == 0:
-        return done.stdout
-    if "No such file or directory" in done.stderr:
-        return None
-    raise NftError(f"nft says: {done.stderr.strip()[:200]}")

@@ -30,10 +30,9 @@ from scope.model import ConfigError, Family, IPAddress, PublicKey, RelayLimits
 from scope.relay import Grant, Grants, Side, knock
 from scope_agent.relay.rules import delete, load
 from scope_agent.relay.shell.forwarding import FORWARDING, is_on
-from scope_agent.relay.shell.rules import ask_nft
 from scope_agent.wireguard.device import AddAddress, AddRoute, ApplyError, SetUp
 from scope_agent.wireguard.shell.links import Links
-from scope_agent.wireguard.shell.nft import NftError, run_nft
+from scope_agent.wireguard.shell.nft import NftError, ask_nft, run_nft
 
 PATIENCE: Final = 0.5  # seconds for one datagram to pass one machine
 _TRIES: Final = 3  # a machine that is busy, or whose rules change just now

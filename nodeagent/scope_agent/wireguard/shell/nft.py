@@ -1,10 +1,24 @@
-"""Loading rules into the packet filter, by its own program: the library under it has no stable interface."""
+"""The packet filter by its own program, `nft`: the library under it has no stable interface.
+
+The kernel numbers its rulesets: one small netlink message tells the number, some microseconds each time. Only
+where it has moved need `nft` show a table, which takes some milliseconds, to see whether it is as it was.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
+import struct
 
 PATIENCE_S = 5  # a table of ours takes some 10 ms; what else the device needs may wait for it
+_NETLINK_NETFILTER = 12
+_GETGEN = 10 << 8 | 16  # linux/netfilter/nfnetlink.h: NFNL_SUBSYS_NFTABLES; nf_tables.h: NFT_MSG_GETGEN
+_NEWGEN = 10 << 8 | 15
+_NLM_F_REQUEST = 1
+_NFTA_GEN_ID = 1
+_HEADER = struct.Struct("=IHHII")
+_NFGENMSG = struct.Struct("=BBH")
+_ATTRIBUTE = struct.Struct("=HH")
 
 
 class NftError(Exception):
@@ -25,3 +39,50 @@ def run_nft(rules: str) -> None:
         raise NftError(f"`nft` did not answer in {PATIENCE_S} s") from None
     if done.returncode:
         raise NftError(f"nft says: {done.stderr.strip()[:200]}")
+
+
+def ask_nft(arguments: list[str]) -> str | None:
+    """What `nft` shows; None where there is no such thing. Raises NftError."""
+    import subprocess  # as above
+
+    try:
+        done = subprocess.run(
+            ["nft", *arguments], capture_output=True, text=True, check=False, timeout=PATIENCE_S
+        )
+    except FileNotFoundError:
+        raise NftError(f"`nft` is not on the PATH {os.environ.get('PATH', '')}") from None
+    except subprocess.TimeoutExpired:
+        raise NftError(f"`nft` did not answer in {PATIENCE_S} s") from None
+    if done.returncode == 0:
+        return done.stdout
+    if "No such file or directory" in done.stderr:
+        return None
+    raise NftError(f"nft says: {done.stderr.strip()[:200]}")
+
+
+def read_generation() -> int | None:
+    """The number of the ruleset; None where the kernel does not tell it."""
+    try:
+        with socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER
+        ) as kernel:
+            kernel.settimeout(PATIENCE_S)
+            body = _NFGENMSG.pack(socket.AF_UNSPEC, 0, 0)
+            size = _HEADER.size + len(body)
+            kernel.sendto(_HEADER.pack(size, _GETGEN, _NLM_F_REQUEST, 1, 0) + body, (0, 0))
+            return _parse_generation(kernel.recv(4096))
+    except OSError:
+        return None
+
+
+def _parse_generation(answer: bytes) -> int | None:
+    """The attribute NFTA_GEN_ID of a NEWGEN message."""
+    if len(answer) < _HEADER.size or _HEADER.unpack_from(answer)[1] != _NEWGEN:
+        return None
+    offset = _HEADER.size + _NFGENMSG.size
+    while offset + _ATTRIBUTE.size <= len(answer):
+        length, kind = _ATTRIBUTE.unpack_from(answer, offset)
+        if kind == _NFTA_GEN_ID:
+            return int.from_bytes(answer[offset + _ATTRIBUTE.size : offset + length], "big")
+        offset += max(length + 3 & ~3, _ATTRIBUTE.size)
+    return None

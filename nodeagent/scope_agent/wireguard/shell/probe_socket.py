@@ -19,6 +19,7 @@ import errno
 import socket
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Protocol
 
@@ -58,6 +59,16 @@ class SendResult(enum.Enum):
     TOO_LARGE = enum.auto()
 
 
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A datagram: who sent it, to which address and port of ours, its payload."""
+
+    source: Endpoint
+    own: IPAddress
+    port: int
+    data: bytes
+
+
 class ProbeSocket(Protocol):
     """A way to send and receive probes on WireGuard's port."""
 
@@ -69,11 +80,19 @@ class ProbeSocket(Protocol):
     def descriptors(self) -> tuple[int, ...]:
         """What to watch for reading."""
 
-    def send(self, endpoint: Endpoint, data: bytes, *, ttl: int | None = None) -> SendResult:
-        """Send a datagram that starts with the magic; `ttl` is its hop limit. Never blocks, never raises."""
+    def send(
+        self, endpoint: Endpoint, data: bytes, *, ttl: int | None = None, port: int | None = None
+    ) -> SendResult:
+        """Send a datagram that starts with the magic, from WireGuard's port or another one.
 
-    def receive(self) -> Iterator[tuple[Endpoint, IPAddress, bytes]]:
-        """What arrived: source, local address, payload. At most `READ_AT_ONCE` of each family."""
+        `ttl` is its hop limit. Never blocks, never raises.
+        """
+
+    def receive(self) -> Iterator[Arrived]:
+        """What arrived. At most `READ_AT_ONCE` of each family."""
+
+    def hear(self, ports: range) -> None:
+        """Keep, over IPv4, also what comes to these ports. Raises ConfigError where that cannot be."""
 
     def move(self, port: int) -> None:
         """Follow WireGuard to another port."""
@@ -103,7 +122,7 @@ class RawProbeSocket:
 
     def __init__(self, port: int, *, fwmark: int = 0, interface: str | None = None) -> None:
         """Raises PermissionError without the capability, ConfigError where `interface` is missing."""
-        self._port = port
+        self._port, self._also = port, raw.NO_PORTS
         self._fwmark, self._interface = fwmark, interface
         self._v4 = _open(socket.AF_INET, socket.SOCK_RAW, fwmark, interface)
         self._v6 = _open(socket.AF_INET6, socket.SOCK_RAW, fwmark, interface)
@@ -125,52 +144,65 @@ class RawProbeSocket:
         """What to watch for reading."""
         return tuple(each.fileno() for each in self._open_sockets())
 
-    def send(self, endpoint: Endpoint, data: bytes, *, ttl: int | None = None) -> SendResult:
-        """Send one datagram from WireGuard's port."""
+    def send(
+        self, endpoint: Endpoint, data: bytes, *, ttl: int | None = None, port: int | None = None
+    ) -> SendResult:
+        """Send one datagram from WireGuard's port, or over IPv4 from another one."""
         if len(data) > raw.MAX_PAYLOAD:
             return SendResult.TOO_LARGE
         try:
             match endpoint.address:
                 case IPv4Address():
-                    self._send_v4(endpoint.address, endpoint.port, data, ttl)
+                    own = self._port if port is None else port
+                    self._send_v4(endpoint, endpoint.address, data, ttl=ttl, own=own)
                 case IPv6Address():
                     self._send_v6(endpoint.address, endpoint.port, data, ttl)
         except OSError as error:
             return _result(error)
         return SendResult.SENT
 
-    def receive(self) -> Iterator[tuple[Endpoint, IPAddress, bytes]]:
-        """What has arrived; whatever is not a probe to our port is skipped."""
+    def receive(self) -> Iterator[Arrived]:
+        """What has arrived; whatever is not a probe to a port of ours is skipped."""
         if self._v4 is not None:
             for packet, _, (host, _) in _read(self._v4):
-                opened = raw.open_datagram(raw.udp_part(packet), self._port)
+                opened = raw.open_datagram(raw.udp_part(packet), self._port, also=self._also)
                 if opened is not None:
-                    yield Endpoint(IPv4Address(host), opened[0]), IPv4Address(packet[16:20]), opened[1]
+                    source_port, port, data = opened
+                    source = Endpoint(IPv4Address(host), source_port)
+                    yield Arrived(source, IPv4Address(packet[16:20]), port, data)
         if self._v6 is not None:
             for packet, ancillary, (host, *_) in _read(self._v6):
                 opened = raw.open_datagram(packet, self._port)
                 local = _local_v6(ancillary)
                 if opened is not None and local is not None:
-                    yield Endpoint(IPv6Address(host.partition("%")[0]), opened[0]), local, opened[1]
+                    source_port, port, data = opened
+                    yield Arrived(_source_v6(host, source_port), local, port, data)
 
     def move(self, port: int) -> None:
         """Follow WireGuard to another port; the new filter takes the old one's place in one step."""
         self._port = port
-        if self._v4 is not None:
-            _attach(self._v4, raw.keep_probes_v4(port))
+        self.hear(self._also)
         if self._v6 is not None:
             _attach(self._v6, raw.keep_probes_v6(port))
+
+    def hear(self, ports: range) -> None:
+        """Keep, over IPv4, also what comes to these ports."""
+        self._also = ports
+        if self._v4 is not None:
+            _attach(self._v4, raw.keep_probes_v4(self._port, also=ports))
 
     def close(self) -> None:
         """Close both sockets."""
         for each in self._open_sockets():
             each.close()
 
-    def _send_v4(self, address: IPv4Address, port: int, data: bytes, ttl: int | None) -> None:
+    def _send_v4(
+        self, endpoint: Endpoint, address: IPv4Address, data: bytes, *, ttl: int | None, own: int
+    ) -> None:
         if self._v4 is None:
             raise OSError(errno.EAFNOSUPPORT, "no IPv4")
         source = _source_towards(address, self._fwmark, self._interface)
-        packet = raw.datagram_v4(source, address, source_port=self._port, port=port, payload=data)
+        packet = raw.datagram_v4(source, address, source_port=own, port=endpoint.port, payload=data)
         # The checksum covers the source address, so the packet must leave with the one it was made for.
         ancillary = [(socket.IPPROTO_IP, _IP_PKTINFO, struct.pack("=i4s4s", 0, source.packed, bytes(4)))]
         if ttl is not None:
@@ -222,8 +254,12 @@ class RewrittenProbeSocket:
         """What to watch for reading."""
         return tuple(each.fileno() for each in self._open_sockets())
 
-    def send(self, endpoint: Endpoint, data: bytes, *, ttl: int | None = None) -> SendResult:
-        """Send one datagram, which leaves from WireGuard's port."""
+    def send(
+        self, endpoint: Endpoint, data: bytes, *, ttl: int | None = None, port: int | None = None
+    ) -> SendResult:
+        """Send one datagram, which leaves from WireGuard's port and no other."""
+        if port is not None:
+            return SendResult.REFUSED
         ancillary: list[tuple[int, int, bytes]] = []
         match endpoint.address:
             case IPv4Address():
@@ -240,18 +276,18 @@ class RewrittenProbeSocket:
             return _result(error)
         return SendResult.SENT
 
-    def receive(self) -> Iterator[tuple[Endpoint, IPAddress, bytes]]:
+    def receive(self) -> Iterator[Arrived]:
         """What has arrived; whatever is not a probe is skipped."""
         if self._v4 is not None:
             for data, ancillary, (host, port) in _read(self._v4):
                 local_v4 = _local_v4(ancillary)
                 if port and local_v4 is not None and data.startswith(raw.MAGIC):
-                    yield Endpoint(IPv4Address(host), port), local_v4, data
+                    yield Arrived(Endpoint(IPv4Address(host), port), local_v4, self._port, data)
         if self._v6 is not None:
             for data, ancillary, (host, port, *_) in _read(self._v6):
                 local_v6 = _local_v6(ancillary)
                 if port and local_v6 is not None and data.startswith(raw.MAGIC):
-                    yield Endpoint(IPv6Address(host.partition("%")[0]), port), local_v6, data
+                    yield Arrived(_source_v6(host, port), local_v6, self._port, data)
 
     def move(self, port: int) -> None:
         """Follow WireGuard to another port. Raises ConfigError."""
@@ -271,6 +307,11 @@ class RewrittenProbeSocket:
         if port != self._port:
             _run_nft(_without_table(self._port))
         self._port = port
+
+    def hear(self, ports: range) -> None:
+        """These sockets have one port. Raises ConfigError."""
+        if ports:
+            raise ConfigError("the agent has no CAP_NET_RAW")
 
     def close(self) -> None:
         """Remove the rules and close the sockets."""
@@ -380,6 +421,10 @@ def _local_v6(ancillary: _Ancillary) -> IPv6Address | None:
         if (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO) and len(data) >= 16:
             return IPv6Address(data[:16])
     return None
+
+
+def _source_v6(host: str, port: int) -> Endpoint:
+    return Endpoint(IPv6Address(host.partition("%")[0]), port)
 
 
 def _result(error: OSError) -> SendResult:

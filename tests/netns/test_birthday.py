@@ -1,0 +1,176 @@
+"""Real packets by a guessed port: symmetric against port-restricted, with one hub.
+
+Pings through WireGuard tell that nothing is lost when the pair leaves the relay for the guessed port,
+nor while the symmetric side's agent is dead: the packet filter's rules and WireGuard go on without it.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+from lab import Lab, Nat
+from meshlab import PRIVATE, Member, Reach, Registry, mesh_document
+
+pytestmark = pytest.mark.timeout(240)
+MESH = "birthday"
+EDGES = ("anna", "bert")  # behind a symmetric NAT, and a port-restricted one
+RELAYED_S = 30.0
+GUESSED_S = (
+    60.0  # relayed for five seconds, a try of five; one in three thousand misses, and busy machines wait
+)
+LEFT_S = 3.0  # a path that a NAT forgot is left for the relay within so long
+TABLE = "scope_ports_scope0"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The mesh of this file."""
+
+    lab: Lab
+    members: dict[str, Member]
+
+    def reach(self, name: str, other: str) -> Reach | None:
+        status = self.members[name].status()
+        return status.peers.get(f"{MESH}.external.{other}") if status is not None else None
+
+    def until(self, done: Callable[[], bool], what: str, *, within_s: float) -> None:
+        end = time.monotonic() + within_s
+        while not done():
+            for member in self.members.values():
+                member.check_alive()
+            assert time.monotonic() < end, f"not within {within_s:g} s: {what}; {self.describe()}"
+            time.sleep(0.1)
+
+    def is_relayed(self) -> bool:
+        return all(
+            (reach := self.reach(*pair)) is not None and reach.is_relayed for pair in (EDGES, EDGES[::-1])
+        )
+
+    def is_guessed(self) -> bool:
+        return all(
+            (reach := self.reach(*pair)) is not None and reach.is_direct and reach.birthday
+            for pair in (EDGES, EDGES[::-1])
+        )
+
+    def describe(self) -> str:
+        return "; ".join(f"{name}: {self.reach(name, other)}" for name, other in (EDGES, EDGES[::-1]))
+
+    def rules(self) -> str:
+        """The packet filter's rules of the machine behind the symmetric NAT."""
+        return self.members["anna"].machine.run(["nft", "list", "ruleset"]).stdout
+
+    def ping(self, *options: str) -> subprocess.Popen[str]:
+        """Ping from one side to the other, with times."""
+        status = self.members["bert"].status()
+        assert status is not None and status.address is not None
+        argv = ["ping", "-D", "-n", "-W", "3", *options, status.address]
+        return self.members["anna"].machine.popen(argv, stdout=subprocess.PIPE)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pair]:
+    with Lab(delay_ms=10, private=PRIVATE) as lab:
+        registry = Registry(lab.server("registry"))
+        registry.apply(mesh_document(MESH, birthday=True, hubs={"names": [f"{MESH}.external.hub"]}))
+        token = registry.token(MESH)
+        members = {}
+        for name, nat in (("hub", Nat.NONE), ("anna", Nat.SYMMETRIC), ("bert", Nat.PORT_RESTRICTED)):
+            members[name] = Member(
+                lab.site(f"site-{name}", nat=nat).machine(name), mesh=MESH, registry=registry
+            )
+            # As most machines are, the one behind the symmetric NAT is firewalled itself.
+            if name == "anna":
+                members[name].machine.run(["nft", "-f", "-"], input=FIREWALL)
+            members[name].join(token, wait=True)
+        yield Pair(lab, members)
+        for member in members.values():
+            member.hang_up()
+
+
+FIREWALL = """
+table inet host {
+  chain in { type filter hook input priority 0; policy drop;
+    iifname { "lo", "scope0" } accept
+    ct state established,related accept
+    meta l4proto { icmp, ipv6-icmp } accept
+  }
+}
+"""
+
+
+def test_a_relayed_pair_becomes_direct_by_a_guessed_port_and_loses_nothing(pair: Pair) -> None:
+    pair.until(pair.is_relayed, "a relay", within_s=RELAYED_S)
+    said, _ = pair.ping("-c", "1", "-w", "10").communicate()  # and WireGuard has a session
+    assert "1 received" in said
+    pinging = pair.ping("-i", "0.02")
+    try:
+        pair.until(pair.is_guessed, "direct by a guess", within_s=GUESSED_S)
+        time.sleep(3.0)  # some go over the new path
+    finally:
+        pinging.send_signal(signal.SIGINT)
+        said, _ = pinging.communicate(timeout=30.0)
+    answered = {int(each) for each in re.findall(r"bytes from .* icmp_seq=(\d+)", said)}
+    # The last ones are under way when the program ends.
+    lost = set(range(1, max(answered))) - answered
+    assert len(answered) > 100 and not lost, f"{sorted(lost)} of {max(answered)}; {pair.describe()}"
+    assert TABLE in pair.rules()
+
+
+def test_an_agent_that_is_killed_loses_nothing_and_its_next_one_keeps_the_path(pair: Pair) -> None:
+    pair.until(pair.is_guessed, "direct by a guess", within_s=GUESSED_S)
+    anna, before = pair.members["anna"], turned(pair.rules())
+    pinging = pair.ping("-c", "300", "-i", "0.02")
+    time.sleep(1.0)  # some go before
+    anna.kill()
+    time.sleep(2.0)
+    anna.run_again()
+    said, _ = pinging.communicate(timeout=60.0)
+    assert "300 received" in said, said[-300:]
+    pair.until(pair.is_guessed, "direct by the same port", within_s=RELAYED_S)
+    assert turned(pair.rules()) == before
+
+
+def test_rules_that_another_program_flushes_are_put_back(pair: Pair) -> None:
+    pair.until(pair.is_guessed, "direct by a guess", within_s=GUESSED_S)
+    before = turned(pair.rules())
+    pair.members["anna"].machine.run(["nft", "flush", "ruleset"])
+    pair.until(lambda: turned(pair.rules()) == before, "the rules", within_s=RELAYED_S)
+
+
+def test_a_nat_that_reboots_sends_the_pair_back_to_the_relay(pair: Pair) -> None:
+    pair.until(pair.is_guessed, "direct by a guess", within_s=GUESSED_S)
+    pinging = pair.ping("-i", "0.02")
+    try:
+        time.sleep(2.0)  # some go before
+        pair.lab.sites["site-anna"].reboot()
+        rebooted = time.time()
+        pair.until(pair.is_relayed, "the relay", within_s=RELAYED_S)
+        time.sleep(1.0)  # some go over the relay
+    finally:
+        pinging.send_signal(signal.SIGINT)
+        said, _ = pinging.communicate(timeout=30.0)
+    at = [float(each) for each in re.findall(r"^\[([0-9.]+)\] \d+ bytes from", said, re.MULTILINE)]
+    silence, since = max((later - earlier, earlier) for earlier, later in pairwise(at))
+    assert silence < LEFT_S and abs(since - rebooted) < LEFT_S
+    # The next guess takes another port, or none; the rules of the old one do not stay.
+    pair.until(
+        lambda: "scope_ports" not in pair.rules() or pair.is_guessed(), "a new path", within_s=GUESSED_S
+    )
+
+
+def test_who_leaves_leaves_no_rules(pair: Pair) -> None:
+    anna = pair.members.pop("anna")
+    anna.leave()
+    assert TABLE not in anna.machine.run(["nft", "list", "ruleset"]).stdout
+
+
+def turned(rules: str) -> list[str]:
+    """Towards whom WireGuard has which other port."""
+    return sorted(re.findall(r"[0-9.]+ \. \d+ : \d+", rules))
