@@ -22,6 +22,7 @@ from rich.table import Table
 
 from bench import (
     agents,
+    birthday,
     cold,
     crowd,
     forwarder,
@@ -47,6 +48,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     *moves.BENCHMARKS,
     *outage.BENCHMARKS,
     *hubs.BENCHMARKS,
+    *birthday.BENCHMARKS,
     *cold.BENCHMARKS,
     *crowd.BENCHMARKS,
     *size.BENCHMARKS,
