@@ -75,14 +75,14 @@ class Walk:
         """Until it holds; with what every program said when it never does."""
         deadline = time.monotonic() + PATIENCE
         while True:
-            said = ""
+            looked, said = time.monotonic(), ""
             try:
                 if holds():
                     return
             except self.passing as error:
                 said = f": {error}"
             assert time.monotonic() < deadline, "\n".join([what + said, *map(self.log, self.hosts)])
-            time.sleep(0.2)
+            time.sleep(max(0.2, time.monotonic() - looked))  # a look starts programs: not too many
 
     def log(self, place: str) -> str:
         """What the programs of a place said last."""
