@@ -160,7 +160,7 @@ class Member:
             return False
         return True
 
-    def answer(self, *, within_s: float = 2.0) -> Status | None:
+    def answer(self, *, within_s: float = 10.0) -> Status | None:
         """The answer to `ask`; None when the agent gives none."""
         if self._connection is None:
             return None

@@ -149,7 +149,7 @@ class Cluster:
                 return False
             return True
 
-        until(written, within_s=10.0, missing=lambda: f"{name} is never left alone")
+        until(written, within_s=30.0, missing=lambda: f"{name} is never left alone")
 
     def peer(self, mesh: str, node: Node) -> dict[str, Any]:
         """The stored ScopePeer."""
@@ -177,7 +177,7 @@ class Cluster:
             return status is not None and holds(status)
 
         try:
-            until(reached, within_s=40.0, missing=lambda: f"{node.name}:\n{tail(node.log)}")
+            until(reached, within_s=60.0, missing=lambda: f"{node.name}:\n{tail(node.log)}")
         finally:
             member.hang_up()
 
@@ -188,7 +188,7 @@ class Cluster:
             status: dict[str, Any] = self.peer(mesh, node)["status"]
             return status if holds(status) else None
 
-        found = until(reported, within_s=40.0, missing=lambda: f"{node.name}:\n{tail(node.log)}")
+        found = until(reported, within_s=60.0, missing=lambda: f"{node.name}:\n{tail(node.log)}")
         assert isinstance(found, dict)
         return found
 
@@ -204,7 +204,7 @@ class Cluster:
                 return False
             return [owner["name"] for owner in lease["metadata"]["ownerReferences"]] == names
 
-        until(named, within_s=40.0, missing=lambda: f"not {names} beat on {node.name}:\n{tail(node.log)}")
+        until(named, within_s=60.0, missing=lambda: f"not {names} beat on {node.name}:\n{tail(node.log)}")
 
     def await_pings(self, flows: list[Flow]) -> None:
         """Return when a new ping of each flow has come back."""
@@ -342,7 +342,7 @@ def test_agents_that_start_while_the_api_server_is_down_serve_from_disk(
             snapshot = node.state / mesh / "snapshot.json"
             until(
                 partial(knows_a_way, snapshot),
-                within_s=10.0,
+                within_s=30.0,
                 missing=partial("no way to anybody in {}".format, snapshot),
             )
     cluster.plane.api_server.kill()

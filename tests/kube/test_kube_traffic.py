@@ -78,7 +78,7 @@ def lost(cluster: Cluster, flows: list[Flow]) -> int:
         cluster.pinger.stop(flow)
     with_patience = partial(all_answered, flows)
     try:
-        until(with_patience, within_s=5.0, missing=lambda: "")
+        until(with_patience, within_s=20.0, missing=lambda: "")
     except AssertionError:
         return sum(flow.sent - flow.answered for flow in flows)
     return 0
@@ -114,7 +114,7 @@ def test_no_packet_is_lost_while_the_api_server_fails_restarts_and_is_restored()
                     for node in nodes:
                         if node.agent is not None:
                             node.kill()
-                    until(lambda: not proxy.open_watches, within_s=10.0, missing=lambda: "watches of nobody")
+                    until(lambda: not proxy.open_watches, within_s=30.0, missing=lambda: "watches of nobody")
         finally:
             plane.close(keep_logs=False)
 
@@ -127,7 +127,7 @@ def story(cluster: Cluster, proxy: FaultProxy, loop: Loop) -> None:
     cluster.await_pings(flows)
     for node in cluster.nodes:
         known = node.state / "home" / "snapshot.json"
-        until(partial(knows_a_way, known), within_s=10.0, missing=partial("no way in {}".format, known))
+        until(partial(knows_a_way, known), within_s=30.0, missing=partial("no way in {}".format, known))
     before = {node.name: cluster.peer("home", node)["status"]["addresses"] for node in cluster.nodes}
     snapshot = asyncio.run(plane.snapshot())
     cluster.make_mesh("later", "100.81.0.0/16")  # what the restored etcd has forgotten

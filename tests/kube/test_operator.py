@@ -285,7 +285,7 @@ def test_at_rest_nothing_is_written_but_leases(control_plane: ControlPlane) -> N
     run(control_plane, body)
 
 
-@pytest.mark.parametrize(("number", "within"), [(signal.SIGKILL, 15.0), (signal.SIGTERM, 2.0)])
+@pytest.mark.parametrize(("number", "within"), [(signal.SIGKILL, 15.0), (signal.SIGTERM, 5.0)])
 def test_the_second_replica_takes_over_without_a_double_write(
     control_plane: ControlPlane, number: signal.Signals, within: float
 ) -> None:

@@ -234,6 +234,17 @@ def wait_until(holds: Callable[[], bool], what: str) -> None:
 
 
 @contextlib.contextmanager
+def one_processor() -> Iterator[None]:
+    """Send within: what passes virtual links waits at the sender's processor, and else may overtake there."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@contextlib.contextmanager
 def _back_afterwards() -> Iterator[None]:
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
