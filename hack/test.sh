@@ -4,25 +4,30 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 hack/setup.sh test
 
+# Tests start programs by the hundred, some of them in an emulated machine that can keep nothing: what these import is
+# compiled once, before all of them, also where the user's environment keeps Python from doing so by itself.
+unset PYTHONDONTWRITEBYTECODE
+.venv/bin/python -m compileall -q -j 0 .venv/lib scope operator nodeagent hack tests
+
 pytest=(hack/as-root.sh .venv/bin/python -m pytest --durations=10)
 if (($#)); then
     exec "${pytest[@]}" "$@"
 fi
 
-# Three streams on two cores: the emulated machine of the kernel tests heeds nobody, and tests against a real API server
-# mostly wait. They run beside the units and simulations, which count no seconds, and what they said is shown at the end.
+# Three streams on two cores, and what those beside say is shown at the end. Tests against a real API server mostly wait.
+# The emulated machine of the kernel tests and the simulated lives count no seconds: they take what the others leave.
 declare -A beside=()
 trap 'kill "${beside[@]}" 2>/dev/null || true' EXIT
-for folder in kernel kube; do
-    "${pytest[@]}" "tests/$folder" >"build/test-$folder.log" 2>&1 &
-    beside[$folder]=$!
-done
+nice -n 10 "${pytest[@]}" tests/kernel tests/sim >build/test-kernel-sim.log 2>&1 &
+beside[kernel-sim]=$!
+"${pytest[@]}" tests/kube >build/test-kube.log 2>&1 &
+beside[kube]=$!
 failed=0
-"${pytest[@]}" tests/unit tests/sim tests/netns || failed=$?
-for folder in kernel kube; do
-    printf '\n==> tests/%s, which ran beside the others:\n' "$folder"
-    wait "${beside[$folder]}" || failed=$?
-    cat "build/test-$folder.log"
+"${pytest[@]}" tests/unit tests/netns || failed=$?
+for stream in "${!beside[@]}"; do
+    printf '\n==> %s, which ran beside the others:\n' "$stream"
+    wait "${beside[$stream]}" || failed=$?
+    cat "build/test-$stream.log"
 done
 trap - EXIT
 exit "$failed"

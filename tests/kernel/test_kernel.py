@@ -63,9 +63,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
     script.write_text(
         "".join(REMOUNT.format(folder=each) for each in CACHED) + f"cd {ROOT}\n"
         "export SCOPE_TEST_DEVICE=Kernel PYTHONDONTWRITEBYTECODE=1 TMPDIR=/dev/shm\n"
+        # What other tests use of pytest's plugins takes an emulated processor half a minute to load.
+        "export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1\n"
         # Ends the machine also where nobody is left to end it.
-        f"timeout {LONGEST_S} {sys.executable} -m pytest -q -p no:cacheprovider -o timeout=600 "
-        "--basetemp=/dev/shm/pytest "
+        f"timeout {LONGEST_S} {sys.executable} -m pytest -q -p pytest_timeout -o timeout=600 "
+        "-p no:cacheprovider --basetemp=/dev/shm/pytest "
         f"--junitxml={folder}/report.xml {' '.join(FILES)} > {folder}/output.txt 2>&1\n"
     )
     command = [
