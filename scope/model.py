@@ -512,6 +512,7 @@ class PeerReport:
     held_addresses: tuple[IPAddress, ...] = ()  # honoured by a rebuilt registry when they are free
     protocol: int = 1  # highest version of the probe protocol that the agent speaks
     relay: RelayReport | None = None  # of a hub
+    hub: str = ""  # of an edge of a tree: name of the ScopePeer by which it is reached
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,9 @@
 
 A mesh of N agents hears of every change N times over, so what no agent acts on is neither sent nor read
 there: how a peer reaches the others (but for where it saw them, which is one more endpoint to try), its
-counts, why an address was refused, when it was last seen, what it relays, and a mesh's totals, clusters and
-choice of hubs (the role of a peer says it all). Fields are taken
-away by name, so what is new to a resource reaches agents unless this file says otherwise.
+counts, why an address was refused, when it was last seen, what it relays, by which hub it is reached, and a
+mesh's totals, clusters and choice of hubs (the role of a peer says it all). Fields are taken away by name, so
+what is new to a resource reaches agents unless this file says otherwise.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _projected_report(report: PeerReport) -> PeerReport:
         key=lambda link: link.peer,
     )
     return replace(
-        report, links=tuple(seen), direct=0, relayed=0, unreachable=0, held_addresses=(), relay=None
+        report, links=tuple(seen), direct=0, relayed=0, unreachable=0, held_addresses=(), relay=None, hub=""
     )
 
 

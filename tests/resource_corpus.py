@@ -248,6 +248,7 @@ def everything_of_a_peer() -> Document:
             "heldAddresses": ["100.80.0.7", "fd5c::7"],
             "protocol": 1,
             "relay": {"forwarding": "UserSpace", "pairs": 3, "refused": 1, "reason": "no nftables"},
+            "hub": "home.external.nas",
             "addresses": ["100.80.0.7/16", "fd5c::7/64"],
             "role": "Edge",
             "online": True,
@@ -510,6 +511,7 @@ def _wrong_reports() -> Iterator[Case]:
     crooked = "A" * 42 + "B="
     yield Case("a key with stray bits", report(keys=KEYS | {"probe": crooked}), "status.keys.probe")
     yield Case("a key too long", report(keys=KEYS | {"probe": "A" * 64}), "status.keys.probe")
+    yield Case("a hub that no ScopePeer is called", report(hub="Home/nas"), "status.hub")
     yield Case("a mapping of no kind", report(mapping="Symmetric"), "status.mapping")
     yield Case("a device of no kind", report(device="Kern"), "status.device")
     yield Case("fewer than no links", report(direct=-1), "status.direct")

@@ -83,7 +83,7 @@ from scope_agent.paths.route import Relay
 from scope_agent.relay.asking import Ask, Asking, Hub, Knock, Knocked, Offered, Standing
 from scope_agent.relay.serving import Serving
 from scope_agent.reporting import Reporting
-from scope_agent.status import DeviceStatus, status
+from scope_agent.status import DeviceStatus, candidates, status
 from scope_agent.wireguard.device import (
     AddAddress,
     AddGuard,
@@ -244,8 +244,8 @@ class Agent:
             case Leaving(tombstone):
                 if self._membership.bury(tombstone):
                     self._snapshot_changed(now)
-            case CommandArrived(number, command):
-                self._out.append(Reply(number, self._answer(command, now)))
+            case CommandArrived(number, command, peer):
+                self._out.append(Reply(number, self._answer(command, peer, now)))
             case _:
                 assert_never(event)
         self._collect(now)
@@ -762,10 +762,20 @@ class Agent:
 
     # --- status --------------------------------------------------------------------------------------------
 
-    def _answer(self, command: str, now: float) -> dict[str, object]:
-        if command != "status":
-            return {"ok": False, "error": f"unknown command {command!r}; this agent knows: status"}
-        return {"ok": True, "status": self.status(now)}
+    def _answer(self, command: str, peer: str, now: float) -> dict[str, object]:
+        match command:
+            case "status":
+                return {"ok": True, "status": self.status(now)}
+            case "explain":
+                key = next((k for k, p in self._snapshot.peers.items() if p.meta.name == peer), None)
+                if key is None:
+                    return {"ok": False, "error": f"there is no other peer {peer!r}"}
+                return {"ok": True, "candidates": candidates(self._paths.explain(key, now))}
+            case _:
+                return {
+                    "ok": False,
+                    "error": f"unknown command {command!r}; this agent knows: status, explain",
+                }
 
     def status(self, now: float) -> dict[str, object]:
         """What `scopectl status` shows: plain JSON values."""

@@ -158,6 +158,7 @@ class CommandArrived:
 
     number: int
     command: str
+    peer: str = ""  # the name of the ScopePeer that it is about
 
 
 @dataclass(frozen=True, slots=True)

@@ -697,7 +697,7 @@ class Runner:
         self._commands += 1
         future: asyncio.Future[dict[str, object]] = asyncio.get_running_loop().create_future()
         self._replies[self._commands] = future
-        self._post(CommandArrived(self._commands, str(command)))
+        self._post(CommandArrived(self._commands, str(command), str(request.get("peer", ""))))
         return await future
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Mapping as MappingOf
 from dataclasses import asdict, dataclass
 
@@ -9,6 +10,7 @@ from scope.model import DeviceKind, Mapping, PathKind, Peer, PublicKey, Snapshot
 from scope_agent.membership import Registration
 from scope_agent.paths.birthday import Spent
 from scope_agent.paths.core import PathsView
+from scope_agent.paths.explaining import Attempt
 from scope_agent.wireguard.device import ObservedDevice
 
 
@@ -64,6 +66,29 @@ def status(
         "birthday": asdict(birthday) if birthday is not None else None,
         "conditions": [{"type": kind, "message": message} for kind, message in errors.items() if message],
     }
+
+
+def candidates(attempts: Iterable[Attempt]) -> list[dict[str, object]]:
+    """What `scopectl explain` shows of one peer: every candidate, and what came of it."""
+    return [
+        {
+            "endpoint": str(attempt.endpoint),
+            "kind": attempt.kind,
+            "result": attempt.result,
+            "why": attempt.why,
+            "pings": attempt.pings,
+            "rttMs": round(attempt.rtt * 1000, 1) if attempt.rtt is not None else None,
+            "pingedSeconds": _rounded(attempt.asked),
+            "answeredSeconds": _rounded(attempt.echoed),
+            "heardSeconds": _rounded(attempt.heard),
+            "hub": attempt.hub or None,
+        }
+        for attempt in attempts
+    ]
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 1)
 
 
 def _reflector_text(paths: PathsView, now: float) -> str:

@@ -42,6 +42,10 @@ def _run(args: argparse.Namespace) -> bool:
             from scope.ctl.inspection import show_status
 
             show_status(args)
+        case "explain" if args.other is None:
+            from scope.ctl.inspection import explain
+
+            explain(args)
         case "ping":
             from scope.ctl.inspection import ping
 

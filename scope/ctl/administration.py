@@ -1,4 +1,7 @@
-"""The commands that ask a registry as its administrator: apply, get, token, peer, cluster, mesh."""
+"""The commands that ask a registry as its administrator.
+
+apply, plan, explain of two peers, get, token, peer, cluster, mesh.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,16 @@ from pathlib import Path
 
 from scope.ctl import files, remote, render
 from scope.ctl.arguments import ADMIN_FILE, ADMIN_FILE_VARIABLE
+from scope.ctl.errors import CommandError
+from scope.ctl.explaining import pair_text
+from scope.ctl.foreseeing import foresee, plan_text, plan_values
 from scope.model import Kind, Mesh, Peer, Role
 from scope.registry.http import HttpRegistry
 
 
 def administer(args: argparse.Namespace) -> None:
     """Run the command; files are checked before anything is sent. Raises CommandError, ConfigError."""
-    wanted = files.read_resources(args.file) if args.command == "apply" else []
+    wanted = files.read_resources(args.file) if args.command in ("apply", "plan") else []
     admin = files.read_admin(args.admin_file or Path(os.environ.get(ADMIN_FILE_VARIABLE) or ADMIN_FILE))
     asyncio.run(_administer(args, admin, wanted))
 
@@ -28,6 +34,10 @@ async def _administer(args: argparse.Namespace, admin: files.Admin, wanted: Sequ
         match args.command, getattr(args, "action", None):
             case "apply", _:
                 await remote.apply(registry, wanted, say=print)
+            case "plan", _:
+                await _plan(args, registry, wanted)
+            case "explain", _:
+                await _explain(args, registry)
             case "get", _:
                 await _get(args, registry)
             case "token", "create":
@@ -45,6 +55,23 @@ async def _administer(args: argparse.Namespace, admin: files.Admin, wanted: Sequ
                 print(await remote.delete_mesh(registry, args.name))
             case command:
                 raise AssertionError(command)
+
+
+async def _plan(args: argparse.Namespace, registry: HttpRegistry, wanted: Sequence[Mesh | Peer]) -> None:
+    plans = await foresee(registry, wanted)
+    if args.output == "json":
+        print(render.json_text(plan_values(plans)), end="")
+    else:
+        print("\n".join(plan_text(each, color=render.in_color(sys.stdout)) for each in plans), end="")
+
+
+async def _explain(args: argparse.Namespace, registry: HttpRegistry) -> None:
+    one, other = [await remote.find(registry, Kind.PEER, name) for name in (args.peer, args.other)]
+    if not isinstance(one, Peer) or not isinstance(other, Peer) or one.spec.mesh != other.spec.mesh:
+        raise CommandError(f"{args.peer} and {args.other} are not in one mesh, so there is no link")
+    mesh = await remote.find(registry, Kind.MESH, one.spec.mesh)
+    if isinstance(mesh, Mesh):
+        print(pair_text(one, other, mesh, wall=time.time(), color=render.in_color(sys.stdout)), end="")
 
 
 async def _get(args: argparse.Namespace, registry: HttpRegistry) -> None:

@@ -34,6 +34,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     file.complete = shtab.FILE  # type: ignore[attr-defined]  # how shtab is told
 
+    plan = commands.add_parser("plan", parents=[admin], help="what applying a file would do; changes nothing")
+    file = plan.add_argument("-f", "--file", required=True, metavar="FILE", help="as for apply; - for stdin")
+    file.complete = shtab.FILE  # type: ignore[attr-defined]  # how shtab is told
+    _add_format(plan, ("table", "json"))
+
     get = commands.add_parser("get", parents=[admin], help="show meshes or peers of the registry")
     get.add_argument("kind", choices=("meshes", "mesh", "peers", "peer"))
     get.add_argument("name", nargs="?", metavar="NAME")
@@ -67,6 +72,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     status = commands.add_parser("status", parents=[local], help="what this machine's agent sees")
     _add_format(status, ("table", "json"))
+
+    explain = commands.add_parser(
+        "explain",
+        parents=[local, admin],
+        help="why a peer is reached as it is: every candidate tried; or, of two peers, what both report",
+    )
+    explain.add_argument("peer", metavar="PEER", help="a peer's name or mesh address")
+    explain.add_argument(
+        "other", nargs="?", metavar="PEER", help="ask the registry about these two, in place of our agent"
+    )
 
     ping = commands.add_parser("ping", parents=[local], help="ping a peer through the mesh, with its path")
     ping.add_argument(

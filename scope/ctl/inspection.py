@@ -1,4 +1,4 @@
-"""The commands that ask this machine's agent: status and ping."""
+"""The commands that ask this machine's agent: status, explain and ping."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 from scope.ctl import render
+from scope.ctl.explaining import parse_candidates, peer_text
 from scope.ctl.local import AgentStatus, ask, find_socket, parse_status
-from scope.ctl.ping import INTERVAL, NONCE_BYTES, Pinger, choose_target, find_peer
+from scope.ctl.ping import INTERVAL, NONCE_BYTES, Pinger, choose_target, find_peer, named
 
 
 def show_status(args: argparse.Namespace) -> None:
@@ -21,6 +22,14 @@ def show_status(args: argparse.Namespace) -> None:
     else:
         text = render.status_text(parse_status(status), color=render.in_color(sys.stdout))
         print(text, end="")
+
+
+def explain(args: argparse.Namespace) -> None:
+    """Print how a peer is reached, and every candidate. Raises CommandError."""
+    path = find_socket(args.socket)
+    peer = named(_status(path), args.peer)
+    answer = ask(path, {"command": "explain", "peer": peer.name})
+    print(peer_text(peer, parse_candidates(answer), color=render.in_color(sys.stdout)), end="")
 
 
 def ping(args: argparse.Namespace) -> bool:

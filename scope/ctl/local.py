@@ -38,7 +38,7 @@ class PeerView:
     tx: int = 0
     online: bool = False
     reason: str = ""
-    hub: str = ""  # name of the ScopePeer that relays
+    hub: str = ""  # name of the ScopePeer that relays, or routes
     user_space: bool = False  # a process on the hub relays, not its kernel
     birthday: bool = False  # direct by a port of a symmetric NAT that was guessed
 
@@ -69,6 +69,7 @@ class AgentStatus:
     mapping: str = ""
     endpoints: tuple[tuple[str, str], ...] = ()  # endpoint, kind
     reflector: str = ""
+    hub: str = ""  # of an edge of a tree: name of the ScopePeer that it is attached to
     peers: tuple[PeerView, ...] = ()
     conditions: tuple[ConditionView, ...] = ()
     unread: int = 0  # datagrams that were not for us, or not readable
@@ -140,22 +141,23 @@ def parse_status(status: object) -> AgentStatus:
     lost = _object(status, "lost")
     unsent = _object(lost, "unsent")
     return AgentStatus(
-        mesh=_string(status, "mesh"),
-        peer=_string(status, "peer"),
+        mesh=string(status, "mesh"),
+        peer=string(status, "peer"),
         addresses=_strings(status, "addresses"),
-        device=_string(device, "name"),
-        device_kind=_string(device, "kind"),
+        device=string(device, "name"),
+        device_kind=string(device, "kind"),
         listen_port=_whole(device, "listenPort"),
         connected=registry.get("connected") is True,
-        connected_since=_number(registry, "since"),
-        registry_reason=_string(registry, "reason"),
-        mapping=_string(status, "mapping"),
-        endpoints=tuple((_string(e, "endpoint"), _string(e, "kind")) for e in _objects(status, "endpoints")),
-        reflector=_string(status, "reflector"),
-        peers=tuple(_parse_peer(peer) for peer in _objects(status, "peers")),
+        connected_since=number(registry, "since"),
+        registry_reason=string(registry, "reason"),
+        mapping=string(status, "mapping"),
+        endpoints=tuple((string(e, "endpoint"), string(e, "kind")) for e in objects(status, "endpoints")),
+        reflector=string(status, "reflector"),
+        hub=string(status, "hub"),
+        peers=tuple(_parse_peer(peer) for peer in objects(status, "peers")),
         conditions=tuple(
-            ConditionView(*(_string(condition, name) for name in ("type", "status", "reason", "message")))
-            for condition in _objects(status, "conditions")
+            ConditionView(*(string(condition, name) for name in ("type", "status", "reason", "message")))
+            for condition in objects(status, "conditions")
         ),
         unread=_whole(status, "dropped"),
         inbox_lost=_whole(lost, "inbox"),
@@ -177,18 +179,18 @@ def mesh_addresses(peer: PeerView) -> tuple[IPAddress, ...]:
 
 def _parse_peer(peer: Mapping[str, object]) -> PeerView:
     return PeerView(
-        name=_string(peer, "name"),
+        name=string(peer, "name"),
         addresses=_strings(peer, "addresses"),
-        path=_string(peer, "path"),
-        endpoint=_string(peer, "endpoint"),
-        family=_string(peer, "family"),
-        rtt=_number(peer, "rttMs"),
-        handshake=_number(peer, "lastHandshakeSeconds"),
+        path=string(peer, "path"),
+        endpoint=string(peer, "endpoint"),
+        family=string(peer, "family"),
+        rtt=number(peer, "rttMs"),
+        handshake=number(peer, "lastHandshakeSeconds"),
         rx=_whole(peer, "rx"),
         tx=_whole(peer, "tx"),
         online=peer.get("online") is True,
-        reason=_string(peer, "reason"),
-        hub=_string(peer, "hub"),
+        reason=string(peer, "reason"),
+        hub=string(peer, "hub"),
         user_space=peer.get("userSpace") is True,
         birthday=peer.get("birthday") is True,
     )
@@ -230,7 +232,8 @@ def _clean(text: str) -> str:
     return "".join(character if character.isprintable() else "?" for character in text)
 
 
-def _string(values: Mapping[str, object], name: str) -> str:
+def string(values: Mapping[str, object], name: str) -> str:
+    """The text of a field, fit for a terminal; empty where there is none."""
     value = values.get(name)
     return "" if value is None else _clean(str(value))
 
@@ -240,7 +243,8 @@ def _strings(values: Mapping[str, object], name: str) -> tuple[str, ...]:
     return tuple(_clean(str(value)) for value in found) if isinstance(found, list) else ()
 
 
-def _number(values: Mapping[str, object], name: str) -> float | None:
+def number(values: Mapping[str, object], name: str) -> float | None:
+    """The number of a field, None where there is none."""
     value = values.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
@@ -248,7 +252,7 @@ def _number(values: Mapping[str, object], name: str) -> float | None:
 
 
 def _whole(values: Mapping[str, object], name: str) -> int:
-    return int(_number(values, name) or 0)
+    return int(number(values, name) or 0)
 
 
 def _object(values: Mapping[str, object], name: str) -> Mapping[str, object]:
@@ -256,6 +260,7 @@ def _object(values: Mapping[str, object], name: str) -> Mapping[str, object]:
     return value if isinstance(value, Mapping) else {}
 
 
-def _objects(values: Mapping[str, object], name: str) -> list[Mapping[str, object]]:
+def objects(values: Mapping[str, object], name: str) -> list[Mapping[str, object]]:
+    """The objects of a list."""
     found = values.get(name)
     return [value for value in found if isinstance(value, Mapping)] if isinstance(found, list) else []

@@ -41,7 +41,7 @@ class Target:
 
 def choose_target(status: AgentStatus, wanted: str, *, version: int | None) -> Target:
     """The peer that was meant, by name or mesh address; IPv6 unless `version` says 4. Raises CommandError."""
-    peer = _named(status, wanted)
+    peer = named(status, wanted)
     addresses = mesh_addresses(peer)
     try:
         given = ip_address(wanted)
@@ -127,7 +127,7 @@ def strip_header(packet: bytes) -> bytes:
     return packet[(packet[0] & 0x0F) * 4 :] if packet else b""
 
 
-def _named(status: AgentStatus, wanted: str) -> PeerView:
+def named(status: AgentStatus, wanted: str) -> PeerView:
     """The peer of that name, of that address, or the only one whose name has it as its last part."""
     for peer in status.peers:
         if wanted == peer.name or wanted in map(str, mesh_addresses(peer)):

@@ -19,7 +19,14 @@ from scope.resources import API_VERSION, parse_time, to_dict
 
 WIDE = 10_000  # columns: one row is one line, as in kubectl, also where the terminal then breaks it
 NOTHING = "-"
-STYLES = {"Direct": "green", "Relayed": "yellow", "None": "red", "Offline": "dim", "Removed": "dim"}
+STYLES = {
+    "Direct": "green",
+    "Routed": "green",
+    "Relayed": "yellow",
+    "None": "red",
+    "Offline": "dim",
+    "Removed": "dim",
+}
 
 Row = Sequence[str]
 
@@ -69,6 +76,7 @@ def meshes_table(meshes: Sequence[Mesh], *, wall: float, color: bool) -> str:
 
 def peers_table(peers: Sequence[Peer], *, wall: float, color: bool) -> str:
     """One line per peer, which answers whether it is there and whom it reaches."""
+    are_attached = any(peer.report is not None and peer.report.hub for peer in peers)
     rows = []
     for peer in sorted(peers, key=lambda peer: (peer.spec.mesh, peer.meta.name)):
         report, assignment = peer.report, peer.assignment
@@ -80,6 +88,7 @@ def peers_table(peers: Sequence[Peer], *, wall: float, color: bool) -> str:
                 ", ".join(str(interface.ip) for interface in assignment.addresses) or NOTHING,
                 peer_state(peer, wall),
                 str(report.mapping) if report else NOTHING,
+                *(((report.hub if report else "") or NOTHING,) if are_attached else ()),
                 *(
                     (str(report.direct), str(report.relayed), str(report.unreachable))
                     if report
@@ -96,6 +105,7 @@ def peers_table(peers: Sequence[Peer], *, wall: float, color: bool) -> str:
         "ADDRESS",
         "STATE",
         "NAT",
+        *(("HUB",) if are_attached else ()),
         "DIRECT",
         "RELAYED",
         "UNREACHABLE",
@@ -129,6 +139,7 @@ def status_text(status: AgentStatus, *, color: bool) -> str:
         ("Mesh", status.mesh),
         ("Peer", f"{status.peer or 'not enrolled yet'}  {', '.join(status.addresses)}".rstrip()),
         ("Device", f"{status.device} ({status.device_kind or 'not there yet'}), port {status.listen_port}"),
+        *((("Attached to", status.hub),) if status.hub else ()),
         ("Registry", _registry_text(status)),
         ("NAT", status.mapping or "Unknown"),
         ("Endpoints", endpoints or "none known yet"),
@@ -171,6 +182,8 @@ def path_text(peer: PeerView | None) -> str:
             return f"direct by {peer.endpoint}"
         case "Relayed":
             return f"relayed {_by_hub(peer)}{reason}"
+        case "Routed":
+            return f"routed by {peer.hub}"
         case _:
             return f"no path{reason}"
 
@@ -288,11 +301,13 @@ def _path(peer: PeerView) -> str:
         return f"{peer.path} {_by_hub(peer)}"
     if peer.path == "Direct" and peer.birthday:
         return f"{peer.path} (birthday)"
+    if peer.path == "Routed":
+        return f"Routed by {peer.hub}"
     return peer.path or "None"
 
 
 def _why(peer: PeerView) -> str:
-    if peer.reason or peer.path == "Direct":
+    if peer.reason or peer.path in ("Direct", "Routed"):
         return peer.reason
     return "" if peer.online else "the registry does not hear from it either"
 
@@ -319,8 +334,9 @@ def _lost_text(status: AgentStatus) -> str:
 def _peers_summary(peers: Sequence[PeerView]) -> str:
     if not peers:
         return "no other peer is known"
-    kinds = [("direct", "Direct"), ("relayed", "Relayed")]
+    kinds = [("direct", "Direct"), ("relayed", "Relayed"), ("routed", "Routed")]
     counts = [(word, sum(peer.path == path for peer in peers)) for word, path in kinds]
+    counts = [(word, count) for word, count in counts if count or word != "routed"]
     rest = len(peers) - sum(count for _, count in counts)
     return f"{len(peers)}: " + ", ".join(
         f"{count} {word}" for word, count in [*counts, ("without a path", rest)]

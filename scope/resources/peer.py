@@ -108,7 +108,7 @@ def forbidden_changes(stored: Resource, asked: Resource) -> tuple[Problem, ...]:
 REPORT_FIELDS = frozenset(
     {
         *("keys", "endpoints", "mapping", "device", "links", "direct", "relayed", "unreachable"),
-        *("heldAddresses", "protocol", "relay"),
+        *("heldAddresses", "protocol", "relay", "hub"),
     }
 )
 
@@ -155,6 +155,7 @@ def read_report(fields: Fields) -> PeerReport:
         held_addresses=fields.items("heldAddresses", read_address, limit=MAX_ADDRESSES),
         protocol=fields.optional("protocol", lambda value: read_integer(value, 1, 255), 1),
         relay=_read_relay(relay) if (relay := fields.sub_if_any("relay")) else None,
+        hub=fields.optional("hub", read_subdomain, ""),
     )
 
 
@@ -244,6 +245,7 @@ def report_dict(report: PeerReport) -> dict[str, object]:
         **unless_empty("heldAddresses", report.held_addresses),
         "protocol": report.protocol,
         **({"relay": _relay_dict(report.relay)} if report.relay else {}),
+        **({"hub": report.hub} if report.hub else {}),
     }
 
 

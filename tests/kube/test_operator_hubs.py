@@ -106,3 +106,29 @@ def test_a_chosen_hub_is_written_once_however_latencies_wobble(control_plane: Co
         await hubs_are(east, hub)
 
     run(control_plane, body)
+
+
+def test_a_tree_without_hubs_says_what_to_do_until_it_has_one(control_plane: ControlPlane) -> None:
+    async def body(east: Cluster) -> None:
+        await east.plane.create_node("n0")
+        await east.plane.apply(mesh(topology="Tree"))
+        await east.operator()
+        peers = await east.addressed("home.east.n0")
+        condition = await east.condition("home", "HubsAvailable", status="False", reason="TreeWithoutHubs")
+        assert "name some in spec.hubs.names" in condition["message"]
+        hubs = {"spec": {"hubs": {"names": ["home.east.n0"]}}}
+        await east.plane.request("PATCH", f"{MESHES}/home", hubs, content_type=MERGE)
+        await east.condition("home", "HubsAvailable", status="False", reason="AllOffline")
+        async with KubeClient(await from_kubeconfig(east.plane.kubeconfig())) as client:
+            registry = KubeRegistry(client, namespace=NAMESPACE)
+            uid = peers["home.east.n0"]["metadata"]["uid"]
+            part = PeerReport(keys(0), mapping=Mapping.NONE)
+            await registry.update_status(Kind.PEER, "home.east.n0", part, uid=uid)
+            condition = await east.condition("home", "HubsAvailable", status="True")
+            assert condition["message"] == "routed by home.east.n0"
+            edge = PeerReport(keys(0), mapping=Mapping.NONE, hub="home.east.n0")
+            await registry.update_status(Kind.PEER, "home.east.n0", edge, uid=uid)
+        stored = await east.plane.request("GET", f"{PEERS}/home.east.n0")
+        assert stored["status"]["hub"] == "home.east.n0"
+
+    run(control_plane, body)

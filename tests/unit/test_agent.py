@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from ipaddress import IPv4Address, IPv4Interface
 
 import pytest
@@ -163,3 +164,54 @@ def test_status_is_plain_json_without_a_secret_and_an_unknown_command_says_what_
     assert '"path": "Direct"' in text and b.name in text
     a.give(CommandArrived(2, "dance"))
     assert "status" in str(a.replies[-1].value["error"])
+
+
+def _candidates(machine: Machine, name: str) -> list[dict[str, object]]:
+    machine.give(CommandArrived(3, "explain", name))
+    told = machine.replies[-1].value["candidates"]
+    assert isinstance(told, list)
+    json.dumps(told)
+    return told
+
+
+def test_a_path_is_explained_by_every_candidate_with_its_result_and_times() -> None:
+    world = World(8)
+    a, b = world.peer(Nat.PORT_RESTRICTED), world.peer(Nat.PORT_RESTRICTED)
+    world.until(lambda: world.is_direct(a, b), within=5.0)
+    world.run(4.0)
+    by_kind = {each["kind"]: each for each in _candidates(a, b.name)}
+    reflexive, host = by_kind["Reflexive"], by_kind["Host"]
+    assert (reflexive["result"], reflexive["endpoint"]) == ("InUse", str(a.endpoint_of(b)))
+    assert isinstance(reflexive["rttMs"], float) and isinstance(reflexive["answeredSeconds"], float)
+    assert host["result"] == "NoAnswer"  # an address of the other side's own network
+    assert isinstance(host["pingedSeconds"], float) and host["answeredSeconds"] is None
+    assert isinstance(host["pings"], int) and host["pings"] > 0
+
+
+def test_what_was_never_tried_says_why_and_nobody_is_explained_as_nobody() -> None:
+    world = World(9)
+    a, b = world.peer(Nat.NONE), world.peer(Nat.NONE)
+    inside = Endpoint(IPv4Address("10.200.0.77"), 7)
+    world.registry.change_peer(b, replace(world.registry.peer(b).spec, endpoints=(inside,)))
+    world.until(lambda: world.is_direct(a, b), within=5.0)
+    [static] = [each for each in _candidates(a, b.name) if each["kind"] == "Static"]
+    assert (static["result"], static["why"]) == ("Refused", "inside the mesh's own prefix")
+    assert (static["pings"], static["pingedSeconds"]) == (0, None)
+    a.give(CommandArrived(4, "explain", "home.nobody"))
+    assert a.replies[-1].value == {"ok": False, "error": "there is no other peer 'home.nobody'"}
+
+
+def test_a_route_that_fell_silent_and_a_relay_are_told_apart() -> None:
+    world = World(10)
+    world.hub()
+    a, b = world.peer(Nat.SYMMETRIC), world.peer(Nat.SYMMETRIC)
+    world.until(lambda: world.is_relayed(a, b), within=10.0)
+    world.run(3.0)
+    relays = [each for each in _candidates(a, b.name) if each["kind"] == "Relay"]
+    assert [each["result"] for each in relays] == ["InUse"] and relays[0]["hub"]
+    b.switch_off()
+    a.stream(b, rate=2.0, seconds=25.0)  # who sends nothing notices nothing
+    world.run(30.0)
+    [relay] = [each for each in _candidates(a, b.name) if each["kind"] == "Relay"]
+    assert relay["result"] in ("Silent", "NotAsked")
+    assert isinstance(relay["answeredSeconds"], float) and relay["answeredSeconds"] > 25.0

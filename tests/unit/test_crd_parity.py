@@ -236,7 +236,7 @@ LENGTHS = {
     },
     Kind.PEER: {
         resources.MAX_LABEL: {"spec.mesh", "spec.cluster", "status.conditions[0].type"},
-        resources.MAX_NAME: {"spec.nodeName", "status.links[0].peer", "status.links[0].hub"},
+        resources.MAX_NAME: {"spec.nodeName", "status.links[0].peer", "status.links[0].hub", "status.hub"},
         resources.MAX_UID: {"spec.nodeUID", "status.tombstone.meshUID", "status.tombstone.peerUID"},
         resources.MAX_CIDR: {"spec.routes[0]", "status.addresses[0]", "status.heldAddresses[0]"},
         resources.MAX_ENDPOINT: {

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from scope.ctl.__main__ import main
 from scope.join import JoinString
-from scope.model import Kind, Mesh, Peer
+from scope.model import Assignment, Kind, Link, Mesh, PathKind, Peer
 from scope.registry.http import HttpRegistry
 from tests.unit.cluster_fixture import JoiningCluster, invite
 from tests.unit.gateway_fixture import ADMIN, REGISTRY_KEY, Running, enrolled, gateway
@@ -124,6 +125,88 @@ def test_a_file_that_was_got_from_another_registry_does_not_overwrite(play: Play
         code, _, err = await terminal.apply(MESH.replace("name: home", "name: home, uid: other"))
         assert code == 1
         assert "the file is of another one of that name (its uid other" in err
+
+    play(scene)
+
+
+async def three_peers(terminal: Terminal) -> list[str]:
+    """The names of three peers that are online."""
+    registry = terminal.running.registry
+    names = []
+    for seed in (1, 2, 3):
+        peer = await enrolled(registry, seed)
+        await registry.update_status(Kind.PEER, peer.meta.name, Assignment(online=True), uid=peer.meta.uid)
+        names.append(peer.meta.name)
+    return names
+
+
+async def reported(terminal: Terminal, name: str, *links: Link) -> None:
+    """Have the peer say how it reaches others."""
+    registry = terminal.running.registry
+    peer = await registry.get(Kind.PEER, name)
+    assert isinstance(peer, Peer) and peer.report is not None
+    await registry.update_status(Kind.PEER, name, replace(peer.report, links=links), uid=peer.meta.uid)
+
+
+def test_a_plan_says_what_applying_would_do_and_changes_nothing(play: Play) -> None:
+    async def scene(terminal: Terminal) -> None:
+        first, second, _ = await three_peers(terminal)
+        await reported(terminal, first, Link(second, PathKind.NONE, reason="UDP blocked towards it"))
+        before = await terminal.running.registry.list(Kind.MESH)
+        manifest = terminal.directory / "tree.yaml"
+        manifest.write_text(MESH.replace("spec: {", f"spec: {{topology: Tree, hubs: {{names: [{second}]}}, "))
+        code, out, complaints = await terminal.run("plan", "-f", str(manifest))
+        assert (code, complaints) == (0, "")
+        assert f"  spec.hubs.names: none -> {second}\n" in out
+        assert "limits" not in out
+        assert "  spec.topology: Full -> Tree\n" in out
+        assert "Links: 3 now, 2 then; 0 made, 1 dropped" in out
+        row = next(line for line in out.splitlines() if line.startswith(second))
+        assert row.split() == [second, *["0", "1", "0", "0", "new"]]
+        assert "Peers that would lose a path: 1\n" in out
+        lost = f"{first} loses everybody: no path to {second} (UDP blocked towards it)"
+        assert f"  {lost}\n" in out
+        _, out, _ = await terminal.run("plan", "-f", str(manifest), "-o", "json")
+        [plan] = json.loads(out)
+        assert (plan["links_now"], plan["dropped"]) == (3, 1)
+        assert await terminal.running.registry.list(Kind.MESH) == before
+
+    play(scene)
+
+
+def test_a_plan_for_a_mesh_that_is_not_there_yet_says_so_and_one_for_its_peers_needs_it(play: Play) -> None:
+    async def scene(terminal: Terminal) -> None:
+        manifest = terminal.directory / "mesh.yaml"
+        manifest.write_text(MESH.replace("home", "work").replace("7a30", "7a31"))
+        _, out, _ = await terminal.run("plan", "-f", str(manifest))
+        assert "  ScopeMesh work: new\n" in out
+        manifest.write_text(
+            "apiVersion: scope.ltgc.cc/v1alpha1\nkind: ScopePeer\n"
+            "metadata: {name: work.nas}\nspec: {mesh: work}\n"
+        )
+        code, _, complaints = await terminal.run("plan", "-f", str(manifest))
+        assert (code, "there is no mesh 'work'" in complaints) == (1, True)
+
+    play(scene)
+
+
+def test_two_peers_are_explained_by_what_both_report(play: Play) -> None:
+    async def scene(terminal: Terminal) -> None:
+        first, second, third = await three_peers(terminal)
+        await reported(
+            terminal,
+            first,
+            Link(second, PathKind.RELAYED, reason="symmetric NAT on both sides", hub=third, latency=0.02),
+        )
+        code, out, _ = await terminal.run("explain", first, second)
+        assert code == 0
+        assert f"{first} and {second} are relayed by {third}: symmetric NAT on both sides\n" in out
+        row = next(line for line in out.splitlines() if line.startswith(f"{first} ") and "Relayed" in line)
+        assert f"Relayed via {third}" in row and "20.0 ms" in row
+        _, out, _ = await terminal.run("explain", second, third)
+        assert f"neither of {second} and {third} names the other" in out
+        code, _, complaints = await terminal.run("explain", first, "nobody")
+        assert (code, "there is no ScopePeer 'nobody'" in complaints) == (1, True)
 
     play(scene)
 

@@ -51,14 +51,34 @@ STATUS: dict[str, object] = {
 }
 
 
+CANDIDATES: list[dict[str, object]] = [
+    {
+        "endpoint": "192.0.2.1:21000",
+        "kind": "Host",
+        "result": "InUse",
+        "pings": 3,
+        "rttMs": 1.5,
+        "pingedSeconds": 4.2,
+        "answeredSeconds": 4.1,
+        "heardSeconds": None,
+    },
+    {"endpoint": "192.0.2.7:26001", "kind": "Relay", "result": "NotAsked", "hub": "home.hub"},
+    {"endpoint": "127.0.0.1:9", "kind": "Host", "result": "Refused", "why": "loop\x1bback"},
+]
+
+
 def _answer(request: dict[str, object]) -> bytes:
+    if request == {"command": "explain", "peer": "home.nas"}:
+        return json.dumps({"ok": True, "candidates": CANDIDATES}).encode() + b"\n"
+    if request == {"command": "explain", "peer": "home.tv"}:
+        return json.dumps({"ok": True, "candidates": []}).encode() + b"\n"
     if request == {"command": "status"}:
         return json.dumps({"ok": True, "status": STATUS}).encode() + b"\n"
     return json.dumps({"ok": False, "error": f"unknown command {request.get('command')}"}).encode() + b"\n"
 
 
 @contextmanager
-def _agent(path: Path, answer: Callable[[dict[str, object]], bytes | None] = _answer) -> Iterator[None]:
+def agent_at(path: Path, answer: Callable[[dict[str, object]], bytes | None] = _answer) -> Iterator[None]:
     """An agent that answers each line; None keeps it silent until the asker leaves."""
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(path))
@@ -91,7 +111,7 @@ def test_status_is_printed_as_a_table_and_as_it_was_sent(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "home.sock"
-    with _agent(path):
+    with agent_at(path):
         assert main(["status", "--socket", str(path)]) == 0
         table = capsys.readouterr().out
         assert main(["status", "--socket", str(path), "-o", "json"]) == 0
@@ -99,6 +119,24 @@ def test_status_is_printed_as_a_table_and_as_it_was_sent(
     assert "home.nas  Direct  192.0.2.1:21000  1.5 ms  4s ago     10 B      20 B  127.0.0.1, ::1" in table
     assert table.splitlines()[-1].endswith("offline")
     assert printed == STATUS
+
+
+def test_every_candidate_is_explained_with_its_result_and_times(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "home.sock"
+    with agent_at(path):
+        assert main(["explain", "nas", "--socket", str(path)]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert main(["explain", "home.tv", "--socket", str(path)]) == 0
+        nothing = capsys.readouterr().out
+        assert main(["explain", "home.nobody", "--socket", str(path)]) == 1
+    assert lines[0] == "home.nas: direct by 192.0.2.1:21000"
+    assert " ".join(lines[3].split()) == "192.0.2.1:21000 Host in use 1.5 ms 3 4s ago 4s ago -"
+    assert " ".join(lines[4].split()) == "192.0.2.7:26001 Relay (home.hub) not asked yet - 0 - - -"
+    assert "not tried: loop?back" in lines[5]
+    assert nothing == "home.tv: no path (offline)\nno candidate: nothing was tried\n"
+    assert "home.nobody" in capsys.readouterr().err
 
 
 def test_a_status_of_another_release_is_read_as_far_as_it_goes() -> None:
@@ -112,7 +150,7 @@ def test_what_goes_wrong_with_the_agent_names_the_next_step(tmp_path: Path) -> N
     path = tmp_path / "home.sock"
     with pytest.raises(CommandError, match=r"is the agent running.*scope-agent@home"):
         ask(path, {"command": "status"})
-    with _agent(path), pytest.raises(CommandError, match="the agent refuses: unknown command dance"):
+    with agent_at(path), pytest.raises(CommandError, match="the agent refuses: unknown command dance"):
         ask(path, {"command": "dance"})
     with pytest.raises(CommandError, match="the agent has died"):
         ask(path, {"command": "status"})
@@ -130,7 +168,7 @@ def test_what_goes_wrong_with_the_agent_names_the_next_step(tmp_path: Path) -> N
 )
 def test_an_answer_that_is_none_is_told_apart(tmp_path: Path, said: bytes | None, says: str) -> None:
     path = tmp_path / "home.sock"
-    with _agent(path, lambda _: said), pytest.raises(CommandError, match=says):
+    with agent_at(path, lambda _: said), pytest.raises(CommandError, match=says):
         # Only who is to run out of time has little of it.
         ask(path, {"command": "status"}, timeout=0.05 if said is None else 20.0)
 
@@ -143,9 +181,9 @@ def test_the_only_socket_is_taken_and_of_several_one_must_be_named(tmp_path: Pat
     with pytest.raises(CommandError, match="no agent runs on this machine"):
         find_socket(None, tmp_path / "missing")
     (tmp_path / "notes.sock").write_text("not a socket")
-    with _agent(tmp_path / "home.sock"):
+    with agent_at(tmp_path / "home.sock"):
         assert find_socket(None, tmp_path) == tmp_path / "home.sock"
-        with _agent(tmp_path / "work.sock"), pytest.raises(CommandError, match="in 2 meshes: choose one"):
+        with agent_at(tmp_path / "work.sock"), pytest.raises(CommandError, match="in 2 meshes: choose one"):
             find_socket(None, tmp_path)
 
 
@@ -157,7 +195,7 @@ def test_pings_are_real_and_name_the_path(
 ) -> None:
     monkeypatch.setattr("scope.ctl.inspection.INTERVAL", 0.0)
     path = tmp_path / "home.sock"
-    with _agent(path):
+    with agent_at(path):
         assert main(["ping", "nas", "-c", "2", "-4", "--socket", str(path)]) == 0
     first, second, summary = capsys.readouterr().out.splitlines()
     assert first.startswith("home.nas (127.0.0.1) #1: ")

@@ -54,6 +54,7 @@ from scope_agent.paths.candidates import (
     refusal,
 )
 from scope_agent.paths.due import CallPeer, CheckMapping, SendTo
+from scope_agent.paths.explaining import Attempt, explain
 from scope_agent.paths.pace import Pace
 from scope_agent.paths.pair import Pair
 from scope_agent.paths.reflexive import MAX_TARGETS, ReflectorTarget, Reflexive
@@ -545,6 +546,22 @@ class Paths:
             mapping=self._mapping,
             reflectors_silent_since=self._reflexive.silent_since(),
             reflectors_known=bool(self._targets),
+        )
+
+    def explain(self, key: PublicKey, now: float) -> tuple[Attempt, ...]:
+        """Every candidate towards a peer, and what came of it; none of one that we have no link with."""
+        peer, pair = self._snapshot.peers.get(key), self._pairs.get(key)
+        if peer is None or pair is None:
+            return ()
+        view = pair.view(now)
+        return explain(
+            peer,
+            observed=self._observers.get(peer.meta.name, {}).values(),
+            routes=pair.routes,
+            in_use=view.endpoint if view.path is not PathKind.NONE else None,
+            refusal=self._refusal,
+            families=self._families,
+            now=now,
         )
 
     def changes(self, now: float) -> Changes:

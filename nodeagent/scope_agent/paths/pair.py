@@ -506,6 +506,11 @@ class Pair:
         """Endpoints that were pinged, relays aside."""
         return frozenset(route.endpoint for route in self._routes if route.relay is None)
 
+    @property
+    def routes(self) -> tuple[Route, ...]:
+        """Everything that was tried, relays included: to be looked at, not to be touched."""
+        return tuple(self._routes)
+
     def busy_until(self, now: float) -> float | None:
         """Until when a fresh look at the device would help: a handshake is awaited, or a doubt is open."""
         if self._gate.until is not None or self._liveness.is_in_doubt:

@@ -43,6 +43,7 @@ class Route:
     opener: bool = False  # nobody said that the other side's NAT knows us: pings stay short of it
     punched: float = 0.0  # when its punch began
     attempt: int = 0  # pings since then
+    asked: float = NEVER  # when the last one left
     next: float | None = None  # when its next ping is due
     pending: dict[int, float] = field(default_factory=dict)  # transaction -> when it was asked
     rtt: float | None = None
@@ -64,6 +65,7 @@ class Route:
     def ask(self, transaction: int, now: float) -> None:
         """Note a ping; the oldest of too many unanswered ones is forgotten."""
         self.attempt += 1
+        self.asked = now
         if len(self.pending) >= MAX_PENDING:
             del self.pending[next(iter(self.pending))]
         self.pending[transaction] = now
