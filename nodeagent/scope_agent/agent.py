@@ -234,8 +234,8 @@ class Agent:
                 self._applied(target, now)
             case Failed():
                 self._failed(event, now)
-            case Relaying(by, reason, forgot=forgot, answers=answers):
-                self._serving.relaying(by, reason, forgot=forgot, answers=answers, now=now)
+            case Relaying(by, reason, forgot=forgot, answers=answers, taken=taken):
+                self._serving.relaying(by, reason, forgot=forgot, answers=answers, taken=taken, now=now)
             case PortsApplied(error):
                 self._paths.port_rules_applied(error, now)
             case TrafficMoved():

@@ -131,13 +131,15 @@ class Failed:
 class Relaying:
     """What forwards on this hub now, and in words why not its kernel.
 
-    `answers` an ApplyGrants, else it changed by itself. `forgot`: no side's place is known any more.
+    `answers` an ApplyGrants, else it changed by itself. `forgot`: no side's place is known any more. `taken`:
+    granted ports that another program holds.
     """
 
     forwarding: Forwarding
     reason: str
     forgot: bool
     answers: bool
+    taken: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

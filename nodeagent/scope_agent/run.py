@@ -491,7 +491,7 @@ class Runner:
         async with self._hub_lock:
             outcome = await asyncio.to_thread(self._relay_these, grants)
         log.info("relay.applied forwarding=%s reason=%s", outcome.forwarding, outcome.reason)
-        self._post(Relaying(outcome.forwarding, outcome.reason, forgot=outcome.forgot, answers=True))
+        self._post(_relaying(outcome, answers=True))
 
     def _relay_these(self, grants: Grants | None) -> Outcome:
         from scope_agent.relay.shell.hub import Outcome
@@ -524,7 +524,7 @@ class Runner:
             delay = max(HUB_CHECK, HUB_CHECK_SHARE * (time.monotonic() - started))
             if outcome is not None:
                 log.warning("relay.changed forwarding=%s reason=%s", outcome.forwarding, outcome.reason)
-                self._post(Relaying(outcome.forwarding, outcome.reason, forgot=outcome.forgot, answers=False))
+                self._post(_relaying(outcome, answers=False))
 
     # --- the registry --------------------------------------------------------------------------------------
 
@@ -699,6 +699,12 @@ class Runner:
         self._replies[self._commands] = future
         self._post(CommandArrived(self._commands, str(command), str(request.get("peer", ""))))
         return await future
+
+
+def _relaying(outcome: Outcome, *, answers: bool) -> Relaying:
+    return Relaying(
+        outcome.forwarding, outcome.reason, forgot=outcome.forgot, answers=answers, taken=outcome.taken
+    )
 
 
 def be_no_hub(config: RunConfig, enrolment: Enrolment) -> list[str]:

@@ -880,6 +880,23 @@ def test_a_hub_puts_its_rules_right_and_has_all_sides_knock(empty: Internet) -> 
             hub.stop()
 
 
+def test_a_hub_learns_that_another_program_holds_a_granted_port(empty: Internet) -> None:
+    with inside(empty.hub), contextlib.closing(End(empty.hub.namespace, Family.IPV4, port=A_PORT)):
+        hub, seen = machine(empty.hub, []), list[Outcome]()
+        try:
+            hub.apply(GRANTS, time.time())
+
+            def is_told() -> bool:
+                seen.extend(filter(None, [hub.check(time.time())]))
+                return bool(seen)
+
+            wait_until(is_told, "nobody says that the port is taken")
+            assert seen == [Outcome(Forwarding.KERNEL, "", forgot=False, taken=frozenset({A_PORT}))]
+            assert hub.check(time.time()) is None
+        finally:
+            hub.stop()
+
+
 def test_a_hub_whose_forwarding_is_turned_off_leaves_it_to_the_forwarder(
     empty: Internet,
 ) -> None:

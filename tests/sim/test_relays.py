@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import replace
 from itertools import pairwise
 
@@ -10,7 +11,7 @@ from lab.nat import Nat
 from scope_agent.inputs import Socket
 from scope_agent.paths.view import PairView
 
-from scope.model import Endpoint, PathKind, PublicKey, Role
+from scope.model import Endpoint, IPAddress, PathKind, PublicKey, Role
 from scope.wire import AskRelay, CallMeMaybe, RefusedBecause
 from tests.sim.relay import FIRST_PORT, LAST_PORT
 from tests.sim.world import Machine, World
@@ -505,3 +506,111 @@ def test_a_relayed_pair_calls_through_its_hub() -> None:
     world.run(700.0)
     endpoint = _view(a, b).endpoint
     assert endpoint is not None and Socket(endpoint) in legs
+
+
+# --- where hubs are --------------------------------------------------------------------------------------
+
+
+def _afar(world: World, a: Machine, b: Machine, seconds: float) -> None:
+    """Have two machines be so much farther from each other, each way, than their sites are."""
+    for link in world.network.link(a.site, b.site):
+        link.delay = seconds
+
+
+def test_each_pair_takes_the_hub_with_the_lowest_sum_of_latencies() -> None:
+    world = World(1)
+    east, west = world.hub(), world.hub()
+    world.run(5.0)
+    sites = {side: [world.site(Nat.SYMMETRIC) for _ in range(2)] for side in (east, west)}
+    for near, far in ((east, west), (west, east)):
+        for site in sites[near]:
+            for link in world.network.link(site, far.site):
+                link.delay = 0.1
+    # One that is a little nearer to the west, so that its pairs with either side differ.
+    between = world.site(Nat.SYMMETRIC)
+    for link in world.network.link(between, east.site):
+        link.delay = 0.03
+    peers = {side: [world.machine(site) for site in found] for side, found in sites.items()}
+    middle = world.machine(between)
+    for machine in (*peers[east], *peers[west], middle):
+        machine.join()
+    expected = {
+        (peers[east][0], peers[east][1]): east,
+        (peers[west][0], peers[west][1]): west,
+        (peers[east][0], middle): east,
+        (peers[west][0], middle): west,
+        (peers[east][1], peers[west][1]): None,  # as far by either
+    }
+    for a, b in expected:
+        _talk(a, b, rate=5.0)
+    world.run(30.0)
+    for (a, b), hub in expected.items():
+        assert _view(a, b).hub == _view(b, a).hub
+        assert hub is None or _view(a, b).hub == hub.name
+    assert all(
+        _view(a, b).path is PathKind.RELAYED for a in world.members() for b in world.members()
+        if a is not b and not {a, b} & {east, west}
+    )  # fmt: skip
+
+
+def test_a_pair_leaves_its_hub_for_one_that_is_clearly_nearer_and_for_no_other() -> None:
+    world, (first, second), a, b = _relayed(1)
+    _talk(a, b, rate=50.0, seconds=120.0)
+    moves: list[str] = []
+
+    def note() -> None:
+        hub = _view(a, b).hub
+        if not moves or moves[-1] != hub:
+            moves.append(hub)
+
+    for step in range(600):  # their distances wobble about each other by a few milliseconds
+        for hub, shift in ((first, 0.012), (second, 0.0)):
+            _afar(world, a, hub, shift + 0.002 * (step // 10 % 2 == (hub is first)))
+        world.run(0.1)
+        note()
+    assert moves == [first.name]
+    _afar(world, a, first, 0.1)
+    for _ in range(300):
+        world.run(0.1)
+        note()
+    assert moves == [first.name, second.name]
+    assert _view(b, a).hub == second.name
+    assert _heard_all(a, 4000) and _heard_all(b, 4000)
+
+
+class _PortForward:
+    """A router that forwards some ports to one machine, and lets that one out from these alone."""
+
+    def __init__(self, public: IPAddress, inner: IPAddress, ports: Container[int]) -> None:
+        self._public, self._inner, self._ports = public, inner, ports
+
+    def outbound(self, inner: Endpoint, to: Endpoint, now: float) -> Endpoint | None:
+        return Endpoint(self._public, inner.port) if inner.port in self._ports else None
+
+    def inbound(self, outer: Endpoint, source: Endpoint, now: float) -> Endpoint | None:
+        return Endpoint(self._inner, outer.port) if outer.port in self._ports else None
+
+    def reboot(self) -> None:
+        pass
+
+    def rebind(self) -> None:
+        pass
+
+
+def test_a_hub_whose_ports_are_forwarded_to_it_relays() -> None:
+    world = World(1)
+    site = world.site(Nat.PORT_RESTRICTED)
+    hub = world.machine(site, port=51820)
+    ports = frozenset({51820, *range(FIRST_PORT, LAST_PORT + 1)})
+    site.boxes[:] = [_PortForward(site.public, hub.addresses[0], ports)]
+    world.registry.enrol(hub, role=Role.HUB)
+    spec = replace(world.registry.peer(hub).spec, endpoints=(Endpoint(site.public, 51820),))
+    world.registry.change_peer(hub, spec)
+    hub.start()
+    world.run(5.0)
+    a, b = world.peer(Nat.SYMMETRIC), world.peer(Nat.SYMMETRIC)
+    world.until(lambda: world.is_relayed(a, b), within=5.0)
+    assert _view(a, b).hub == _view(b, a).hub == hub.name
+    _talk(a, b, rate=20.0, seconds=20.0)
+    world.run(25.0)
+    assert _heard_all(a, 400) and _heard_all(b, 400)

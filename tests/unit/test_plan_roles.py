@@ -698,3 +698,10 @@ def test_a_hub_that_relays_in_user_space_says_why() -> None:
     registry = Registry(a_peer("home.a", relay=relay), hubs=Hubs(names=("home.a",)))
     registry.plan()
     assert registry.why("home.a") == "named in spec.hubs; relays in user space: no nftables"
+
+
+def test_a_hub_whose_kernel_relays_says_what_else_is_amiss() -> None:
+    relay = RelayReport(Forwarding.KERNEL, reason="UDP port 26000 is held by another program")
+    registry = Registry(a_peer("home.a", relay=relay), hubs=Hubs(names=("home.a",)))
+    registry.plan()
+    assert registry.why("home.a") == "named in spec.hubs; UDP port 26000 is held by another program"

@@ -282,6 +282,42 @@ def test_the_port_of_the_hubs_own_wireguard_is_granted_to_nobody() -> None:
     assert {granted(each).port for each in told} == {side.port for side in after.sides}
 
 
+def test_a_port_that_another_program_holds_is_granted_to_nobody_and_the_status_says_so() -> None:
+    granting = hub()
+    for asker, peer in ((A, B), (C, D), (A, C)):
+        granting.ask(asker, AskRelay(peer), NOW)
+    before = granting.grants().grants
+    taken = PORTS[0]
+    kept = [grant for grant in before if all(side.port != taken for side in grant.sides)]
+    assert len(kept) == 1
+    moved = granting.avoid({taken, PORTS[1] + 1}, NOW)
+    assert {telling.to for telling in moved} == {probe(number) for number in range(1, 5)}
+    after = granting.grants().grants
+    assert len(after) == 3 and kept[0] in after
+    assert all(side.port != taken for grant in after for side in grant.sides)
+    assert granting.avoid({taken}, NOW) == []
+    report = granting.report(NOW)
+    assert report is not None
+    assert report.reason == (
+        f"UDP port {taken} is held by another program (`ss -ulpn` names it), so pairs get others of "
+        "spec.hubs.ports"
+    )
+
+
+def test_where_other_programs_hold_the_whole_range_pairs_are_refused_until_there_is_another() -> None:
+    granting = hub()
+    granting.avoid(range(PORTS[0], PORTS[1] + 1), NOW)
+    (refused,) = granting.ask(A, AskRelay(B), NOW)
+    assert refused.message == Refused(B, RefusedBecause.NO_PORT_LEFT)
+    report = granting.report(NOW)
+    assert report is not None and report.refused == 1
+    assert "and 15 more are held by another program" in report.reason
+    set_up(granting, ports=(27000, 27015))
+    assert all(granted(telling).port >= 27000 for telling in granting.ask(A, AskRelay(B), NOW))
+    report = granting.report(NOW)
+    assert report is not None and (report.refused, report.reason) == (0, "")
+
+
 def test_other_limits_are_part_of_the_grants_and_disturb_nobody() -> None:
     made = hub()
     made.ask(A, AskRelay(B), NOW)

@@ -162,3 +162,20 @@ def test_other_limits_are_applied() -> None:
     limits = RelayLimits(pair=1000)
     configure(made, hubs=replace(Hubs(), limits=limits))
     assert made.take_apply() == Apply(Grants(26000, 26255, limits, ()))
+
+
+def test_sides_whose_port_another_program_holds_hear_of_another_once_that_stands() -> None:
+    served = hub()
+    served.ask(A, AskRelay(B), NOW)
+    apply = served.take_apply()
+    assert apply is not None and apply.grants is not None
+    answer(served)
+    assert granted_to(served) == {MEMBERS[A], MEMBERS[B]}
+    (port, _) = (side.port for side in apply.grants.grants[0].sides)
+    served.relaying(Forwarding.KERNEL, "", forgot=False, answers=False, now=NOW, taken={port})
+    assert granted_to(served) == set()
+    again = served.take_apply()
+    assert again is not None and again.grants is not None
+    assert port not in {side.port for side in again.grants.grants[0].sides}
+    answer(served)
+    assert granted_to(served) == {MEMBERS[A], MEMBERS[B]}

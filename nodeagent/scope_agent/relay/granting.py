@@ -10,7 +10,8 @@ An id rests for a while once its grant is gone: what the kernel learned for it l
 must not lead the next pair's datagrams to the last one's places.
 
 Grants of peers that are members no longer go at once. Where the range of ports changes, grants with a port
-outside of it are made anew and told. A peer that is to be a hub no longer says so to all sides, and goes on
+outside of it are made anew and told, and so are those whose port another program of the machine holds: the
+forwarder would not hear there. A peer that is to be a hub no longer says so to all sides, and goes on
 for as long as these need to move elsewhere.
 
 `wall` is the time in seconds since the epoch, as grants outlive the agent and the machine. It is to be taken
@@ -19,7 +20,7 @@ from a clock that does not jump while the agent runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -54,6 +55,7 @@ class Granting:
         self._is_hub = False
         self._ports = range(0)
         self._listen_port = 0
+        self._held_by_others: set[int] = set()  # ports of the range
         self._limits = RelayLimits()
         self._members: Mapping[PublicKey, PublicKey] = {}
         self._forwarding: Forwarding | None = None  # until it is known
@@ -91,7 +93,7 @@ class Granting:
             forwarding=self._forwarding,
             pairs=len(self._grants),
             refused=sum(until > wall for until in self._refused.values()),
-            reason=self._reason,
+            reason="; ".join(filter(None, (self._reason, self._why_avoided()))),
         )
 
     def get_timer(self) -> float | None:
@@ -139,7 +141,8 @@ class Granting:
             self._ports, self._limits, self._listen_port = wanted, limits, listen_port
             self._as_grants = None
             self._refused.clear()
-            tellings += self._move_into_range(wall)
+            self._held_by_others.clear()
+            tellings += self._regrant(wall)
         if not is_hub and any(grant.expires > wall + LEAVING for grant in self._grants.values()):
             tellings += self._leave(wall)
         if is_hub and not self._is_hub:
@@ -153,6 +156,14 @@ class Granting:
         if by is was or by is Forwarding.NONE or was is None:
             return []
         return self.tell_all(wall)
+
+    def avoid(self, ports: Collection[int], wall: float) -> list[Telling]:
+        """Other programs hold these ports: nobody is granted one, until the range changes."""
+        news = {port for port in ports if port in self._ports} - self._held_by_others
+        if not news:
+            return []
+        self._held_by_others |= news
+        return self._regrant(wall)
 
     def tell_all(self, wall: float) -> list[Telling]:
         """What to say when the kernel forgot where sides are: each knocks at once."""
@@ -239,7 +250,17 @@ class Granting:
 
     def _is_grantable(self, port: int) -> bool:
         """Whether it may be granted."""
-        return port in self._ports and port != self._listen_port
+        return port in self._ports and port != self._listen_port and port not in self._held_by_others
+
+    def _why_avoided(self) -> str:
+        if not self._held_by_others:
+            return ""
+        more = len(self._held_by_others) - 1
+        others = f" and {more} more are" if more else " is"
+        return (
+            f"UDP port {min(self._held_by_others)}{others} held by another program (`ss -ulpn` names it), so "
+            "pairs get others of spec.hubs.ports"
+        )
 
     def _free_half(self, wall: float) -> int | None:
         for half in [half for half, until in self._resting.items() if until <= wall]:
@@ -279,7 +300,8 @@ class Granting:
                 del self._taken[side.peer]
         self._as_grants = None
 
-    def _move_into_range(self, wall: float) -> list[Telling]:
+    def _regrant(self, wall: float) -> list[Telling]:
+        """Make anew what has a port that may not be granted."""
         outside = [
             grant
             for grant in self._grants.values()

@@ -9,7 +9,7 @@ Grants live by the wall clock. It is read once, at the start: it may jump later,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from scope.model import Forwarding, Hubs, PublicKey, RelayReport
@@ -87,8 +87,20 @@ class Serving:
         """A peer, by its WireGuard key, asks to be relayed."""
         self._waiting += self._granting.ask(asker, request, now + self._offset)
 
-    def relaying(self, by: Forwarding, reason: str, *, forgot: bool, answers: bool, now: float) -> None:
-        """What forwards now; `answers` an Apply. `forgot`: the machine knows where nobody is."""
+    def relaying(
+        self,
+        by: Forwarding,
+        reason: str,
+        *,
+        forgot: bool,
+        answers: bool,
+        now: float,
+        taken: Collection[int] = (),
+    ) -> None:
+        """What forwards now; `answers` an Apply. `forgot`: the machine knows where nobody is.
+
+        `taken`: granted ports that another program holds.
+        """
         if answers:
             self._is_busy = False
             self._told += self._telling
@@ -98,6 +110,7 @@ class Serving:
         wall = now + self._offset
         again = self._granting.forwards(by, reason, wall)
         self._told += self._granting.tell_all(wall) if forgot else again
+        self._waiting += self._granting.avoid(taken, wall)
 
     def take_apply(self) -> Apply | None:
         """What the machine is to relay from now on, where it is something else, and nothing is in flight."""

@@ -117,8 +117,8 @@ def _tell_asked(peer: Peer, asked: Asked) -> HubChoice:
     elif relay is not None and relay.forwarding is Forwarding.USER_SPACE:
         parts.append("relays in user space")
     why = "; ".join(parts)
-    if reason := _why_not_kernel(peer):
-        why = f"{why}: {reason}"
+    if relay is not None and relay.reason:
+        why += f"{': ' if len(parts) > 1 else '; '}{relay.reason}"
     return HubChoice(peer.meta.name, True, why[:MAX_REASON])
 
 
