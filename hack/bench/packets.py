@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from ipaddress import IPv4Address
+from typing import Protocol
 
 from lab import Host
 from lab.netns import call_in
@@ -26,13 +27,22 @@ _PACKET_OUTGOING = 4  # linux/if_packet.h
 _ETH_P_ALL, _ETH_P_IP = 3, 0x0800
 
 
+class Inside(Protocol):
+    """A host of the lab, or whatever else is in a network namespace."""
+
+    @property
+    def namespace(self) -> str:
+        """Its name below /run/netns, or its path."""
+        ...
+
+
 class Stream:
     """Numbered datagrams between two hosts' mesh addresses, `rate` a second in each direction.
 
     They are sent at fixed times, so a sender that was held up catches up. Not reusable.
     """
 
-    def __init__(self, first: Host, second: Host, addresses: tuple[str, str], *, rate: float) -> None:
+    def __init__(self, first: Inside, second: Inside, addresses: tuple[str, str], *, rate: float) -> None:
         self._sockets = [call_in(host.namespace, _datagram_socket) for host in (first, second)]
         self._targets = (addresses[1], addresses[0])
         self._interval = 1.0 / rate
