@@ -36,9 +36,11 @@ def converged(members: list[Member], registry: Registry, *, has_hubs: bool = Fal
         member.join(token)
     with Pinger() as pinger, Watch(members, pinger, has_hubs=has_hubs) as watch:
         watch.until(watch.is_complete, within_s=CONVERGED_S, missing=watch.describe_unfinished)
-    yield
-    for member in members:
-        member.hang_up()
+    try:
+        yield
+    finally:
+        for member in members:
+            member.hang_up()
 
 
 def assert_nothing_is_held(members: list[Member]) -> None:
