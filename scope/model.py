@@ -527,6 +527,19 @@ class Tombstone:
 
 
 @dataclass(frozen=True, slots=True)
+class Attachment:
+    """An edge's claim that it is reached by a hub; `scope.attachments` makes and checks it.
+
+    `hub` is the edge's own key where it is reached by none. Of two claims of one edge the later one holds.
+    """
+
+    edge: PublicKey  # WireGuard key
+    hub: PublicKey  # WireGuard key
+    epoch: int  # u64, rises with each claim of the edge
+    signature: bytes  # 64 bytes, Ed25519, the edge's
+
+
+@dataclass(frozen=True, slots=True)
 class Assignment:
     """The part of a ScopePeer's status that the registry side (operator, gateway) writes, and nobody else."""
 

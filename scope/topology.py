@@ -1,4 +1,4 @@
-"""Which prefixes belong to which peer: the allowed IPs of a full mesh.
+"""Which prefixes belong to which peer, and by which peer they are reached: in a full mesh, and in a tree.
 
 Every other peer of a full mesh is one WireGuard peer. It is believed to hold its assigned addresses, where
 they lie in the mesh's address space, and the routes it offers, where they do not. Two peers that claim
@@ -7,6 +7,10 @@ were created (then by uid): the incumbent keeps what it has, and a later peer's 
 whether wider or narrower. Everyone who sees the same peers settles alike, and adding a peer never takes a
 prefix away from an older one. A claim that touches what the viewer itself holds is refused too: nobody is
 routed off its own network.
+
+In a tree what was settled is reached by others than those who hold it. A hub reaches an edge that is attached
+to another hub by that hub (`rehomed`), an edge reaches everything by the hub that it is attached to
+(`by_hub`).
 """
 
 from __future__ import annotations
@@ -14,7 +18,8 @@ from __future__ import annotations
 import enum
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network
 from typing import NamedTuple
@@ -52,10 +57,14 @@ class _Claim(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Allowed IPs by WireGuard key, for every peer (perhaps none), and the claims that were refused."""
+    """Allowed IPs by WireGuard key, for every peer that the device is to know (perhaps none).
+
+    `routes` are the prefixes beyond addresses that are reached through the mesh, whoever leads there now.
+    """
 
     allowed_ips: Mapping[PublicKey, frozenset[IPNetwork]]
     refused: tuple[RefusedClaim, ...] = ()
+    routes: frozenset[IPNetwork] = frozenset()
 
 
 def peers_for(snapshot: Snapshot) -> Topology:
@@ -77,6 +86,7 @@ def settle(
         held.reserve(viewer, space)
     allowed: dict[PublicKey, frozenset[IPNetwork]] = {}
     refused: list[RefusedClaim] = []
+    routes: set[IPNetwork] = set()
     for key in sorted(peers, key=lambda key: (peers[key].meta.created, peers[key].meta.uid, key)):
         peer = peers[key]
         taken: list[IPNetwork] = []
@@ -84,10 +94,67 @@ def settle(
             refusal = _misplaced(claim, peer, space.get(claim.prefix.version)) or held.take(claim, peer)
             if refusal is None:
                 taken.append(claim.prefix)
+                if claim.is_route:
+                    routes.add(claim.prefix)
             else:
                 refused.append(refusal)
         allowed[key] = frozenset(taken)
-    return Topology(allowed, tuple(refused))
+    return Topology(allowed, tuple(refused), frozenset(routes))
+
+
+def rehomed(
+    topology: Topology,
+    settled: Topology,
+    moves: Mapping[PublicKey, tuple[PublicKey | None, PublicKey | None]],
+) -> Topology:
+    """What a hub sees once edges have moved: each from the hub that it was reached by to the next one.
+
+    None is the edge itself. `settled` says what is whose; to move one edge costs the same in a large mesh,
+    but for a copy of the table.
+    """
+    allowed = dict(topology.allowed_ips)
+    lost: dict[PublicKey, list[frozenset[IPNetwork]]] = {}
+    gained: dict[PublicKey, list[frozenset[IPNetwork]]] = {}
+    for edge, (before, after) in moves.items():
+        held = settled.allowed_ips.get(edge)
+        if held is None:
+            continue
+        lost.setdefault(edge if before is None else before, []).append(held)
+        gained.setdefault(edge if after is None else after, []).append(held)
+    for key in lost.keys() | gained.keys():
+        if key in allowed:
+            left = allowed[key].difference(*lost.get(key, ()))
+            allowed[key] = left.union(*gained.get(key, ()))
+    return replace(topology, allowed_ips=allowed)
+
+
+def by_hub(
+    settled: Topology,
+    addressing: Addressing,
+    *,
+    hubs: AbstractSet[PublicKey],
+    home: PublicKey | None,
+    beside: bool = False,
+) -> Topology:
+    """What an edge sees: the hub `home` leads to the whole mesh, every other hub to nothing.
+
+    `beside`: other edges are reached straight where that works, as they take from the hub what is theirs: its
+    prefixes are the wider ones.
+    """
+    allowed: dict[PublicKey, frozenset[IPNetwork]] = {}
+    if beside:
+        allowed |= settled.allowed_ips
+    allowed |= dict.fromkeys(settled.allowed_ips.keys() & hubs, frozenset())
+    if home in allowed:
+        space = frozenset(prefix for prefix in (addressing.ipv4, addressing.ipv6) if prefix is not None)
+        routes = frozenset(map(_wider, settled.routes)) if beside else settled.routes
+        allowed[home] = space | routes
+    return replace(settled, allowed_ips=allowed)
+
+
+def _wider(route: IPNetwork) -> IPNetwork:
+    """Twice the prefix. No peer holds just that one: it would overlap."""
+    return route.supernet() if route.prefixlen else route
 
 
 def _claims(peer: Peer) -> Iterable[_Claim]:

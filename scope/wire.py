@@ -33,6 +33,8 @@ A message is one byte of type and then:
     9 AskRelay     peer 32, 15 bytes of zeros
    10 Granted      peer 32, token 8, port u16, lifetime u32, user space u8
    11 Refused      peer 32, reason u8
+   12 Attach       count u8, then for each attachment: edge 32, hub 32, epoch u64, signature 64
+   13 Attached     count u8, then that many attachments
    14 Guess        attempt u32, at endpoint, here endpoint
    15 Guessing     attempt u32, answer u8
 
@@ -50,7 +52,7 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import TypeAlias, assert_never
 
-from scope.model import KEY_BYTES, Candidate, CandidateKind, Endpoint, PublicKey, Tombstone
+from scope.model import KEY_BYTES, Attachment, Candidate, CandidateKind, Endpoint, PublicKey, Tombstone
 
 MAGIC = b"SCop"
 VERSION = 1
@@ -61,6 +63,7 @@ TICKET_BYTES = 12  # 2**32 associations of one pair repeat a ticket with a chanc
 TAG_BYTES = 16
 SIGNATURE_BYTES = 64
 TOKEN_BYTES = 8  # of a relay's grant: what a rule of the hub's kernel can look up
+MAX_ATTACHMENTS = 8  # of 136 bytes each: what one datagram holds
 MAX_UID_BYTES = 63  # a UUID takes 36; 63 is what a Kubernetes label value may hold
 NO_TICKET = bytes(TICKET_BYTES)
 
@@ -194,6 +197,20 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
+class Attach:
+    """Tell a hub where edges are attached, MAX_ATTACHMENTS at most. Signatures are still to be verified."""
+
+    attachments: tuple[Attachment, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """What a hub holds now of the edges that it was told of; those that it does not know are left out."""
+
+    attachments: tuple[Attachment, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Guess:
     """Ask a peer to ping ports of the sender's public address until one of them leads to the sender.
 
@@ -236,6 +253,8 @@ Message: TypeAlias = (
     | AskRelay
     | Granted
     | Refused
+    | Attach
+    | Attached
     | Guess
     | Guessing
 )
@@ -255,6 +274,8 @@ class _Type(enum.IntEnum):
     ASK_RELAY = 9
     GRANTED = 10
     REFUSED = 11
+    ATTACH = 12
+    ATTACHED = 13
     GUESS = 14
     GUESSING = 15
 
@@ -377,6 +398,10 @@ def encode_message(message: Message) -> bytes:
             )
         case Refused():
             return _REFUSED.pack(_Type.REFUSED, message.peer.raw, message.reason)
+        case Attach():
+            return _encode_attachments(_Type.ATTACH, message.attachments)
+        case Attached():
+            return _encode_attachments(_Type.ATTACHED, message.attachments)
         case Guess():
             _require_u32(message.attempt, "attempt")
             fixed = _SEQUENCE.pack(_Type.GUESS, message.attempt)
@@ -445,6 +470,10 @@ def decode_message(body: bytes) -> Message:
             )
         case _Type.REFUSED:
             return Refused(reader.key(), _reason(reader.u8()))
+        case _Type.ATTACH:
+            return Attach(reader.attachments())
+        case _Type.ATTACHED:
+            return Attached(reader.attachments())
         case _Type.GUESS:
             return Guess(reader.u32(), at=reader.endpoint(), here=reader.endpoint())
         case _Type.GUESSING:
@@ -463,6 +492,7 @@ _GRANTED = struct.Struct(f">B{KEY_BYTES}s{TOKEN_BYTES}sHI?")
 _ASK_RELAY_ZEROS = _GRANTED.size - 1 - KEY_BYTES
 _ASK_RELAY = struct.Struct(f">B{KEY_BYTES}s{_ASK_RELAY_ZEROS}x")
 _REFUSED = struct.Struct(f">B{KEY_BYTES}sB")
+_ATTACHMENT = struct.Struct(f">{KEY_BYTES}s{KEY_BYTES}sQ{SIGNATURE_BYTES}s")
 _GUESSING = struct.Struct(">BIB")
 _MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, section 2.5.5.2
 
@@ -528,6 +558,19 @@ def _encode_tombstone(tombstone: Tombstone) -> bytes:
             tombstone.signature,
         )
     )
+
+
+def _encode_attachments(number: int, attachments: tuple[Attachment, ...]) -> bytes:
+    if len(attachments) > MAX_ATTACHMENTS:
+        raise ValueError(f"at most {MAX_ATTACHMENTS} attachments, not {len(attachments)}")
+    return bytes((number, len(attachments))) + b"".join(map(_encode_attachment, attachments))
+
+
+def _encode_attachment(attachment: Attachment) -> bytes:
+    _require_u64(attachment.epoch, "epoch")
+    if len(attachment.signature) != SIGNATURE_BYTES:
+        raise ValueError(f"a signature is {SIGNATURE_BYTES} bytes, not {len(attachment.signature)}")
+    return _ATTACHMENT.pack(attachment.edge.raw, attachment.hub.raw, attachment.epoch, attachment.signature)
 
 
 def _encode_uid(uid: str) -> bytes:
@@ -596,6 +639,16 @@ class _Reader:
         if kind is None:
             raise WireError(f"no such kind of candidate: {number}")
         return Candidate(endpoint=self.endpoint(), kind=kind)
+
+    def attachments(self) -> tuple[Attachment, ...]:
+        count = self.u8()
+        if count > MAX_ATTACHMENTS:
+            raise WireError(f"{count} attachments in one message; {MAX_ATTACHMENTS} are allowed")
+        return tuple(self._attachment() for _ in range(count))
+
+    def _attachment(self) -> Attachment:
+        edge, hub, epoch, signature = _ATTACHMENT.unpack(self.take(_ATTACHMENT.size))
+        return Attachment(PublicKey(edge), PublicKey(hub), epoch, signature)
 
     def datagram(self) -> bytes:
         inner = self.take(int.from_bytes(self.take(2), "big"))

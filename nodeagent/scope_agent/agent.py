@@ -27,9 +27,11 @@ from scope.model import (
     Tombstone,
 )
 from scope.relay import Grants
-from scope.topology import Topology, peers_for
+from scope.topology import Topology, peers_for, rehomed
 from scope.wire import (
     AskRelay,
+    Attach,
+    Attached,
     Forward,
     Forwarded,
     Granted,
@@ -48,6 +50,7 @@ from scope_agent.desired import (
 )
 from scope_agent.inputs import (
     Applied,
+    ApplyForwarding,
     ApplyGrants,
     ApplyPorts,
     CommandArrived,
@@ -84,6 +87,9 @@ from scope_agent.relay.asking import Ask, Asking, Hub, Knock, Knocked, Offered, 
 from scope_agent.relay.serving import Serving
 from scope_agent.reporting import Reporting
 from scope_agent.status import DeviceStatus, candidates, status
+from scope_agent.tree.attaching import Reach
+from scope_agent.tree.core import Tree
+from scope_agent.tree.rules import ForwardedPrefixes
 from scope_agent.wireguard.device import (
     AddAddress,
     AddGuard,
@@ -123,6 +129,7 @@ OBSERVE_SHARE = 50.0  # a look that took t seconds is followed by t times this o
 # are gathered. What is missing from it after a crash the registry tells again; a removal must not wait.
 SAVE_AFTER, SAVE_PER_PEER, SAVE_LONGEST = 1.0, 0.05, 30.0
 RETRY_MIN, RETRY_MAX = 1.0, 30.0  # after a failed batch
+FORWARDING_AGAIN = 5.0  # after rules or settings were refused
 GOSSIP_AGAIN = 1.0  # a tombstone is passed on twice: the first datagram may be lost
 
 
@@ -165,6 +172,7 @@ class Agent:
         self._paths = Paths(own=own, random=random)
         self._asking = Asking(random=random)
         self._serving = Serving(random=random, earlier=granted, now=now, wall=wall)
+        self._tree = Tree(config.identity.public, signing=config.identity.signing, now=now, wall=wall)
         self._relay_report: RelayReport | None = None  # the one that was last worth a report
         self._listen_port = state.listen_port
         self._interfaces: frozenset[IPInterface] = frozenset()
@@ -184,7 +192,8 @@ class Agent:
         self._device_error = ""
         self._device_retry = RETRY_MIN
         self._desired: DesiredDevice | None = None
-        self._topology = Topology({})
+        self._settled = Topology({})  # what is whose
+        self._topology = Topology({})  # by whom it is reached
         self._plan_after = now  # a device that failed is left alone for a while
         self._plan_all = True  # the whole device is to be compared
         self._touched: set[PublicKey] = set()  # else these peers
@@ -194,6 +203,12 @@ class Agent:
         self._saving: DiskState | None = None
         self._save_at: float | None = None
         self._disk_error = ""
+        # what a hub of a tree forwards: wanted last; None also where nothing was ever asked for
+        self._forwarded: ForwardedPrefixes | None = None
+        self._is_forwarding_known = granted is None  # else an earlier run may have left something
+        self._forwarding_busy = False
+        self._forwarding_after = now
+        self._forwarding_error = ""
         # gossip and forwarding
         self._passed: dict[str, tuple[Tombstone, float]] = {}
         self._known_tombstones: set[str] = {t.peer_uid for t in state.snapshot.tombstones}
@@ -207,6 +222,7 @@ class Agent:
         self._paths.restore(state.last_good, now)
         self._paths.restore_openings(openings, now)
         self._asking.restore(state.grants)
+        self._tree.restore(state.attachments, was_in_mesh=bool(state.snapshot.peers))
 
     # --- the five verbs ------------------------------------------------------------------------------------
 
@@ -255,6 +271,7 @@ class Agent:
         self._paths.handle_timer(now)
         self._asking.handle_timer(now)
         self._serving.handle_timer(now)
+        self._tree.handle_timer(now)
         if self._membership.wants_list(now):
             self._out.append(ListAgain())
         for uid, (tombstone, at) in list(self._passed.items()):
@@ -269,6 +286,8 @@ class Agent:
             self._paths.get_timer(),
             self._asking.get_timer(),
             self._serving.get_timer(),
+            self._tree.get_timer(),
+            self._forwarding_at(),
             self._membership.get_timer(),
             self._observe_at if self._observing_since is None and not self._device_busy else None,
             self._reporting.get_timer(),
@@ -303,6 +322,11 @@ class Agent:
     def reaches_a_peer(self) -> bool:
         """Whether some path is believed to work."""
         return self._paths.any_alive
+
+    @property
+    def home(self) -> PublicKey | None:
+        """The hub of a tree that we are attached to, by its WireGuard key."""
+        return self._tree.home
 
     def snapshot(self) -> Snapshot:
         """What is believed of the mesh."""
@@ -351,6 +375,12 @@ class Agent:
             case AskRelay():
                 if sender in self._peer_keys:
                     self._serving.ask(self._peer_keys[sender], message, now)
+            case Attach() | Attached():
+                answer = None
+                if sender in self._peer_keys:
+                    answer = self._tree.receive(self._peer_keys[sender], message, now)
+                if answer is not None:
+                    self._out += self._carrying.seal(sender, answer, back(leg, sender), now)
             case _:
                 source = leg.endpoint if isinstance(leg, Socket) else None
                 self._paths.receive(sender, message, source, origin=origin, now=now)
@@ -359,6 +389,7 @@ class Agent:
         """A peer that was away may have missed removals."""
         if sender not in self._peer_keys:
             return
+        self._tree.greeted(self._peer_keys[sender], now)
         for tombstone in self._snapshot.tombstones[-MAX_BATCH:]:
             self._out += self._carrying.seal(sender, Removed(tombstone), back(leg, sender), now)
 
@@ -390,6 +421,8 @@ class Agent:
             rtt=view.rtt,
         )
         self._asking.observe(key, standing, now)
+        is_alive = view.path is not PathKind.NONE
+        self._tree.observe(key, Reach(is_alive, rtt=view.rtt, is_in_doubt=view.is_in_doubt), now)
 
     def _ask_hubs(self, now: float) -> None:
         """Do what the asking room wants."""
@@ -448,11 +481,12 @@ class Agent:
             reflectors = {r.probe_key for r in mesh.status.reflectors} if mesh is not None else set()
             self._channel.set_correspondents(frozenset(reflectors | self._peer_keys.keys()))
         self._interfaces = self._usable(self._interfaces)
+        self._tree.configure(snapshot, is_removed=self.removed, now=now)
         if _shape_differs(before, snapshot) or snapshot.tombstones != before.tombstones:
-            self._topology = peers_for(snapshot)
-            self._plan_all = True
-        self._paths.set_snapshot(snapshot, now)
-        self._asking.set_members(snapshot.peers, _hubs(snapshot), now)
+            self._settled = peers_for(snapshot)
+            self._follow_tree(now, anew=True)
+        else:
+            self._link(now)
         if mesh is not None and snapshot.own is not None:
             self._serving.configure(
                 mesh.spec.hubs,
@@ -468,6 +502,53 @@ class Agent:
         self._adopt(now, new=snapshot.peers.keys() - before.peers.keys())
         self._reporting.expect()
         self._save_soon(now, urgent=snapshot.tombstones != before.tombstones)
+
+    # --- the tree ------------------------------------------------------------------------------------------
+
+    def _follow_tree(self, now: float, *, anew: bool = False) -> None:
+        """Have the device know who leads where; to move an edge costs the same in a mesh of any size."""
+        changes = self._tree.take_changes()
+        if changes.to_keep:
+            self._save_soon(now)
+        if anew or changes.is_reshaped:
+            self._topology = self._tree.topology(self._settled)
+            self._plan_all = True
+            self._link(now)
+            self._reporting.expect()
+        elif changes.moves:
+            self._topology = rehomed(self._topology, self._settled, changes.moves)
+            self._touched |= changes.moves.keys()
+            self._touched |= {hub for move in changes.moves.values() for hub in move if hub is not None}
+        self._paths.watch(self._tree.watched(), now)
+        for hub in sorted(self._tree.take_doubt()):
+            self._paths.suspect(hub, now)
+
+    def _link(self, now: float) -> None:
+        """Have paths to those that we are to have links with, and to nobody else."""
+        snapshot, pairs = self._snapshot, self._tree.pairs()
+        self._paths.set_snapshot(snapshot, now, pairs=pairs)
+        members = snapshot.peers.keys() if pairs is None else pairs & snapshot.peers.keys()
+        self._asking.set_members(members, _hubs(snapshot), now)
+
+    def _say_tree(self, now: float) -> None:
+        for say in self._tree.outputs(now):
+            report = self._snapshot.peers[say.to].report if say.to in self._snapshot.peers else None
+            endpoint = self._paths.endpoint_of(report.keys.probe, now) if report is not None else None
+            if report is not None and endpoint is not None:
+                self._out += self._carrying.seal(report.keys.probe, say.message, Socket(endpoint), now)
+
+    def _forwarding_at(self) -> float | None:
+        """When what a hub forwards is to be tried again."""
+        return self._forwarding_after if self._forwarding_error and not self._forwarding_busy else None
+
+    def _plan_forwarding(self, now: float) -> None:
+        if self._snapshot.own is None or self._forwarding_busy or now < self._forwarding_after:
+            return
+        wanted = self._tree.forwarding(self._settled)
+        if self._is_forwarding_known and wanted == self._forwarded and not self._forwarding_error:
+            return
+        self._is_forwarding_known, self._forwarding_busy, self._forwarded = True, True, wanted
+        self._out.append(ApplyForwarding(wanted))
 
     def _pass_on(self, tombstone: Tombstone, now: float) -> None:
         for key, pair in self._paths.view(now).pairs.items():
@@ -623,7 +704,7 @@ class Agent:
             if desired is not None and self.removed:
                 desired = replace(desired, peers={})
             elif desired is not None and not self._membership.is_complete:
-                desired = replace(desired, peers=desired.peers | self._unlisted(desired))
+                desired = replace(desired, peers=desired.peers | self._unlisted())
         else:
             allowed = self._topology.allowed_ips
             wanted = {
@@ -635,13 +716,13 @@ class Agent:
         self._desired = desired
         return desired
 
-    def _unlisted(self, desired: DesiredDevice) -> dict[PublicKey, DesiredPeer]:
+    def _unlisted(self) -> dict[PublicKey, DesiredPeer]:
         """Peers that the last agent added after it last wrote to disk: left as they are until a list."""
         observed = self._observed.peers if self._observed is not None else {}
         return {
             key: DesiredPeer(key, allowed_ips=peer.allowed_ips, keepalive=peer.keepalive)
             for key, peer in observed.items()
-            if key not in desired.peers and not self._membership.is_buried(key)
+            if key not in self._snapshot.peers and not self._membership.is_buried(key)
         }
 
     # --- batches -------------------------------------------------------------------------------------------
@@ -660,6 +741,8 @@ class Agent:
                 if self._saving is not None:
                     self._saved, self._saving = self._saving, None
                 self._disk_error = ""
+            case Target.FORWARDING:
+                self._forwarding_busy, self._forwarding_error = False, ""
             case _:
                 assert_never(target)
 
@@ -685,6 +768,9 @@ class Agent:
             case Target.DISK:
                 self._saving, self._disk_error = None, failed.error
                 self._save_at = now + RETRY_MAX
+            case Target.FORWARDING:
+                self._forwarding_busy, self._forwarding_error = False, failed.error
+                self._forwarding_after = now + FORWARDING_AGAIN
             case _:
                 assert_never(failed.target)
 
@@ -693,6 +779,9 @@ class Agent:
         changes = self._paths.changes(now)
         for key in sorted(changes.pairs):
             self._stand(key, now)
+        self._follow_tree(now)
+        self._say_tree(now)
+        self._plan_forwarding(now)
         self._ask_hubs(now)
         self._serve(now)
         for out in self._paths.outputs():
@@ -755,6 +844,7 @@ class Agent:
             last_good=last_good,
             listen_port=self._listen_port,
             grants=self._asking.held(),
+            attachments=self._tree.kept(),
         )
         if state != self._saved:
             self._saving = state
@@ -796,6 +886,7 @@ class Agent:
                 "Device": self._device_error,
                 "Registry": self._reporting.error,
                 "Disk": self._disk_error,
+                "Forwarding": self._forwarding_error,
                 "Removed": "this peer was removed from the mesh" if self.removed else "",
             },
             dropped=self._carrying.dropped + self._serving.dropped,

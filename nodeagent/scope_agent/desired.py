@@ -62,11 +62,8 @@ def desired_device(
     prefixes = frozenset(p for p in (mesh.spec.addressing.ipv4, mesh.spec.addressing.ipv6) if p is not None)
     allowed = topology.allowed_ips
     peers = {
-        key: desired_peer(key, allowed.get(key, frozenset()), paths.pairs.get(key)) for key in snapshot.peers
+        key: desired_peer(key, prefixes_of, paths.pairs.get(key)) for key, prefixes_of in allowed.items()
     }
-    offered: frozenset[IPNetwork] = frozenset(
-        prefix for ips in allowed.values() for prefix in ips if prefix.prefixlen < prefix.max_prefixlen
-    )
     return DesiredDevice(
         name=settings.name,
         private_key=identity.wireguard,
@@ -75,7 +72,7 @@ def desired_device(
         mtu=mesh.spec.mtu or settings.underlay_mtu - WIREGUARD_OVERHEAD,
         fwmark=settings.fwmark,
         addresses=frozenset(own.assignment.addresses),
-        routes=prefixes | offered,
+        routes=prefixes | topology.routes,
         guarded=prefixes,
         peers=peers,
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from scope.model import (
+    Attachment,
     DeviceKind,
     Endpoint,
     Forwarding,
@@ -24,6 +25,7 @@ from scope.model import (
 from scope.registry.port import Fact
 from scope.relay import Grants
 from scope_agent.relay.asking import HeldGrant
+from scope_agent.tree.rules import ForwardedPrefixes
 from scope_agent.wireguard.device import DesiredDevice, ObservedDevice, PlannedAction
 from scope_agent.wireguard.port_rules import PortRules
 
@@ -64,16 +66,21 @@ class Target(enum.StrEnum):
     DEVICE = "device"
     REGISTRY = "registry"
     DISK = "disk"
+    FORWARDING = "forwarding"
 
 
 @dataclass(frozen=True, slots=True)
 class DiskState:
-    """The last good snapshot, what worked last, and what hubs granted: a restart needs nobody else."""
+    """The last good snapshot, what worked last, what hubs granted, and where edges are attached.
+
+    A restart needs nobody else.
+    """
 
     snapshot: Snapshot
     last_good: dict[PublicKey, Endpoint] = field(default_factory=dict)  # by WireGuard key
     listen_port: int = 0
     grants: tuple[HeldGrant, ...] = ()  # in the order of peers and hubs
+    attachments: tuple[Attachment, ...] = ()  # of a tree: all that a hub holds, and our own last one
 
 
 # --- inputs -------------------------------------------------------------------------------------------------
@@ -239,6 +246,16 @@ class ApplyGrants:
 
 
 @dataclass(frozen=True, slots=True)
+class ApplyForwarding:
+    """As a hub of a tree, forward this and nothing else that comes from or goes to the mesh; None: be none.
+
+    Answered by Applied or Failed. One is in flight at a time.
+    """
+
+    forwarded: ForwardedPrefixes | None
+
+
+@dataclass(frozen=True, slots=True)
 class ApplyPorts:
     """Have WireGuard speak from these ports, and listen for probes at those of a search, and no others.
 
@@ -262,5 +279,14 @@ class ListAgain:
 
 
 Output: TypeAlias = (
-    Send | DeviceBatch | Observe | WriteReport | SaveState | ApplyGrants | ApplyPorts | Reply | ListAgain
+    Send
+    | DeviceBatch
+    | Observe
+    | WriteReport
+    | SaveState
+    | ApplyGrants
+    | ApplyForwarding
+    | ApplyPorts
+    | Reply
+    | ListAgain
 )

@@ -32,6 +32,7 @@ from scope_agent.agent import Agent, AgentConfig, pick_port
 from scope_agent.inbox import Inbox
 from scope_agent.inputs import (
     Applied,
+    ApplyForwarding,
     ApplyGrants,
     ApplyPorts,
     CommandArrived,
@@ -75,6 +76,8 @@ from scope_agent.wireguard.shell.probe_socket import READ_AT_ONCE
 if TYPE_CHECKING:
     from scope.registry.http import Couriered, HttpRegistry
     from scope_agent.relay.shell.hub import HubMachine, Outcome
+    from scope_agent.tree.rules import ForwardedPrefixes
+    from scope_agent.tree.shell.forwarding import TreeForwarding
 
 log = logging.getLogger(__name__)
 
@@ -201,6 +204,7 @@ class Runner:
         self._probe: ProbeSocket = open_probe_socket(self._agent.listen_port, fwmark=config.fwmark)
         self._holds = EndpointHolds()
         self._hub: HubMachine | None = None  # made when there is something to relay, or to undo
+        self._forwarding: TreeForwarding | None = None  # made likewise
         self._hub_lock = asyncio.Lock()
         self._ports_lock = asyncio.Lock()
         self._inbox = Inbox()
@@ -337,6 +341,8 @@ class Runner:
                 self._spawn(self._save(output, removed=self._agent.removed))
             case ApplyGrants(grants):
                 self._spawn(self._relay(grants))
+            case ApplyForwarding(forwarded):
+                self._spawn(self._forward(forwarded))
             case ApplyPorts(rules):
                 self._spawn(self._apply_ports(rules))
             case Reply(number, value):
@@ -511,6 +517,29 @@ class Runner:
         except ConfigError as error:
             return Outcome(Forwarding.NONE, str(error), forgot=False)
 
+    async def _forward(self, forwarded: ForwardedPrefixes | None) -> None:
+        try:
+            async with self._hub_lock:
+                await asyncio.to_thread(self._forward_these, forwarded)
+        except (ApplyError, ConfigError) as error:
+            log.warning("forwarding.failed error=%s", error)
+            self._post(Failed(Target.FORWARDING, str(error)))
+            return
+        log.info("forwarding.applied inside=%s", forwarded.inside if forwarded is not None else ())
+        self._post(Applied(Target.FORWARDING))
+
+    def _forward_these(self, forwarded: ForwardedPrefixes | None) -> None:
+        from scope_agent.tree.shell.forwarding import TreeForwarding
+
+        if self._forwarding is None:
+            self._forwarding = TreeForwarding(self._enrolment.device)
+        if forwarded is None:
+            self._forwarding.remove()
+            return
+        if self._hub is None:
+            self._hub = make_hub(self._config, self._enrolment)
+        self._forwarding.apply(forwarded, off=self._hub.turn_on())
+
     async def _watch_hub(self) -> None:
         """Put right what other programs do to our rules."""
         delay = HUB_CHECK
@@ -520,11 +549,19 @@ class Runner:
                 continue
             started = time.monotonic()
             async with self._hub_lock:
-                outcome = await asyncio.to_thread(self._hub.check, self._wall())
+                outcome = await asyncio.to_thread(self._check_hub, self._hub)
             delay = max(HUB_CHECK, HUB_CHECK_SHARE * (time.monotonic() - started))
             if outcome is not None:
                 log.warning("relay.changed forwarding=%s reason=%s", outcome.forwarding, outcome.reason)
                 self._post(_relaying(outcome, answers=False))
+
+    def _check_hub(self, hub: HubMachine) -> Outcome | None:
+        if self._forwarding is not None:
+            try:
+                self._forwarding.check()
+            except ApplyError as error:
+                log.warning("forwarding.unchecked error=%s", error)
+        return hub.check(self._wall())
 
     # --- the registry --------------------------------------------------------------------------------------
 
@@ -715,7 +752,14 @@ def be_no_hub(config: RunConfig, enrolment: Enrolment) -> list[str]:
     state = config.state
     if not state.granted_file.exists() and not state.settings_file.exists():
         return []
-    return make_hub(config, enrolment).stop()
+    from scope_agent.tree.shell.forwarding import TreeForwarding
+
+    failed = make_hub(config, enrolment).stop()
+    try:
+        TreeForwarding(enrolment.device).remove()
+    except ApplyError as error:
+        failed.append(str(error))
+    return failed
 
 
 def close_ports(config: RunConfig, enrolment: Enrolment) -> list[str]:

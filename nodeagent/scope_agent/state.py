@@ -4,8 +4,8 @@ Files in one directory per mesh, all 0600 and replaced whole (written beside, sy
 through a symbolic link:
 
 - `enrolment.json`: keys, gateway, registry. Written at join and never again; losing it means joining anew.
-- `snapshot.json`: what was last believed of the mesh, the last good endpoints, the port, what hubs granted. A
-  damaged one is put aside and the agent starts from the registry.
+- `snapshot.json`: what was last believed of the mesh, the last good endpoints, the port, what hubs granted,
+  where edges are attached. A damaged one is put aside and the agent starts from the registry.
 - `granted.json`, `settings.json`: of a hub. What it grants, and how the kernel's settings were before.
 """
 
@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from scope import resources
 from scope.model import (
+    Attachment,
     ConfigError,
     Endpoint,
     Peer,
@@ -39,7 +40,7 @@ from scope.model import (
     Snapshot,
 )
 from scope.relay import Grants, decode_grants, encode_grants
-from scope.wire import TOKEN_BYTES
+from scope.wire import SIGNATURE_BYTES, TOKEN_BYTES
 from scope_agent.desired import Identity
 from scope_agent.files import replace_file
 from scope_agent.inputs import DiskState
@@ -392,6 +393,15 @@ def _state_dict(state: DiskState) -> dict[str, object]:
             }
             for grant in state.grants
         ],
+        "attachments": [
+            {
+                "edge": str(attachment.edge),
+                "hub": str(attachment.hub),
+                "epoch": attachment.epoch,
+                "signature": b64encode(attachment.signature).decode(),
+            }
+            for attachment in state.attachments
+        ],
     }
 
 
@@ -416,6 +426,7 @@ def _parse_state(document: Mapping[str, object]) -> DiskState:
         last_good={PublicKey.parse(key): Endpoint.parse(value) for key, value in last_good.items()},
         listen_port=int(str(document["listenPort"])),
         grants=_parse_grants(document.get("grants", [])),  # earlier releases keep none
+        attachments=_parse_attachments(document.get("attachments", [])),  # nor these
     )
 
 
@@ -431,6 +442,19 @@ def _parse_grants(documents: object) -> tuple[HeldGrant, ...]:
         lifetime = float(document["lifetime"])
         grants.append(HeldGrant(hub, peer, token, port, lifetime, bool(document["userSpace"])))
     return tuple(grants)
+
+
+def _parse_attachments(documents: object) -> tuple[Attachment, ...]:
+    if not isinstance(documents, list):
+        raise ValueError("attachments are a list")  # noqa: TRY004 - damage, as any other
+    attachments = []
+    for document in documents:
+        signature, epoch = b64decode(str(document["signature"]), validate=True), int(document["epoch"])
+        if len(signature) != SIGNATURE_BYTES or not 0 <= epoch < 2**64:
+            raise ValueError(f"an attachment has a signature of {SIGNATURE_BYTES} bytes and an epoch")
+        edge, hub = (PublicKey.parse(str(document[name])) for name in ("edge", "hub"))
+        attachments.append(Attachment(edge, hub, epoch, signature))
+    return tuple(attachments)
 
 
 def _parse_granted(document: Mapping[str, object]) -> Grants:

@@ -1,4 +1,4 @@
-"""Replay one life, or run many: `python -m tests.sim --seed 17`, `python -m tests.sim --count 1000`."""
+"""Replay one life, or run many: `python -m tests.sim --seed 17`, `python -m tests.sim --count 99 --tree`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 for folder in ("hack", "operator", "nodeagent", "."):
     sys.path.insert(0, str(ROOT / folder))
 
-from tests.sim.scenario import Life  # noqa: E402
+from tests.sim.scenario import Life, TreeLife  # noqa: E402
 
 
 def say(line: str) -> None:
@@ -23,13 +23,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="the first life's number")
     parser.add_argument("--count", type=int, default=1, help="how many lives")
+    parser.add_argument("--tree", action="store_true", help="of meshes that are trees")
     parser.add_argument("--verbose", action="store_true", help="tell the story and the end of each")
     arguments = parser.parse_args()
     failed = []
     started = time.monotonic()
     slowest: list[tuple[float, int]] = []
     for seed in range(arguments.seed, arguments.seed + arguments.count):
-        life = Life(seed)
+        life = TreeLife(seed) if arguments.tree else Life(seed)
         begun = time.monotonic()
         try:
             outcome = life.live()

@@ -5,7 +5,8 @@ be none any more, and others in their place.
 
 After the last disturbance every cut is healed and every machine sends to every other. Within `CALM` seconds
 every traversable pair must have a direct path that both devices agree on, and every other pair that both
-reach one hub a relayed one: packets arrive both ways and no endpoint moves any more.
+reach one hub a relayed one: packets arrive both ways and no endpoint moves any more. In a tree every edge
+that reaches a hub must have a home, and hear everybody by it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from lab.nat import Nat
 
-from scope.model import Role
+from scope.model import Role, TopologyMode
 from tests.sim.world import Machine, World
 
 CALM = 75.0  # a pair that was declared unreachable is tried again after 60 s at the latest in a short life
@@ -144,9 +145,13 @@ class Life:
             and all(
                 counts.get((a.key, b.key), 0) > 0 and counts.get((b.key, a.key), 0) > 0
                 for a, b in self._pairs()
-                if world.traversable(a, b) or self._is_relayable(a, b)
+                if self._has_a_way(a, b)
             )
         )
+
+    def _has_a_way(self, a: Machine, b: Machine) -> bool:
+        """Whether packets must pass between the two."""
+        return self.world.traversable(a, b) or self._is_relayable(a, b)
 
     def _ping_all(self) -> None:
         members = self.world.members()
@@ -310,6 +315,61 @@ class Life:
             a.stream(b, rate=rate, seconds=10.0, answer=answer)
 
 
+class TreeLife(Life):
+    """The life of a mesh that is a tree in the end, and mostly before.
+
+    Whoever can reach a hub must then be attached to one that lives, know no other edge, and hear everybody.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        if self.random.random() < 0.7:
+            self._become(TopologyMode.TREE)
+        for _ in range(self.random.choice((1, 2, 3))):
+            self._hub_joins()
+        self._heal.append(self._end_as_a_tree)
+
+    def _end_as_a_tree(self) -> None:
+        self.world.registry.come_up()
+        self._become(TopologyMode.TREE)
+        if self._any_hub() is None:
+            hub = self.world.hub(ipv6=True)
+            self._note(f"{hub.name} joins as a hub at {hub.place}")
+
+    def _become(self, mode: TopologyMode) -> None:
+        if self.world.registry.mesh().spec.topology is not mode:
+            self._note(f"the mesh is to be {mode}")
+            self.world.registry.change_mesh(lambda spec: replace(spec, topology=mode))
+
+    def _become_hub(self) -> None:
+        """A change of topology in its place: a hub behind a NAT is of no use to most."""
+        if self.world.registry.up:
+            self._become(self.random.choice(tuple(TopologyMode)))
+
+    def _hubs(self) -> list[Machine]:
+        return [m for m in self.world.members() if self._is_hub(m)]
+
+    def _has_a_way(self, a: Machine, b: Machine) -> bool:
+        return self._reaches_a_hub(a) and self._reaches_a_hub(b)
+
+    def _reaches_a_hub(self, machine: Machine) -> bool:
+        hubs = self._hubs()
+        return machine in hubs or any(self.world.traversable(machine, hub) for hub in hubs)
+
+    def _is_converged(self) -> bool:
+        hubs = {hub.key for hub in self._hubs()}
+        edges = {m.key: m for m in self.world.members() if m.key not in hubs and self._reaches_a_hub(m)}
+        return all(
+            edge.agent is not None and edge.agent.home in hubs and not edge.device.peers.keys() & edges.keys()
+            for edge in edges.values()
+        )
+
+
 def live(seed: int) -> Outcome:
     """One life. Raises DidNotConverge, Livelock."""
     return Life(seed).live()
+
+
+def live_in_a_tree(seed: int) -> Outcome:
+    """One life of a tree. Raises DidNotConverge, Livelock."""
+    return TreeLife(seed).live()

@@ -1,6 +1,7 @@
 """A thousand meshes, each drawn from its number: join, leave, roam, partition, reboot, crash, and then calm.
 
-A life that does not converge prints its number; `python -m tests.sim --seed NUMBER --verbose` replays it.
+Another hundred of meshes that are trees. A life that does not converge prints its number; `python -m
+tests.sim --seed NUMBER --verbose` replays it, with `--tree` that of a tree.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.sim.scenario import live
+from tests.sim.scenario import live, live_in_a_tree
 
 LIVES = 1000
+TREES = 100
 CHUNK = 50
 
 
@@ -24,6 +26,13 @@ CHUNK = 50
 def test_fifty_lives_end_converged(first: int) -> None:
     for seed in range(first, first + CHUNK):
         live(seed)
+
+
+@pytest.mark.parametrize("first", range(0, TREES, CHUNK))
+@pytest.mark.timeout(300)
+def test_fifty_lives_of_trees_end_converged(first: int) -> None:
+    for seed in range(first, first + CHUNK):
+        live_in_a_tree(seed)
 
 
 def test_a_life_is_decided_by_its_number_alone() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias, assert_never
+from typing import Protocol, TypeAlias, assert_never
 
 from scope_agent.wireguard.device import (
     Action,
@@ -38,7 +38,7 @@ from scope_agent.wireguard.device import (
     SetUp,
 )
 
-from scope.model import Endpoint, IPInterface, IPNetwork, PublicKey
+from scope.model import Endpoint, IPAddress, IPInterface, IPNetwork, PublicKey
 
 REKEY_AFTER = 120.0
 REJECT_AFTER = 180.0
@@ -72,7 +72,7 @@ class Transport:
 
     sender: PublicKey
     session: int
-    content: object = None
+    content: Content | None = None
 
 
 WireGuardDatagram: TypeAlias = Initiation | Response | Transport
@@ -115,13 +115,23 @@ class _Peer:
     initiation: int | None = None  # of ours, unanswered
     initiated: float = -10.0
     trying_since: float | None = None
-    staged: deque[object] = field(default_factory=lambda: deque(maxlen=MAX_STAGED))
+    staged: deque[Content | None] = field(default_factory=lambda: deque(maxlen=MAX_STAGED))
     traversed: float = -1.0  # the last authenticated packet in either direction
     keepalive_armed: bool = False
     answer_armed: bool = False
     sent: float = -1.0
     heard: float = -1.0
     retry_armed: bool = False
+
+
+class Content(Protocol):
+    """What a packet is, as far as cryptokey routing goes."""
+
+    @property
+    def source(self) -> IPAddress: ...
+
+    @property
+    def destination(self) -> IPAddress: ...
 
 
 class Device:
@@ -136,7 +146,7 @@ class Device:
         random: Callable[[], float],
         schedule: Callable[[float, Callable[[], None]], None],
         send: Callable[[Endpoint, WireGuardDatagram], None],
-        deliver: Callable[[PublicKey, object], None],
+        deliver: Callable[[Content], None],
         payload: int = 128,
     ) -> None:
         self.name = name
@@ -255,10 +265,10 @@ class Device:
 
     # --- traffic -------------------------------------------------------------------------------------------
 
-    def send_packet(self, key: PublicKey, content: object) -> bool:
-        """A packet of the machine's for `key`; False when the device has no way to take it."""
-        peer = self.peers.get(key)
-        if peer is None or not self._up or not peer.allowed_ips:
+    def send_packet(self, content: Content) -> bool:
+        """A packet that the machine routes into the device; False when no peer is there to take it."""
+        peer = self._holder(content.destination)
+        if peer is None or not self._up:
             return False
         self.payload_packets += 1
         self._transmit(peer, content)
@@ -279,7 +289,7 @@ class Device:
             case _:
                 assert_never(datagram)
 
-    def _transmit(self, peer: _Peer, content: object) -> None:
+    def _transmit(self, peer: _Peer, content: Content | None) -> None:
         session = peer.session
         if session is None or self._now() - session.born >= REJECT_AFTER:
             if content is not None or not peer.staged:
@@ -361,7 +371,7 @@ class Device:
         for content in staged:
             self._transmit(peer, content)
 
-    def _transported(self, peer: _Peer, number: int, content: object, source: Endpoint) -> None:
+    def _transported(self, peer: _Peer, number: int, content: Content | None, source: Endpoint) -> None:
         if peer.pending is not None and peer.pending.number == number:
             peer.previous, peer.session, peer.pending = peer.session, peer.pending, None
             peer.last_handshake = self._wall()
@@ -380,9 +390,18 @@ class Device:
             peer.answer_armed = True
             at = self._now()
             self._schedule(KEEPALIVE_TIMEOUT, lambda: self._answer_silence(peer, at))
-        if peer.allowed_ips:  # the simulation's packets carry the sender's own mesh address
+        if self._holder(content.source) is peer:
             self.payload_packets += 1
-            self._deliver(peer.key, content)
+            self._deliver(content)
+
+    def _holder(self, address: IPAddress) -> _Peer | None:
+        """The peer with the longest prefix among the allowed IPs that hold an address."""
+        best: tuple[int, _Peer] | None = None
+        for peer in self.peers.values():
+            for prefix in peer.allowed_ips:
+                if (best is None or prefix.prefixlen > best[0]) and address in prefix:
+                    best = prefix.prefixlen, peer
+        return best[1] if best is not None else None
 
     def _answer_silence(self, peer: _Peer, since: float) -> None:
         peer.answer_armed = False

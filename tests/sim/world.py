@@ -13,7 +13,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
 from random import Random
 from typing import assert_never
 
@@ -23,6 +23,7 @@ from scope_agent.agent import Agent, AgentConfig, pick_port
 from scope_agent.carrying import Carrying
 from scope_agent.inputs import (
     Applied,
+    ApplyForwarding,
     ApplyGrants,
     ApplyPorts,
     Courier,
@@ -51,6 +52,7 @@ from scope_agent.inputs import (
 from scope_agent.membership import Membership
 from scope_agent.paths.core import Paths
 from scope_agent.state import make_identity
+from scope_agent.tree.rules import ForwardedPrefixes
 from scope_agent.wireguard.device import HoldEndpoint
 from scope_agent.wireguard.port_rules import PortRules
 from scope_operator.gateway.reflector import HEARD_SECONDS
@@ -62,6 +64,7 @@ from scope.model import (
     DeviceKind,
     Endpoint,
     Family,
+    IPAddress,
     IPInterface,
     JoinToken,
     Kind,
@@ -119,6 +122,8 @@ class Packet:
 
     number: int
     answer: bool  # whether the receiver answers
+    source: IPAddress
+    destination: IPAddress
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +284,10 @@ class Machine:
         self.key: PublicKey = self.identity.public.wireguard
         self.addresses = world.network.attach(self, site)
         self.granted: Grants | None = None
+        self.address: IPAddress = IPv4Address(0)  # in the mesh, once it is enrolled
+        self.forwarded: ForwardedPrefixes | None = None
+        self.passed = 0  # packets of others that went on from here
+        self.clock_error = 0.0  # seconds by which our wall clock is wrong
         self.disk = DiskState(Snapshot(), listen_port=port or pick_port(world.random.random))
         self.agent: Agent | None = None
         self.connected = False
@@ -432,7 +441,7 @@ class Machine:
     def ping(self, other: Machine, number: int = 0, *, answer: bool = True) -> None:
         """One packet to the other's mesh address."""
         before = self.device.payload_packets
-        if not self.device.send_packet(other.key, Packet(number, answer)):
+        if not self.device.send_packet(Packet(number, answer, self.address, other.address)):
             self.refused_packets += 1
         if self.device.payload_packets != before:
             self._note_traffic()
@@ -452,12 +461,25 @@ class Machine:
 
         send()
 
-    def _deliver(self, key: PublicKey, content: object) -> None:
+    def _deliver(self, content: object) -> None:
         assert isinstance(content, Packet)
-        self.received.append((self.world.now, key, content))
         self._note_traffic()
+        if content.destination != self.address:
+            self._forward(content)
+            return
+        sender = self.world.registry.holder(content.source).key
+        self.received.append((self.world.now, sender, content))
         if content.answer:
-            self.device.send_packet(key, Packet(content.number, answer=False))
+            answer = Packet(content.number, False, content.destination, content.source)
+            self.device.send_packet(answer)
+
+    def _forward(self, packet: Packet) -> None:
+        """What rules and settings of a hub of a tree do."""
+        inside = self.forwarded.inside if self.forwarded is not None else ()
+        ends = (packet.source, packet.destination)
+        if not self.is_off and all(any(end in prefix for prefix in inside) for end in ends):
+            self.passed += 1
+            self.device.send_packet(packet)
 
     def _note_traffic(self) -> None:
         if not self._traffic_noted:
@@ -614,6 +636,8 @@ class Machine:
                 self._later(DISK_DELAY, lambda: self._save(state))
             case ApplyGrants(grants):
                 self._later(RELAY_DELAY, lambda: self._grant(grants))
+            case ApplyForwarding(forwarded):
+                self._later(RELAY_DELAY, lambda: self._forward_these(forwarded))
             case ApplyPorts(rules):
                 self._later(PORTS_DELAY, lambda: self._turn_ports(rules))
             case Reply():
@@ -640,6 +664,10 @@ class Machine:
         self.granted = grants
         self.give(Relaying(self.relay.forwarding, "", forgot=forgot, answers=True))
 
+    def _forward_these(self, forwarded: ForwardedPrefixes | None) -> None:
+        self.forwarded = forwarded
+        self.give(Applied(Target.FORWARDING))
+
     def _turn_ports(self, rules: PortRules) -> None:
         if not self.ports_fail:
             self.ports = rules
@@ -664,7 +692,7 @@ class _Overheard(Agent):
             state=state,
             random=world.random.random,
             now=world.now,
-            wall=world.now,
+            wall=world.now + machine.clock_error,
             granted=machine.granted,
             openings=machine.ports.openings,
         )
@@ -727,6 +755,7 @@ class RegistryServer:
         self.reflecting = True
         self._seen: dict[PublicKey, tuple[Endpoint, int, float]] = {}
         self._by_probe: dict[PublicKey, Machine] = {}
+        self._by_address: dict[IPAddress, Machine] = {}
         self._forsaken: set[str] = set()
 
     def _new_store(self) -> Store:
@@ -749,6 +778,8 @@ class RegistryServer:
             IPv4Interface(f"10.200.{self._numbers // 250}.{1 + self._numbers % 250}/16"),
             IPv6Interface(f"fd00:5c0e::{self._numbers:x}/48"),
         )
+        machine.address = addresses[0].ip
+        self._by_address[machine.address] = machine
         self._by_probe[machine.identity.public.probe] = machine
         self.channel.set_correspondents(frozenset(self._by_probe))
         self._write(
@@ -761,6 +792,10 @@ class RegistryServer:
                 )
             )
         )
+
+    def holder(self, address: IPAddress) -> Machine:
+        """The machine with a mesh address."""
+        return self._by_address[address]
 
     def peer(self, machine: Machine) -> Peer:
         """The machine's ScopePeer."""

@@ -18,6 +18,7 @@ from scope_agent.state import Enrolment, StateDir, enrolled_meshes, make_identit
 from scope.model import (
     Addressing,
     Assignment,
+    Attachment,
     Candidate,
     CandidateKind,
     ConfigError,
@@ -101,6 +102,7 @@ def state(enrolment: Enrolment) -> DiskState:
                 user_space=True,
             ),
         ),
+        attachments=(Attachment(keys.wireguard, PublicKey(bytes([1] * 32)), 2**64 - 1, bytes(range(64))),),
     )
 
 
@@ -109,12 +111,14 @@ def test_a_snapshot_comes_back_as_it_was(directory: StateDir, state: DiskState) 
     assert directory.load() == (state, "")
 
 
-def test_a_snapshot_of_an_earlier_release_holds_no_grants(directory: StateDir, state: DiskState) -> None:
+def test_a_snapshot_of_an_earlier_release_holds_no_grants_and_no_attachments(
+    directory: StateDir, state: DiskState
+) -> None:
     directory.save(state)
     document = json.loads(directory.snapshot_file.read_text())
-    del document["grants"]
+    del document["grants"], document["attachments"]
     directory.snapshot_file.write_text(json.dumps(document))
-    assert directory.load() == (replace(state, grants=()), "")
+    assert directory.load() == (replace(state, grants=(), attachments=()), "")
 
 
 def test_a_token_has_no_printable_form(state: DiskState) -> None:
@@ -130,6 +134,18 @@ def test_a_damaged_grant_damages_the_snapshot(
     directory.save(state)
     document = json.loads(directory.snapshot_file.read_text())
     document["grants"][0] |= damage
+    directory.snapshot_file.write_text(json.dumps(document))
+    loaded, trouble = directory.load()
+    assert loaded == DiskState(Snapshot()) and "damaged" in trouble
+
+
+@pytest.mark.parametrize("damage", [{"signature": "AAAA"}, {"epoch": -1}, {"edge": "x"}, {"hub": 1}])
+def test_a_damaged_attachment_damages_the_snapshot(
+    directory: StateDir, state: DiskState, damage: dict[str, object]
+) -> None:
+    directory.save(state)
+    document = json.loads(directory.snapshot_file.read_text())
+    document["attachments"][0] |= damage
     directory.snapshot_file.write_text(json.dumps(document))
     loaded, trouble = directory.load()
     assert loaded == DiskState(Snapshot()) and "damaged" in trouble

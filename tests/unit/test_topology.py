@@ -21,7 +21,7 @@ from scope.model import (
     PublicKey,
     Snapshot,
 )
-from scope.topology import RefusalReason, RefusedClaim, Topology, peers_for, settle
+from scope.topology import RefusalReason, RefusedClaim, Topology, by_hub, peers_for, rehomed, settle
 
 SPACE = Addressing(IPv4Network("100.64.0.0/16"), IPv6Network("fd00:1::/64"))
 MESH = Mesh(Meta("home"), MeshSpec(SPACE))
@@ -174,3 +174,62 @@ def test_a_newcomer_takes_nothing_from_anyone(crowd: list[Peer]) -> None:
     before = settle(SPACE, peers).allowed_ips
     after = settle(SPACE, peers | {_key("new"): newcomer}).allowed_ips
     assert {key: after[key] for key in before} == before
+
+
+# --- trees -----------------------------------------------------------------------------------------------
+
+H1, H2, A, B = (_key(name) for name in ("h1", "h2", "a", "b"))
+
+
+def _settled() -> Topology:
+    return _settle(
+        _peer("h1", created=1, addresses=["100.64.0.1/16"], routes=["10.9.0.0/16"]),
+        _peer("h2", created=2, addresses=["100.64.0.2/16"]),
+        _peer("a", created=3, addresses=["100.64.0.3/16", "fd00:1::3/64"], routes=["10.1.0.0/16"]),
+        _peer("b", created=4, addresses=["100.64.0.4/16"]),
+    )
+
+
+def test_an_edge_reaches_everything_by_its_hub_and_knows_nobody_but_hubs() -> None:
+    topology = by_hub(_settled(), SPACE, hubs={H1, H2}, home=H2)
+    assert topology.allowed_ips.keys() == {H1, H2}
+    assert _prefixes(topology, "h1") == set()
+    assert _prefixes(topology, "h2") == {"100.64.0.0/16", "fd00:1::/64", "10.9.0.0/16", "10.1.0.0/16"}
+    assert topology.routes == _settled().routes
+
+
+def test_an_edge_without_a_hub_reaches_nobody_and_leaks_nothing() -> None:
+    topology = by_hub(_settled(), SPACE, hubs={H1, H2}, home=None)
+    assert set(topology.allowed_ips.values()) == {frozenset()}
+    assert topology.routes == {ip_network("10.9.0.0/16"), ip_network("10.1.0.0/16")}
+
+
+def test_beside_its_hub_an_edge_gives_other_edges_what_is_theirs_and_the_hub_wider_prefixes() -> None:
+    topology = by_hub(_settled(), SPACE, hubs={H1, H2}, home=H2, beside=True)
+    assert _prefixes(topology, "a") == {"100.64.0.3/32", "fd00:1::3/128", "10.1.0.0/16"}
+    assert _prefixes(topology, "h1") == set()
+    assert _prefixes(topology, "h2") == {"100.64.0.0/16", "fd00:1::/64", "10.8.0.0/15", "10.0.0.0/15"}
+
+
+def test_a_hub_reaches_an_edge_by_the_hub_it_moved_to_and_back_again() -> None:
+    settled = _settled()
+    tree = rehomed(settled, settled, {A: (None, H1), B: (None, H1)})
+    assert _prefixes(tree, "a") == _prefixes(tree, "b") == set()
+    assert _prefixes(tree, "h1") >= {"100.64.0.3/32", "10.1.0.0/16", "100.64.0.4/32", "10.9.0.0/16"}
+    moved = rehomed(tree, settled, {A: (H1, H2)})
+    assert _prefixes(moved, "h1") == {"100.64.0.1/32", "10.9.0.0/16", "100.64.0.4/32"}
+    assert _prefixes(moved, "h2") == {"100.64.0.2/32", "100.64.0.3/32", "fd00:1::3/128", "10.1.0.0/16"}
+    assert rehomed(moved, settled, {A: (H2, None), B: (H1, None)}) == settled
+
+
+@given(st.lists(st.tuples(st.sampled_from((A, B)), st.sampled_from((None, H1, H2))), max_size=12))
+def test_moving_edges_one_by_one_leads_to_what_is_worked_out_anew(
+    moves: list[tuple[PublicKey, PublicKey | None]],
+) -> None:
+    settled = _settled()
+    tree = settled
+    homes: dict[PublicKey, PublicKey | None] = {A: None, B: None}
+    for edge, home in moves:
+        tree = rehomed(tree, settled, {edge: (homes[edge], home)})
+        homes[edge] = home
+    assert tree == rehomed(settled, settled, {edge: (None, home) for edge, home in homes.items()})

@@ -9,13 +9,16 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from scope import wire
-from scope.model import Candidate, CandidateKind, Endpoint, PublicKey, Tombstone
+from scope.model import Attachment, Candidate, CandidateKind, Endpoint, PublicKey, Tombstone
 from scope.wire import (
+    MAX_ATTACHMENTS,
     MAX_BODY,
     MAX_CANDIDATES,
     MAX_DATAGRAM,
     MAX_FORWARDED,
     AskRelay,
+    Attach,
+    Attached,
     CallMeMaybe,
     DatagramType,
     Forward,
@@ -63,6 +66,9 @@ candidates = st.builds(Candidate, endpoints, st.sampled_from(CandidateKind))
 datagrams = st.binary(max_size=MAX_FORWARDED - wire.MIN_DATAGRAM).map(datagram)
 uids = st.text(min_size=1, max_size=63).filter(lambda text: len(text.encode()) <= 63)
 signatures = st.binary(min_size=64, max_size=64)
+attachments = st.lists(st.builds(Attachment, keys, keys, u64, signatures), max_size=MAX_ATTACHMENTS).map(
+    tuple
+)
 messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Ping, u32, st.booleans(), u64, st.booleans()),
     st.builds(Pong, u32, endpoints, st.booleans(), u64),
@@ -86,6 +92,8 @@ messages: st.SearchStrategy[Message] = st.one_of(
         user_space=st.booleans(),
     ),
     st.builds(Refused, keys, st.sampled_from(RefusedBecause)),
+    st.builds(Attach, attachments),
+    st.builds(Attached, attachments),
     st.builds(Guess, u32, endpoints, endpoints),
     st.builds(Guessing, u32, st.sampled_from(Guesses)),
 )
@@ -156,6 +164,11 @@ def test_any_bytes_are_a_message_or_a_wire_error(body: bytes) -> None:
         (Forward(KEY, datagram()), f"06 {KEY.raw.hex()} 0040 {datagram().hex()}"),
         (Forwarded(KEY, datagram()), f"07 {KEY.raw.hex()} 0040 {datagram().hex()}"),
         (Removed(TOMBSTONE), f"08 01 6d 03 70c3a9 {KEY.raw.hex()} {KEY.raw.hex()}" + " 00" * 64),
+        (
+            Attach((Attachment(KEY, KEY, 2, bytes(64)),)),
+            f"0c 01 {KEY.raw.hex()} {KEY.raw.hex()} 0000000000000002" + " 00" * 64,
+        ),
+        (Attached(()), "0d 00"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
 )
@@ -238,7 +251,7 @@ def test_an_unknown_datagram_type_is_refused(number: int) -> None:
         unpack_datagram(data[:5] + bytes((number,)) + data[6:])
 
 
-@pytest.mark.parametrize("number", [0, 12, 255])
+@pytest.mark.parametrize("number", [0, 99, 255])
 def test_an_unknown_message_can_be_counted_apart(number: int) -> None:
     with pytest.raises(UnknownMessage, match=str(number)):
         decode_message(bytes((number,)) + b"later")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -145,6 +145,7 @@ class Paths:
         self._waiting: dict[PublicKey, None] = {}
         self._pace = Pace()
         self._restored: dict[PublicKey, Endpoint] = {}
+        self._watched: dict[PublicKey, float] = {}
         # kept up to date by `_touch` and `view`, so that one datagram costs the same in a mesh of any size
         self._dirty: set[PublicKey] = set()
         self._views: dict[PublicKey, PairView] = {}
@@ -168,8 +169,15 @@ class Paths:
 
     # --- what is known -------------------------------------------------------------------------------------
 
-    def set_snapshot(self, snapshot: Snapshot, now: float) -> None:
-        """Take the peers, their endpoints, the mesh's timers and reflectors."""
+    def set_snapshot(self, snapshot: Snapshot, now: float, *, pairs: Set[PublicKey] | None = None) -> None:
+        """Take the peers, their endpoints, the mesh's timers and reflectors.
+
+        `pairs`: the peers that we are to have a path to, by WireGuard key; None: all.
+        """
+        routed = frozenset(prefix for peer in snapshot.peers.values() for prefix in peer.spec.routes)
+        if pairs is not None:
+            peers = {key: peer for key, peer in snapshot.peers.items() if key in pairs}
+            snapshot = replace(snapshot, peers=peers)
         before, self._snapshot = self._snapshot, snapshot
         if before.mesh is not None and snapshot.mesh is not None and before.mesh.spec != snapshot.mesh.spec:
             for pair in self._pairs.values():
@@ -185,7 +193,6 @@ class Paths:
             self._hubs_at = hubs_at
             self._hub_addresses = frozenset(endpoint.address for endpoint in hubs_at)
             stale |= snapshot.peers.keys()
-        routed = frozenset(prefix for peer in snapshot.peers.values() for prefix in peer.spec.routes)
         if routed != self._routed:
             self._routed = routed
             stale |= snapshot.peers.keys()
@@ -303,6 +310,22 @@ class Paths:
             del self._relays[key]
         if key in self._pairs:
             self._pairs[key].set_relays(usable, now)
+            self._touch(key, now)
+
+    def watch(self, intervals: MappingOf[PublicKey, float], now: float) -> None:
+        """Ask these peers so often, in seconds, also over idle paths; others not."""
+        if intervals == self._watched:
+            return
+        before, self._watched = self._watched, dict(intervals)
+        for key in sorted(self._pairs.keys() & (before.keys() | intervals.keys())):
+            if before.get(key) != intervals.get(key):
+                self._pairs[key].watch(intervals.get(key), now)
+                self._touch(key, now)
+
+    def suspect(self, key: PublicKey, now: float) -> None:
+        """Ask a peer now whether it is there."""
+        if key in self._pairs:
+            self._pairs[key].suspect(now)
             self._touch(key, now)
 
     def knocked(self, key: PublicKey, now: float) -> None:
@@ -695,6 +718,7 @@ class Paths:
         if key in self._restored:
             pair.restore(self._restored[key], now)
         pair.set_relays(self._relays.get(key, {}), now)
+        pair.watch(self._watched.get(key), now)
         pair.search(now)
         return pair
 

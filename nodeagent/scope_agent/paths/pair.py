@@ -56,6 +56,7 @@ from scope_agent.paths.view import PairView
 DECIDE_MAX = 0.2  # what waiting for a better first route may cost
 PING_BACK_PAUSE = 10.0  # between two punches that the peer's pings set off; a search pings by itself
 SWITCH_HOLD = 5.0  # between two switches among living routes
+WATCH_PATIENCE = 0.9  # for the answer on a watched path: an agent that is started anew takes no longer
 HANDSHAKE_PATIENCE = 6.0  # WireGuard's own retry of a lost initiation, and a little
 
 
@@ -88,6 +89,7 @@ class Pair:
         self._heard_at = NEVER  # when the peer last spoke, over anything
         self._reading: tuple[int, int, Endpoint | None, bool] | None = None
         self._device_endpoint: Endpoint | None = None
+        self._watch: float | None = None  # how often the path is to be asked, idle or not
 
     # --- what is known of the peer -------------------------------------------------------------------------
 
@@ -121,6 +123,20 @@ class Pair:
             for route in self._routes:
                 if route.relay is not None and route.listed:
                     self._routes.punch(route, now)  # whatever answers is better
+
+    def watch(self, interval: float | None, now: float) -> None:
+        """Ask the path in use so often, also while it is idle, and doubt it once it is silent for longer.
+
+        For a path whose death nobody would notice: others send by it what this side only receives.
+        """
+        self._watch = interval
+        route = self._route_in_use
+        if interval is not None and route is not None and self._path.is_alive:
+            route.next = now if route.next is None else min(route.next, now + interval)
+
+    def suspect(self, now: float) -> None:
+        """Ask the path in use now; without an answer it is dead."""
+        self._suspect(now)
 
     def knocked(self, now: float) -> None:
         """The hubs know where we are: what was silent may answer now."""
@@ -379,6 +395,7 @@ class Pair:
             self._path.get_timer(),
             self._gate.until,
             self._liveness.get_timer(rtt=self._rtt) if self._path.is_alive else None,
+            self._silent_at(),
             self._decide_at,
             self._settling.next,
             self._changeover.get_timer(),
@@ -395,6 +412,9 @@ class Pair:
         if self._path.handle_timer(now):
             self._gate.force()
         self._gate.take(now)
+        silent_at = self._silent_at()
+        if silent_at is not None and now >= silent_at:
+            self._suspect(now)
         self._judge(now)
         if self._decide_at is not None and now >= self._decide_at:
             self._decide_at = None
@@ -607,11 +627,19 @@ class Pair:
             since=self._path.taken_at,
             is_in_doubt=self._liveness.is_in_doubt,
             is_active=self._counters.is_active(now, within=2 * interval),
+            watch=self._watch,
             search_until=self._search.eager_until,
         )
         return schedule.Relayed(searching, connected) if self._path.is_relayed else connected
 
     # --- judging -------------------------------------------------------------------------------------------
+
+    def _silent_at(self) -> float | None:
+        """When a watched path has been silent for too long; None while it is in doubt already."""
+        route = self._route_in_use
+        if self._watch is None or route is None or not self._path.is_alive or self._liveness.is_in_doubt:
+            return None
+        return max(route.echoed, self._path.taken_at, self._path.since) + self._watch + WATCH_PATIENCE
 
     def _suspect(self, now: float) -> None:
         if self._path.is_alive:

@@ -50,6 +50,7 @@ class Connected:
     since: float  # when both sides took it
     is_in_doubt: bool  # its pings are paced by the doubt
     is_active: bool
+    watch: float | None  # how often it is to be asked, idle or not
     search_until: float  # until when a better route is looked for eagerly
 
 
@@ -119,11 +120,13 @@ def _other_relay(route: Route, now: float, situation: Connected) -> float | None
 
 
 def _on_path(now: float, situation: Connected) -> float | None:
-    """An idle path is left to WireGuard's keepalive."""
+    """An idle path is left to WireGuard's keepalive, unless it is watched."""
     if situation.is_in_doubt:
         return None
     is_young = now - situation.since < YOUNG
-    return now + situation.interval if is_young or situation.is_active else None
+    usual = situation.interval if is_young or situation.is_active else None
+    intervals = [each for each in (usual, situation.watch) if each is not None]
+    return now + min(intervals) if intervals else None
 
 
 def _beside_path(route: Route, now: float, situation: Connected) -> float | None:

@@ -84,12 +84,21 @@ class HubMachine:
     def apply(self, grants: Grants, wall: float) -> Outcome:
         """Relay these grants and no others. Raises whatever `note` does, before anything is changed."""
         if self._tested is None:
-            self._turn_on()
+            self.turn_on()
             self._test()
         self._grants = grants
         self._outcome = self._relay(grants, wall)
         self._taken_at = min(self._taken_at, time.monotonic() + TAKEN_AFTER)
         return self._outcome
+
+    def turn_on(self) -> list[Family]:
+        """Have the kernel forward. The families that it does not; raises whatever `note` does."""
+        wanted = plan_forwarding()
+        if wanted:
+            self._noted = read_sysctls(wanted) | self._noted
+            self._note(self._noted)
+            write_sysctls(wanted)
+        return [family for family in _present() if not is_on(family)]
 
     def check(self, wall: float) -> Outcome | None:
         """Put right what others did. The outcome, where it is another one, or where sides are to knock."""
@@ -123,13 +132,6 @@ class HubMachine:
         self._grants = self._tested = self._outcome = None
         self._taken, self._taken_at = frozenset(), 0.0
         return failed
-
-    def _turn_on(self) -> None:
-        wanted = plan_forwarding()
-        if wanted:
-            self._noted = read_sysctls(wanted) | self._noted
-            self._note(self._noted)
-            write_sysctls(wanted)  # what was refused, the test finds off
 
     def _test(self) -> None:
         self._tested, self._is_stale = time.monotonic(), False

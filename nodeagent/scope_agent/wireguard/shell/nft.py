@@ -27,37 +27,34 @@ class NftError(Exception):
 
 def run_nft(rules: str) -> None:
     """Load rules: all of them, or none. Blocks. Raises NftError."""
+    refused = _nft(["-f", "-"], rules=rules)[1]
+    if refused is not None:
+        raise NftError(f"nft says: {refused[:200]}")
+
+
+def ask_nft(arguments: list[str]) -> str | None:
+    """What `nft` shows; None where there is no such thing. Blocks. Raises NftError."""
+    shown, refused = _nft(arguments)
+    if refused is None:
+        return shown
+    if "No such file or directory" in refused:
+        return None
+    raise NftError(f"nft says: {refused[:200]}")
+
+
+def _nft(arguments: list[str], *, rules: str = "") -> tuple[str, str | None]:
+    """What it said, and why it refused, None where it did not. Raises NftError."""
     import subprocess  # half as dear to import as the whole probe socket, and rarely wanted
 
     try:
         done = subprocess.run(
-            ["nft", "-f", "-"], input=rules, text=True, capture_output=True, check=False, timeout=PATIENCE_S
+            ["nft", *arguments], input=rules, text=True, capture_output=True, check=False, timeout=PATIENCE_S
         )
     except FileNotFoundError:
         raise NftError(f"`nft` is not on the PATH {os.environ.get('PATH', '')}") from None
     except subprocess.TimeoutExpired:
         raise NftError(f"`nft` did not answer in {PATIENCE_S} s") from None
-    if done.returncode:
-        raise NftError(f"nft says: {done.stderr.strip()[:200]}")
-
-
-def ask_nft(arguments: list[str]) -> str | None:
-    """What `nft` shows; None where there is no such thing. Raises NftError."""
-    import subprocess  # as above
-
-    try:
-        done = subprocess.run(
-            ["nft", *arguments], capture_output=True, text=True, check=False, timeout=PATIENCE_S
-        )
-    except FileNotFoundError:
-        raise NftError(f"`nft` is not on the PATH {os.environ.get('PATH', '')}") from None
-    except subprocess.TimeoutExpired:
-        raise NftError(f"`nft` did not answer in {PATIENCE_S} s") from None
-    if done.returncode == 0:
-        return done.stdout
-    if "No such file or directory" in done.stderr:
-        return None
-    raise NftError(f"nft says: {done.stderr.strip()[:200]}")
+    return done.stdout, done.stderr.strip() if done.returncode else None
 
 
 def read_generation() -> int | None:

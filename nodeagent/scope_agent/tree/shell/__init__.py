@@ -1,0 +1,1 @@
+"""The tree room's shell: what a hub's kernel forwards."""
