@@ -37,6 +37,7 @@ from bench import (
     start,
     throughput,
     traffic,
+    tree,
 )
 from bench.machine import describe
 from bench.result import Benchmark, Result, Row, Sample
@@ -57,6 +58,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     *relay.BENCHMARKS,
     *forwarder.BENCHMARKS,
     *plan.BENCHMARKS,
+    *tree.BENCHMARKS,
     *kube.BENCHMARKS,
 )
 

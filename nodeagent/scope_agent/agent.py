@@ -822,6 +822,7 @@ class Agent:
             identity=self._config.identity,
             device=self._device_kind,
             relay=self._serving.report(now),
+            hub=self._home_name(),
         )
         if self._reporting.take(wanted):
             self._out.append(WriteReport(own.meta.name, own.meta.uid, wanted))
@@ -849,6 +850,11 @@ class Agent:
         if state != self._saved:
             self._saving = state
             self._out.append(SaveState(state))
+
+    def _home_name(self) -> str:
+        """The ScopePeer of the hub that we are attached to; empty where there is none."""
+        hub = self._snapshot.peers.get(self.home) if self.home is not None else None
+        return hub.meta.name if hub is not None else ""
 
     # --- status --------------------------------------------------------------------------------------------
 
@@ -890,6 +896,7 @@ class Agent:
                 "Removed": "this peer was removed from the mesh" if self.removed else "",
             },
             dropped=self._carrying.dropped + self._serving.dropped,
+            home=self._home_name(),
             birthday=self._paths.birthday_spent,
             now=now,
         )

@@ -100,6 +100,7 @@ def report(
     identity: Identity,
     device: DeviceKind | None,
     relay: RelayReport | None = None,
+    hub: str = "",
 ) -> PeerReport:
     """Our part of our own ScopePeer's status."""
     links = sorted(
@@ -123,6 +124,7 @@ def report(
         if own is not None
         else (),
         relay=relay,
+        hub=hub,
     )
     return fit_report(whole)
 

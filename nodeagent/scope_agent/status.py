@@ -13,6 +13,8 @@ from scope_agent.paths.core import PathsView
 from scope_agent.paths.explaining import Attempt
 from scope_agent.wireguard.device import ObservedDevice
 
+ROUTED = "Routed"  # by the hub of a tree that we are attached to: there is no link
+
 
 @dataclass(frozen=True, slots=True)
 class DeviceStatus:
@@ -35,10 +37,14 @@ def status(
     registration: Registration,
     errors: MappingOf[str, str],
     dropped: int,
+    home: str,
     birthday: Spent | None = None,
     now: float,
 ) -> dict[str, object]:
-    """All that is known, by the name of `mesh`. `errors`: what stands against each part, "" for nothing."""
+    """All that is known, by the name of `mesh`.
+
+    `errors`: what stands against each part, "" for nothing. `home`: the hub that we are attached to, if any.
+    """
     own = snapshot.own
     return {
         "mesh": mesh,
@@ -55,11 +61,12 @@ def status(
             "since": round(now - registration.since, 1),
             "reason": registration.reason,
         },
+        "hub": home or None,
         "mapping": paths.mapping,
         "endpoints": [{"endpoint": str(c.endpoint), "kind": c.kind} for c in paths.candidates],
         "reflector": _reflector_text(paths, now),
         "peers": [
-            _peer_status(key, peer, paths=paths, device=device, now=now)
+            _peer_status(key, peer, paths=paths, device=device, home=home, now=now)
             for key, peer in sorted(snapshot.peers.items(), key=lambda item: item[1].meta.name)
         ],
         "dropped": dropped,
@@ -100,16 +107,18 @@ def _reflector_text(paths: PathsView, now: float) -> str:
 
 
 def _peer_status(
-    key: PublicKey, peer: Peer, *, paths: PathsView, device: DeviceStatus, now: float
+    key: PublicKey, peer: Peer, *, paths: PathsView, device: DeviceStatus, home: str, now: float
 ) -> dict[str, object]:
     pair = paths.pairs.get(key)
+    unlinked = (ROUTED, "") if home else (PathKind.NONE, "attached to no hub yet")
+    path, reason = (pair.path, pair.reason) if pair is not None else unlinked
     seen = device.observed.peers.get(key) if device.observed is not None else None
     session = device.sessions.get(key)
     endpoint = pair.endpoint if pair is not None and pair.path is not PathKind.NONE else None
     return {
         "name": peer.meta.name,
         "addresses": [str(a.ip) for a in peer.assignment.addresses],
-        "path": pair.path if pair is not None else PathKind.NONE,
+        "path": path,
         "endpoint": str(endpoint) if endpoint is not None else None,
         "family": endpoint.family if endpoint is not None else None,
         "rttMs": round(pair.rtt * 1000, 1) if pair is not None and pair.rtt is not None else None,
@@ -121,8 +130,8 @@ def _peer_status(
         "online": peer.assignment.online,
         "mapping": peer.report.mapping if peer.report is not None else Mapping.UNKNOWN,
         "sinceSeconds": round(now - pair.since, 3) if pair is not None else None,
-        "hub": pair.hub or None if pair is not None else None,
+        "hub": (pair.hub if pair is not None else home) or None,
         "userSpace": pair.user_space if pair is not None else False,
         "birthday": pair.birthday if pair is not None else False,
-        "reason": pair.reason if pair is not None else "",
+        "reason": reason,
     }

@@ -150,6 +150,11 @@ def test_replicas_share_their_keys_and_the_mesh_names_them(
         for url in urls:  # scopectl checks the pin: both replicas have the key that it names
             admin = await administrator_file(east, tmp_path, url=url)
             assert "home" in await scopectl("get", "meshes", admin=admin)
+        asked = tmp_path / "tree.json"
+        asked.write_text(json.dumps(mesh(topology="Tree")))
+        plan = await scopectl("plan", f"--file={asked}", admin=admin)
+        assert "  spec.topology: Full -> Tree\n" in plan
+        assert "a Tree without a hub changes nothing" in plan
 
     run(control_plane, body)
 

@@ -338,4 +338,4 @@ def test_a_command_that_makes_no_sense_exits_with_2(
 def test_completion_knows_the_commands(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
-    assert all(word in script for word in ("token", "--single-use", "peers", "ping"))
+    assert all(word in script for word in ("token", "--single-use", "peers", "ping", "plan", "explain"))
