@@ -46,18 +46,14 @@ def _await_try(
     deadline = time.monotonic() + TRIED_S
     while time.monotonic() < deadline:
         tried = _spent(here, symmetric)
-        if tried.get("tries", 0.0) > before.get("tries", 0.0):
-            ended = tried["hits"] > before.get("hits", 0.0)
-            if ended or not _is_trying(here, symmetric):
-                return _spent(here, symmetric), _spent(here, guesser)
+        if _ended(tried) > _ended(before):
+            return tried, _spent(here, guesser)
         time.sleep(POLL_S)
     raise BenchError(f"the pair did not try again within {TRIED_S:g} s")
 
 
-def _is_trying(here: World, symmetric: Member) -> bool:
-    status = here.ask(symmetric)
-    reaches = status.peers.values() if status is not None else ()
-    return any(reach.reason.endswith("its ports are being guessed") for reach in reaches)
+def _ended(spent: dict[str, float]) -> float:
+    return spent.get("hits", 0.0) + spent.get("misses", 0.0)
 
 
 def _spent(here: World, member: Member) -> dict[str, float]:

@@ -236,7 +236,7 @@ def test_a_port_whose_path_does_not_come_about_is_given_back() -> None:
     assert search is not None
     loop.core.hit(KEY, THEIRS, search.first, loop.now)
     loop.run(30.0)
-    assert loop.rules.is_empty and loop.core.spent.hits == 0
+    assert loop.rules.is_empty and (loop.core.spent.hits, loop.core.spent.misses) == (0, 1)
 
 
 def test_rules_of_an_earlier_agent_stay_while_their_path_is_in_use_and_linger_no_longer() -> None:
@@ -290,6 +290,15 @@ def test_an_agent_that_was_held_up_does_not_make_up_for_it() -> None:
     ask(loop)
     due = loop.core.handle_timer(3.0, keys=loop.pairs, stands=loop.pairs.get, transactions=loop.next)
     assert len(due) <= 50
+
+
+def test_a_slow_agent_stops_guessing_when_nobody_waits_for_it_any_more() -> None:
+    loop = guesser()
+    ask(loop)
+    for _ in range(4):
+        loop.now += TRY / 3
+        loop.core.handle_timer(loop.now, keys=loop.pairs, stands=loop.pairs.get, transactions=loop.next)
+    assert loop.core.get_timer() is None and loop.core.spent.guesses <= 3 * 50
 
 
 def test_a_question_that_comes_twice_is_one_try() -> None:

@@ -45,7 +45,9 @@ GUESS_STEP = 0.02
 LOWEST_GUESS = 1024  # NATs keep well-known ports for themselves
 OPENERS_AT_ONCE, OPENERS_STEP = 32, 0.01
 FULL_AFTER = 2.0  # from here on the ports' pings go in full
-TRY = 4.5  # seconds: GUESSES take 4.1, and the last one has to arrive
+TRY = (
+    10.0  # seconds: GUESSES take 4.1, on a machine that is not busy; NATs forget unanswered pings after 30 s
+)
 ASKS, ASK_STEP = 4, 0.5  # over the relay, which may lose one
 PATIENCE = 5.0  # for the packet filter; and for a path once its rules stand
 START_AFTER = 5.0  # relayed for so long: a search that needs no guessing is through
@@ -179,6 +181,7 @@ class Spent:
 
     tries: int = 0
     hits: int = 0
+    misses: int = 0
     pings: int = 0
     guesses: int = 0
     seconds: float = 0.0  # from when the other side agreed to the last hit
@@ -574,6 +577,7 @@ class Birthday:
             self.spent = _add(self.spent, hits=1)
         elif end in (_End.MISSED, _End.MISSED_AGAIN):
             record.misses += 1
+            self.spent = _add(self.spent, misses=1)
         self._news.add(current.key)
 
     # --- the other side ------------------------------------------------------------------------------------
@@ -581,7 +585,8 @@ class Birthday:
     def _guess(
         self, spree: _Spree, standing: Standing | None, now: float, transactions: Callable[[], int]
     ) -> list[Out]:
-        if standing is None or standing.path is PathKind.DIRECT or len(spree.said) == GUESSES:
+        is_over = len(spree.said) == GUESSES or now - spree.began > TRY
+        if is_over or standing is None or standing.path is PathKind.DIRECT:
             self._spree = None
             return []
         owed = int((now - spree.began) * RATE) + 1 - len(spree.said)
@@ -606,11 +611,14 @@ def _ping(transactions: Callable[[], int]) -> Ping:
     return Ping(transactions(), has_session=False, received=0)
 
 
-def _add(spent: Spent, *, tries: int = 0, hits: int = 0, pings: int = 0, guesses: int = 0) -> Spent:
+def _add(
+    spent: Spent, *, tries: int = 0, hits: int = 0, misses: int = 0, pings: int = 0, guesses: int = 0
+) -> Spent:
     return replace(
         spent,
         tries=spent.tries + tries,
         hits=spent.hits + hits,
+        misses=spent.misses + misses,
         pings=spent.pings + pings,
         guesses=spent.guesses + guesses,
     )
