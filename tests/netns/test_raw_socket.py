@@ -319,11 +319,17 @@ class _Inside:
 
 
 def receive_one(probes: ProbeSocket) -> tuple[Endpoint, IPAddress, bytes]:
+    """Source, local address and payload of the next probe; fails when none comes."""
+    arrived = receive_whole(probes)
+    return arrived.source, arrived.own, arrived.data
+
+
+def receive_whole(probes: ProbeSocket) -> Arrived:
     """The next probe; fails when none comes."""
     deadline = time.monotonic() + PATIENCE
     while True:
         for arrived in probes.receive():
-            return arrived.source, arrived.own, arrived.data
+            return arrived
         left = deadline - time.monotonic()
         assert left > 0, "no probe arrives"
         select.select(probes.descriptors, [], [], left)
