@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from lab.nat import Nat
 from scope_agent.inputs import Leg
-from scope_agent.paths.birthday import GUESSES, LINGER, PORTS
+from scope_agent.paths.birthday import LINGER, PORTS
+from scope_agent.paths.guesses import GUESSES
 from scope_agent.paths.view import PairView
 
 from scope.model import Endpoint, IPAddress

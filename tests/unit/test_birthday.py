@@ -12,21 +12,16 @@ from scope_agent.paths.birthday import (
     DAY,
     FIRST_PORT,
     GAP,
-    GUESSES,
     LAST_PORT,
     LINGER,
-    MAX_PER_PEER,
     PORTS,
-    RATE,
     RETRY_RULES,
     START_AFTER,
-    TRY,
     Ask,
     Birthday,
     Out,
-    Say,
-    Standing,
 )
+from scope_agent.paths.guesses import AT_ONCE, GUESSES, MAX_PER_PEER, RATE, TRY, Say, Standing
 from scope_agent.wireguard.port_rules import Opening, PortRules
 
 from scope.model import Endpoint, Mapping, PathKind, PublicKey
@@ -289,7 +284,7 @@ def test_an_agent_that_was_held_up_does_not_make_up_for_it() -> None:
     loop = guesser()
     ask(loop)
     due = loop.core.handle_timer(3.0, keys=loop.pairs, stands=loop.pairs.get, transactions=loop.next)
-    assert len(due) <= 50
+    assert len(due) <= AT_ONCE
 
 
 def test_a_slow_agent_stops_guessing_when_nobody_waits_for_it_any_more() -> None:
@@ -298,7 +293,7 @@ def test_a_slow_agent_stops_guessing_when_nobody_waits_for_it_any_more() -> None
     for _ in range(4):
         loop.now += TRY / 3
         loop.core.handle_timer(loop.now, keys=loop.pairs, stands=loop.pairs.get, transactions=loop.next)
-    assert loop.core.get_timer() is None and loop.core.spent.guesses <= 3 * 50
+    assert loop.core.get_timer() is None and loop.core.spent.guesses <= 3 * AT_ONCE
 
 
 def test_a_question_that_comes_twice_is_one_try() -> None:

@@ -9,7 +9,7 @@ side's NAT lets in only endpoints that were sent to, neither side's pings arrive
 2. It sends one ping from each of these ports to the other side's endpoint: short ones, which open its own NAT
    and die before they reach the other one (`openers`). After half of the time, full ones: its NAT may be the
    second one on the way.
-3. The other side pings random ports of the symmetric side's public address, RATE a second, from its own
+3. The other side pings random ports of the symmetric side's public address, 500 a second, from its own
    endpoint. One that arrives is a *hit*; whose authenticity the channel has proven.
 4. Rules of the packet filter put the port that was hit in the place of WireGuard's, towards this endpoint
    alone (`scope_agent.wireguard.port_rules`). From then on the endpoint is a route like any other: pinged,
@@ -25,29 +25,21 @@ by itself how often it does. Time is monotonic seconds. Nothing here sends: what
 from __future__ import annotations
 
 import enum
-from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeAlias, assert_never
 
 from scope.model import Endpoint, IPAddress, Mapping, PathKind, PublicKey
-from scope.wire import Guess, Guesses, Guessing, Message, Ping
+from scope.wire import Guess, Guesses, Guessing
+from scope_agent.paths.guesses import TRY, Guesser, Say, Standing, empty_ping
 from scope_agent.paths.route import NEVER
 from scope_agent.paths.schedule import OPENER_TTL
 from scope_agent.wireguard.port_rules import Opening, PortRules, Search
 
-PORTS = 256  # opened at once: with GUESSES of them the chance to miss is one in three thousand
+PORTS = 256  # opened at once
 FIRST_PORT, LAST_PORT = 26256, 29999  # above the ports of WireGuard and hubs, below those of NodePorts
-GUESSES = 2048
-RATE = 500.0  # guesses a second
-MAX_GUESSES_AT_ONCE = 50  # an agent that was held up does not send all it missed
-GUESS_STEP = 0.02
-LOWEST_GUESS = 1024  # NATs keep well-known ports for themselves
 OPENERS_AT_ONCE, OPENERS_STEP = 32, 0.01
 FULL_AFTER = 2.0  # from here on the ports' pings go in full
-TRY = (
-    10.0  # seconds: GUESSES take 4.1, on a machine that is not busy; NATs forget unanswered pings after 30 s
-)
 ASKS, ASK_STEP = 4, 0.5  # over the relay, which may lose one
 PATIENCE = 5.0  # for the packet filter; and for a path once its rules stand
 START_AFTER = 5.0  # relayed for so long: a search that needs no guessing is through
@@ -58,29 +50,6 @@ DAY = 86400.0
 AGAIN_AFTER_HIT, AGAIN_GROWTH = 60.0, 4.0  # where a port was hit before
 AGAIN_REFUSED = 600.0
 RETRY_RULES = 60.0
-HOUR, MAX_PER_PEER, MAX_PER_HOUR = 3600.0, 6, 60  # how often we guess: 60 times 2048 pings an hour
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """How a pair stands. `endpoints` are the public ones of IPv4 that reflectors saw of the peer."""
-
-    path: PathKind
-    since: float
-    endpoint: Endpoint | None  # in use, the relay's or the peer's
-    mapping: Mapping
-    endpoints: tuple[Endpoint, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Say:
-    """A message for a peer, straight to an endpoint; `port` is ours, None for WireGuard's."""
-
-    key: PublicKey
-    message: Message
-    endpoint: Endpoint
-    ttl: int | None = None
-    port: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,18 +115,6 @@ class _Try:
 
 
 @dataclass(slots=True)
-class _Spree:
-    """The guesses for one peer that are under way."""
-
-    key: PublicKey
-    attempt: int
-    address: IPAddress
-    began: float
-    next: float
-    said: set[int] = field(default_factory=set)
-
-
-@dataclass(slots=True)
 class _Record:
     """What came of the tries of one pair."""
 
@@ -199,9 +156,8 @@ class Birthday:
         self._own: tuple[Endpoint, ...] = ()
         self._held: dict[Endpoint, _Held] = {}
         self._try: _Try | None = None
-        self._spree: _Spree | None = None
+        self._guesser = Guesser(random=random)
         self._records: dict[PublicKey, _Record] = {}
-        self._sprees: deque[tuple[float, PublicKey]] = deque(maxlen=MAX_PER_HOUR)
         self._attempts = 0
         self._check_at = NEVER
         self._applied: PortRules | None = None  # None: unknown
@@ -209,7 +165,7 @@ class Birthday:
         self._cannot = ""
         self._apply_after = NEVER
         self._news: set[PublicKey] = set()
-        self.spent = Spent()
+        self._spent = Spent()
 
     # --- what is known -------------------------------------------------------------------------------------
 
@@ -225,7 +181,7 @@ class Birthday:
         self._concerns |= allowed
         if not allowed:
             self._held.clear()
-            self._spree = None
+            self._guesser.stop()
             if self._try is not None:
                 self._news.add(self._try.key)
                 self._try = None
@@ -251,8 +207,7 @@ class Birthday:
         self._records.pop(key, None)
         if self._try is not None and self._try.key == key:
             self._try = None
-        if self._spree is not None and self._spree.key == key:
-            self._spree = None
+        self._guesser.stop(key)
 
     # --- what others may know ------------------------------------------------------------------------------
 
@@ -260,6 +215,11 @@ class Birthday:
     def is_allowed(self) -> bool:
         """Whether the mesh allows it."""
         return self._allowed
+
+    @property
+    def spent(self) -> Spent:
+        """What was sent so far, and what came of it."""
+        return replace(self._spent, guesses=self._guesser.guesses)
 
     def holds(self, endpoint: Endpoint | None) -> bool:
         """Whether WireGuard has another port towards the endpoint."""
@@ -332,7 +292,7 @@ class Birthday:
         if source != current.at or not current.first <= port < current.first + PORTS:
             return
         self._held[source] = _Held(port, NEVER)
-        self.spent = replace(self.spent, seconds=now - current.began)
+        self._spent = replace(self._spent, seconds=now - current.began)
         current.phase, current.until = _Phase.MENDING, current.until + PATIENCE
         current.next = current.until
 
@@ -349,46 +309,20 @@ class Birthday:
             return
         current.phase, current.count = _Phase.OPENING, 0
         current.began, current.next, current.until = now, now, now + TRY
-        self.spent = _add(self.spent, tries=1)
+        self._spent = _add(self._spent, tries=1)
 
     def asked(self, key: PublicKey, guess: Guess, standing: Standing | None, now: float) -> Guessing:
         """The peer wants us to guess; the answer, and from now on guesses."""
-        return Guessing(guess.attempt, self._take_spree(key, guess, standing, now))
-
-    def _take_spree(self, key: PublicKey, guess: Guess, standing: Standing | None, now: float) -> Guesses:
-        spree = self._spree
-        if spree is not None and (spree.key, spree.attempt) == (key, guess.attempt):
-            return Guesses.YES  # our answer was lost
         if not self._allowed:
-            return Guesses.OFF
-        if spree is not None or self._try is not None:
-            return Guesses.BUSY
-        if standing is None or standing.path is not PathKind.RELAYED or not self._is_ours(guess, standing):
-            return Guesses.ELSEWHERE
-        while self._sprees and now - self._sprees[0][0] > HOUR:
-            self._sprees.popleft()
-        mine = [at for at, whose in self._sprees if whose == key]
-        if len(self._sprees) >= MAX_PER_HOUR or len(mine) >= MAX_PER_PEER:
-            return Guesses.TOO_OFTEN
-        if mine and now - mine[-1] < GAP / 2:
-            return Guesses.TOO_OFTEN
-        self._sprees.append((now, key))
-        self._spree = _Spree(key, guess.attempt, guess.here.address, began=now, next=now)
-        return Guesses.YES
-
-    def _is_ours(self, guess: Guess, standing: Standing) -> bool:
-        """Whether the classes fit, it sends to where we are, and we send to where the registry sees it."""
-        return (
-            self._mapping is Mapping.ENDPOINT_INDEPENDENT
-            and standing.mapping is Mapping.ENDPOINT_DEPENDENT
-            and guess.at in self._own
-            and any(guess.here.address == endpoint.address for endpoint in standing.endpoints)
-        )
+            return Guessing(guess.attempt, Guesses.OFF)
+        if self._try is not None:
+            return Guessing(guess.attempt, Guesses.BUSY)
+        own = self._own if self._mapping is Mapping.ENDPOINT_INDEPENDENT else ()
+        return Guessing(guess.attempt, self._guesser.asked(key, guess, standing, own=own, now=now))
 
     def heard(self, key: PublicKey, source: Endpoint) -> None:
-        """A peer spoke from `source`: where it is the address that we guess at, a guess was right."""
-        if self._spree is not None and (self._spree.key, self._spree.address) == (key, source.address):
-            self._spree = None
+        """A peer spoke from `source`."""
+        self._guesser.heard(key, source)
 
     # --- time ----------------------------------------------------------------------------------------------
 
@@ -397,7 +331,7 @@ class Birthday:
         looks = self._held or (self._allowed and self._mapping is Mapping.ENDPOINT_DEPENDENT)
         times = (
             self._try.next if self._try is not None else None,
-            self._spree.next if self._spree is not None else None,
+            self._guesser.get_timer(),
             self._check_at if looks else None,
         )
         return min((at for at in times if at is not None), default=None)
@@ -414,13 +348,12 @@ class Birthday:
         out: list[Out] = []
         if self._try is not None and now >= self._try.next:
             out += self._go_on(self._try, stands(self._try.key), now, transactions)
-        if self._spree is not None and now >= self._spree.next:
-            out += self._guess(self._spree, stands(self._spree.key), now, transactions)
+        out += self._guesser.handle_timer(now, stands=stands, transactions=transactions)
         if now >= self._check_at:
             self._check_at = now + CHECK
             standings = {key: standing for key in keys if (standing := stands(key)) is not None}
             self._let_go(standings.values(), now)
-            if self._try is None and self._spree is None:
+            if self._try is None and not self._guesser.is_guessing:
                 self._begin(standings, now)
         return out
 
@@ -535,10 +468,10 @@ class Birthday:
             return []
         said = range(current.count, min(current.count + OPENERS_AT_ONCE, (1 + is_full) * PORTS))
         current.count, current.next = said.stop, now + OPENERS_STEP
-        self.spent = _add(self.spent, pings=len(said))
+        self._spent = _add(self._spent, pings=len(said))
         ttl = None if is_full else OPENER_TTL
         return [
-            Say(current.key, _ping(transactions), current.at, ttl, port=current.first + number % PORTS)
+            Say(current.key, empty_ping(transactions), current.at, ttl, port=current.first + number % PORTS)
             for number in said
         ]
 
@@ -574,51 +507,18 @@ class Birthday:
         record.tried, record.next, record.end = now, now + wait, end
         if end is _End.HIT:
             record.hits, record.misses = record.hits + 1, 0
-            self.spent = _add(self.spent, hits=1)
+            self._spent = _add(self._spent, hits=1)
         elif end in (_End.MISSED, _End.MISSED_AGAIN):
             record.misses += 1
-            self.spent = _add(self.spent, misses=1)
+            self._spent = _add(self._spent, misses=1)
         self._news.add(current.key)
 
-    # --- the other side ------------------------------------------------------------------------------------
 
-    def _guess(
-        self, spree: _Spree, standing: Standing | None, now: float, transactions: Callable[[], int]
-    ) -> list[Out]:
-        is_over = len(spree.said) == GUESSES or now - spree.began > TRY
-        if is_over or standing is None or standing.path is PathKind.DIRECT:
-            self._spree = None
-            return []
-        owed = int((now - spree.began) * RATE) + 1 - len(spree.said)
-        count = min(owed, MAX_GUESSES_AT_ONCE, GUESSES - len(spree.said))
-        spree.next = now + GUESS_STEP
-        self.spent = _add(self.spent, guesses=count)
-        return [
-            Say(spree.key, _ping(transactions), Endpoint(spree.address, self._new_port(spree)))
-            for _ in range(count)
-        ]
-
-    def _new_port(self, spree: _Spree) -> int:
-        port = 0
-        while port in spree.said or not port:
-            port = LOWEST_GUESS + int(self._random() * (65536 - LOWEST_GUESS))
-        spree.said.add(port)
-        return port
-
-
-def _ping(transactions: Callable[[], int]) -> Ping:
-    """Nobody answers it, and what it says of WireGuard is nothing."""
-    return Ping(transactions(), has_session=False, received=0)
-
-
-def _add(
-    spent: Spent, *, tries: int = 0, hits: int = 0, misses: int = 0, pings: int = 0, guesses: int = 0
-) -> Spent:
+def _add(spent: Spent, *, tries: int = 0, hits: int = 0, misses: int = 0, pings: int = 0) -> Spent:
     return replace(
         spent,
         tries=spent.tries + tries,
         hits=spent.hits + hits,
         misses=spent.misses + misses,
         pings=spent.pings + pings,
-        guesses=spent.guesses + guesses,
     )

@@ -44,7 +44,7 @@ from scope.wire import (
     Pong,
 )
 from scope_agent.agenda import Agenda
-from scope_agent.paths.birthday import Ask, Birthday, Say, Spent, Standing
+from scope_agent.paths.birthday import Ask, Birthday, Spent
 from scope_agent.paths.candidates import (
     claims,
     is_private,
@@ -55,6 +55,7 @@ from scope_agent.paths.candidates import (
 )
 from scope_agent.paths.due import CallPeer, CheckMapping, SendTo
 from scope_agent.paths.explaining import Attempt, explain
+from scope_agent.paths.guesses import Say, Standing
 from scope_agent.paths.pace import Pace
 from scope_agent.paths.pair import Pair
 from scope_agent.paths.reflexive import MAX_TARGETS, ReflectorTarget, Reflexive
