@@ -8,6 +8,7 @@ anew, since it does not guess for one peer all day.
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from collections.abc import Iterator
 
@@ -22,6 +23,7 @@ POLL_S = 0.1
 
 
 def _tries(attempts: int) -> Iterator[Sample | Row]:
+    hits, pings, guesses = 0, [], []
     with _pair() as (here, symmetric, guesser):
         for number in range(attempts):
             before = _spent(here, symmetric)
@@ -32,11 +34,16 @@ def _tries(attempts: int) -> Iterator[Sample | Row]:
             tried, guessed = _await_try(here, symmetric, guesser, before)
             is_hit = tried["hits"] > before.get("hits", 0.0)
             yield tried["seconds"] if is_hit else None
-            yield {
-                "hit after (s)": tried["seconds"] if is_hit else None,
-                "pings of the symmetric side": tried["pings"] - before.get("pings", 0.0),
-                "guesses": guessed.get("guesses"),
-            }
+            hits += is_hit
+            pings.append(tried["pings"] - before.get("pings", 0.0))
+            guesses.append(guessed.get("guesses", 0.0))
+    yield {
+        "tries": float(attempts),
+        "hits": float(hits),
+        "pings of the symmetric side, most": max(pings),
+        "guesses, median": statistics.median(guesses),
+        "guesses, most": max(guesses),
+    }
 
 
 def _await_try(

@@ -7,10 +7,10 @@ side's NAT lets in only endpoints that were sent to, neither side's pings arrive
 1. The symmetric side asks its packet filter and its probe socket for PORTS ports of its own, then, over the
    relay, the other side to *guess*.
 2. It sends one ping from each of these ports to the other side's endpoint: short ones, which open its own NAT
-   and die before they reach the other one (`openers`). After half of the time, full ones: its NAT may be the
+   and die before they reach the other one (`openers`). After two seconds, full ones: its NAT may be the
    second one on the way.
 3. The other side pings random ports of the symmetric side's public address, 500 a second, from its own
-   endpoint. One that arrives is a *hit*; whose authenticity the channel has proven.
+   endpoint (`guesses`). One that arrives, and that the channel finds genuine, is a *hit*.
 4. Rules of the packet filter put the port that was hit in the place of WireGuard's, towards this endpoint
    alone (`scope_agent.wireguard.port_rules`). From then on the endpoint is a route like any other: pinged,
    nominated, judged. The other side learns the symmetric one's endpoint from the first ping.
