@@ -109,9 +109,9 @@ def _link_cells(peer: Peer, towards: Peer) -> tuple[str, ...]:
     link = _link(peer, towards)
     if link is None:
         return (NOTHING,) * 5
-    via = f" via {link.hub}" if link.hub else ""
+    how = f" via {link.hub}" if link.hub else " (birthday)" if link.birthday else ""
     return (
-        f"{link.path}{via}",
+        f"{link.path}{how}",
         str(link.endpoint or NOTHING),
         NOTHING if link.latency is None else f"{link.latency * 1000:.1f} ms",
         str(link.observed or NOTHING),

@@ -203,6 +203,9 @@ def test_two_peers_are_explained_by_what_both_report(play: Play) -> None:
         assert f"{first} and {second} are relayed by {third}: symmetric NAT on both sides\n" in out
         row = next(line for line in out.splitlines() if line.startswith(f"{first} ") and "Relayed" in line)
         assert f"Relayed via {third}" in row and "20.0 ms" in row
+        await reported(terminal, first, Link(second, PathKind.DIRECT, birthday=True, latency=0.02))
+        _, out, _ = await terminal.run("explain", first, second)
+        assert "Direct (birthday)" in out
         _, out, _ = await terminal.run("explain", second, third)
         assert f"neither of {second} and {third} names the other" in out
         code, _, complaints = await terminal.run("explain", first, "nobody")
