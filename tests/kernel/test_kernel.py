@@ -25,6 +25,7 @@ FILES = (
     "tests/netns/test_device.py",
     "tests/netns/test_raw_socket.py",
     "tests/netns/test_hold.py",
+    "tests/netns/test_relay_change.py",
     "tests/netns/test_punched_pair.py",
 )
 # What Python reads at every start, unless it is the system's; and how to mount it so that it is read once.
