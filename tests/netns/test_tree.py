@@ -129,16 +129,10 @@ def _tables(machine: Machine) -> str:
 
 
 def _home(wood: Wood) -> str:
-    """The hub that forwards what is pinged: the one from which an edge receives it."""
-
-    def received(hub: str) -> int:
-        status = wood.members["right"].status()
-        assert status is not None
-        return status.peers[f"{MESH}.external.{hub}"].rx
-
-    before = {hub: received(hub) for hub in HUBS}
-    time.sleep(1.5)
-    return max(HUBS, key=lambda hub: received(hub) - before[hub])
+    """The hub by which an edge is reached."""
+    status = wood.members["right"].status()
+    assert status is not None
+    return status.peers[f"{MESH}.external.left"].hub.removeprefix(f"{MESH}.external.")
 
 
 def test_a_live_mesh_becomes_a_tree_loses_a_hub_and_becomes_full_again(wood: Wood) -> None:
@@ -150,7 +144,7 @@ def test_a_live_mesh_becomes_a_tree_loses_a_hub_and_becomes_full_again(wood: Woo
         assert pings.longest_gap() < GAP_S
         for edge, other in (EDGES, EDGES[::-1]):
             status = wood.members[edge].status()
-            assert status is not None and status.peers[f"{MESH}.external.{other}"].path == "None"
+            assert status is not None and status.peers[f"{MESH}.external.{other}"].path == "Routed"
         pings.until(lambda: all(TABLE in _tables(wood.members[hub].machine) for hub in HUBS), "the rules")
 
         home = _home(wood)
