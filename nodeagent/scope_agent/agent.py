@@ -124,7 +124,8 @@ SESSION_VALID = 180.0  # WireGuard's REJECT_AFTER_TIME
 OBSERVE_BUSY = 0.05  # while a handshake is awaited or a path is in doubt
 OBSERVE_TRAFFIC = 0.25  # while traffic flows: a path that swallows it is suspect after 0.5 s
 OBSERVE_IDLE = 15.0  # foreign changes to an idle device are put right within so long
-OBSERVE_SHARE = 50.0  # a look that took t seconds is followed by t times this of not looking
+OBSERVE_SHARE = 50.0  # a look that took t seconds is followed by t times this of not looking,
+OBSERVE_LATEST = 1.0  # but of no longer than this while traffic flows: a path that swallows it is noticed
 # The disk gets one write, of the whole snapshot, for a burst of changes: the larger the mesh, the longer they
 # are gathered. What is missing from it after a crash the registry tells again; a removal must not wait.
 SAVE_AFTER, SAVE_PER_PEER, SAVE_LONGEST = 1.0, 0.05, 30.0
@@ -189,6 +190,7 @@ class Agent:
         self._observing_since: float | None = now
         self._observe_at: float | None = None
         self._observe_floor = now
+        self._observe_latest = now  # the same while traffic flows
         self._device_error = ""
         self._device_retry = RETRY_MIN
         self._desired: DesiredDevice | None = None
@@ -256,7 +258,7 @@ class Agent:
                 self._paths.port_rules_applied(error, now)
             case TrafficMoved():
                 self._paths.traffic_moved(now)
-                self._observe_soon(now, OBSERVE_TRAFFIC)
+                self._observe_soon(now, OBSERVE_TRAFFIC, floor=min(self._observe_floor, self._observe_latest))
             case Leaving(tombstone):
                 if self._membership.bury(tombstone):
                     self._snapshot_changed(now)
@@ -577,6 +579,7 @@ class Agent:
         cost = now - self._observing_since if self._observing_since is not None else 0.0
         self._observing_since = None
         self._observe_floor = now + min(cost * OBSERVE_SHARE, OBSERVE_IDLE)
+        self._observe_latest = now + OBSERVE_LATEST
         self._device_kind = kind
         readings = {key: self._read(key, peer, wall, now) for key, peer in device.peers.items()}
         if len(self._sessions) > len(device.peers):
@@ -625,8 +628,8 @@ class Agent:
                 session = stamp > 0.0 and now - since < SESSION_VALID
                 self._paths.adopt(key, peer.endpoint, session=session, now=now)
 
-    def _observe_soon(self, now: float, delay: float) -> None:
-        at = max(now + delay, self._observe_floor)
+    def _observe_soon(self, now: float, delay: float, *, floor: float | None = None) -> None:
+        at = max(now + delay, self._observe_floor if floor is None else floor)
         if self._observe_at is None or at < self._observe_at:
             self._observe_at = at
 
@@ -761,7 +764,8 @@ class Agent:
                     self._network_changed(now)
                     self._save_soon(now)
                 self._observing_since = None
-                self._plan_after = self._observe_floor = self._observe_at = now + self._device_retry
+                self._plan_after = self._observe_at = now + self._device_retry
+                self._observe_floor = self._observe_latest = self._plan_after
                 self._device_retry = min(2 * self._device_retry, RETRY_MAX)
             case Target.REGISTRY:
                 self._reporting.failed(failed.error, now)

@@ -130,6 +130,19 @@ def _both_hear_after(world: World, a: Machine, b: Machine, *, pause: float, with
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_a_silent_death_is_noticed_as_soon_where_each_look_at_the_device_takes_a_tenth_of_a_second(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    world, a, b = _pair(seed, ipv6=True)
+    monkeypatch.setattr("tests.sim.world.DEVICE_DELAY", 0.2)
+    _talk(a, b)
+    world.run(10.0)
+    for link in world.network.link(a.site, b.site, Family.IPV6):
+        link.cut = True
+    assert _both_hear_after(world, a, b, pause=0.1, within=12.0) < 3.0
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_death_while_idle_is_noticed_within_three_seconds_of_the_first_packet(seed: int) -> None:
     world, a, b = _pair(seed, ipv6=True, calm=100.0)
     for link in world.network.link(a.site, b.site, Family.IPV6):
