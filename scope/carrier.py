@@ -249,7 +249,7 @@ class Upstream:
 
 @dataclass(frozen=True, slots=True)
 class HubPart:
-    """What a hub's carrier does: whom it carries to which UDP ports of the hub; `port` is where it listens."""
+    """What a hub's carrier does: whom it carries to which UDP ports of the hub; it listens at `port`."""
 
     mesh_uid: str
     hub: PublicKey  # its WireGuard key
