@@ -20,12 +20,12 @@ from scope_operator.gateway.authorisation import Authority
 from scope_operator.gateway.feed import Feed
 from scope_operator.gateway.joining import Joining
 from scope_operator.gateway.limits import Limits
-from scope_operator.gateway.server import Server, bound_socket
 
 from scope.credentials import AdminCredential, PeerCredential
 from scope.model import Kind, Meta, Peer, PeerKeys, PeerReport, PeerSpec, PublicKey, Secret
 from scope.registry.http import HttpRegistry
 from scope.registry.memory import MemoryRegistry
+from scope.serving import Server, listening_socket
 from tests.unit.registry_conformance import MESH
 
 ADMIN = AdminCredential(Secret(b"administrator-of-the-test"))
@@ -110,7 +110,7 @@ async def gateway(
     ).application()
     server = Server(app, limits=limits, context=None)
     following = asyncio.create_task(feed.run())
-    listener = bound_socket("127.0.0.1", 0)
+    listener = listening_socket("127.0.0.1", 0)
     await server.start([listener])
     try:
         async with asyncio.timeout(5):

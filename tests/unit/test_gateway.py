@@ -14,9 +14,10 @@ from typing import Any
 
 import aiohttp
 import pytest
-from scope_operator.gateway.limits import Limits, Rate
+from scope_operator.gateway.limits import Limits
 
 from scope import resources
+from scope.admission import Rate
 from scope.credentials import AdminCredential, authorization
 from scope.model import Assignment, Candidate, CandidateKind, Endpoint, Kind, Peer, PublicKey, Role, Secret
 from scope.registry.http import HttpRegistry

@@ -25,10 +25,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from scope_operator.gateway import app
 from scope_operator.gateway.authorisation import Authority, Claimed
-from scope_operator.gateway.errors import Refusal
-from scope_operator.gateway.limits import Limits, Rate
+from scope_operator.gateway.limits import Limits
 
 from scope import resources
+from scope.admission import Rate, Refusal
 from scope.credentials import (
     CLUSTER_HEADER,
     CLUSTER_TYPE,

@@ -22,8 +22,9 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from scope_operator.gateway.limits import Limits, Rate
+from scope_operator.gateway.limits import Limits
 
+from scope.admission import Rate
 from tests.unit.gateway_fixture import enrolled, gateway
 
 DOCUMENT = yaml.safe_load(files("scope_operator.gateway").joinpath("openapi.yaml").read_text())

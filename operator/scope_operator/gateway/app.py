@@ -20,6 +20,7 @@ import yaml
 from aiohttp import web
 
 from scope import resources
+from scope.admission import Buckets, Refusal, source_of
 from scope.credentials import CLUSTER_HEADER, MESH_HEADER, base64url, read_base64url
 from scope.model import (
     Assignment,
@@ -47,10 +48,10 @@ from scope_operator.gateway.authorisation import (
     Member,
     Stranger,
 )
-from scope_operator.gateway.errors import Refusal, refusal_of
+from scope_operator.gateway.errors import refusal_of
 from scope_operator.gateway.feed import Feed, Stream, owner_of_cluster
 from scope_operator.gateway.joining import Joining
-from scope_operator.gateway.limits import Buckets, Limits, source_of
+from scope_operator.gateway.limits import Limits
 
 log = logging.getLogger(__name__)
 

@@ -28,6 +28,7 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from jwt.types import Options
 
+from scope.admission import Refusal
 from scope.credentials import AUDIENCE, CLUSTER_TYPE, MAX_LIFETIME, PEER_TYPE, request_digest
 from scope.model import (
     AgentTokens,
@@ -42,7 +43,6 @@ from scope.model import (
 from scope.names import peer_name
 from scope.registry.port import NotFound, Registry
 from scope_operator.clusters import find_cluster, verifying_key
-from scope_operator.gateway.errors import Refusal
 from scope_operator.gateway.feed import removed
 
 LEEWAY = (

@@ -8,8 +8,10 @@ answered is lost.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import secrets
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -24,6 +26,7 @@ from scope.channel import BOOT_ID_BYTES, Channel
 from scope.credentials import base64url
 from scope.model import ConfigError, Endpoint, Reflector, Secret, endpoint_at
 from scope.registry.port import Registry
+from scope.serving import Server, listening_socket
 from scope_operator.gateway import tls
 from scope_operator.gateway.advertised import Advertised, own_addresses, reflector_at, resolve
 from scope_operator.gateway.app import Gateway
@@ -33,7 +36,6 @@ from scope_operator.gateway.joining import Joining, public_half
 from scope_operator.gateway.limits import Limits
 from scope_operator.gateway.reflector import Reflector as Reflecting
 from scope_operator.gateway.reflector import ReflectorSockets
-from scope_operator.gateway.server import Server, bound_socket
 from scope_operator.reconcile import Reconciler
 
 log = logging.getLogger(__name__)
@@ -133,7 +135,7 @@ async def opened(
 ) -> AsyncIterator[Face]:
     """Serve until the block ends. Raises ConfigError, whose sentence says what to do."""
     async with AsyncExitStack() as stack:
-        listeners = [bound_socket(address, port) for address, port in config.listen]
+        listeners = [_listener(address, port) for address, port in config.listen]
         for listener in listeners:
             stack.callback(listener.close)
         listening = tuple(endpoint_at(*listener.getsockname()[:2]) for listener in listeners)
@@ -186,6 +188,16 @@ async def opened(
         stack.push_async_callback(server.stop)
         stack.callback(feed.end_all)
         yield Face(url, pin, listening, udp, feed, hosts, reflecting)
+
+
+def _listener(address: str, port: int) -> socket.socket:
+    """Where connections arrive. Raises ConfigError."""
+    try:
+        return listening_socket(address, port)
+    except OSError as error:
+        taken = error.errno == errno.EADDRINUSE
+        move = "stop what uses it, or name another with --listen" if taken else "name another with --listen"
+        raise ConfigError(f"cannot listen on {address} port {port}: {error.strerror}; {move}") from None
 
 
 def administrator_document(served: Face, identity: Identity, *, token: str) -> dict[str, object]:

@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
 
+from scope.admission import Refusal
 from scope.model import Cluster, Kind, Mesh, Peer, PublicKey, Revision
 from scope.registry.port import Deleted, Gone, Put, Registry, RegistryError, Unavailable
 from scope_operator.clusters import is_same_holder
-from scope_operator.gateway.errors import Refusal
 from scope_operator.gateway.events import Event, bookmark_line, courier_line, event_of
 
 log = logging.getLogger(__name__)

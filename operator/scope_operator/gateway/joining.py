@@ -14,13 +14,13 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from scope import resources
+from scope.admission import Refusal
 from scope.cluster_enrolment import parse_cluster_enrolment
 from scope.enrolment import parse_enrolment
 from scope.join import JoinString
 from scope.model import AgentTokens, Cluster, JoinToken, Kind, Mesh, Peer, PublicKey, Role, Secret
 from scope.registry.port import Conflict, NotFound, Refused, Registry
 from scope_operator import clusters, enrolment, tokens
-from scope_operator.gateway.errors import Refusal
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 
+from scope.admission import Buckets, Rate, source_of
 from scope.channel import Channel, Confirmed, Hello, NotACorrespondent, Received
 from scope.model import ConfigError, Endpoint, IPAddress, Peer, PublicKey, endpoint_at
 from scope.wire import MAX_DATAGRAM, Forward, Forwarded, Message, Ping, Pong, WireError
-from scope_operator.gateway.limits import Buckets, Rate, source_of
 
 log = logging.getLogger(__name__)
 

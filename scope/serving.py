@@ -1,4 +1,4 @@
-"""Listens for the gateway: sockets, TLS, and who may come in at all.
+"""Serves HTTP to strangers: sockets, TLS, and who may come in at all.
 
 Each connection passes the door before aiohttp sees it: too many in total or of one source are told so and
 closed, and one that asks for nothing within its time is dropped.
@@ -7,7 +7,6 @@ closed, and one that asks for nothing within its time is dropped.
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import logging
 import socket
@@ -17,9 +16,7 @@ from collections.abc import Iterable
 
 from aiohttp import web
 
-from scope.model import ConfigError
-from scope_operator.gateway.errors import Refusal
-from scope_operator.gateway.limits import Limits, source_of
+from scope.admission import Doors, Refusal, source_of
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +29,7 @@ BACKLOG = 1024  # connections that wait to be accepted when a thousand agents st
 class Server:
     """Serves `app` to whom the door lets in; `context` None is plain HTTP."""
 
-    def __init__(self, app: web.Application, *, limits: Limits, context: ssl.SSLContext | None) -> None:
+    def __init__(self, app: web.Application, *, limits: Doors, context: ssl.SSLContext | None) -> None:
         self._limits = limits
         self._context = context
         self._runner = web.AppRunner(
@@ -131,8 +128,8 @@ class _Door(asyncio.Protocol):
         protocol.connection_made(transport)
 
 
-def bound_socket(address: str, port: int) -> socket.socket:
-    """A listening TCP socket of one family. Raises ConfigError when it cannot be had."""
+def listening_socket(address: str, port: int) -> socket.socket:
+    """A listening TCP socket of one family. Raises OSError."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -142,11 +139,9 @@ def bound_socket(address: str, port: int) -> socket.socket:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind((address, port))
         sock.listen(BACKLOG)
-    except OSError as error:
+    except OSError:
         sock.close()
-        taken = error.errno == errno.EADDRINUSE
-        move = "stop what uses it, or name another with --listen" if taken else "name another with --listen"
-        raise ConfigError(f"cannot listen on {address} port {port}: {error.strerror}; {move}") from None
+        raise
     return sock
 
 
