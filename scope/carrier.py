@@ -47,6 +47,7 @@ from scope.credentials import PIN_BYTES, base64url, read_base64url
 from scope.model import KEY_BYTES, Endpoint, PublicKey, RelayLimits, Secret
 
 CARRIER_PATH: Final = "/v1/carrier"  # of the WebSocket; every other path is the registry's
+REFUSED_HEADER: Final = "Scope-Refused"  # why: a client does not read the body of a refused upgrade
 DEFAULT_PORT: Final = 443  # what networks without UDP let through
 
 # A part of 127.0.0.0/8 where nothing else is found by accident; 16 bits, as many as peers of a large mesh.
@@ -438,7 +439,7 @@ class CarrierReport:
     hubs: tuple[HubReport, ...]
     members: tuple[MemberReport, ...]
     listening: bool  # as a hub
-    reason: str  # why it does not listen, in words; empty where it does or need not
+    reason: str  # why it does not listen, or over one version of IP alone, in words; else empty
     refused: int  # requests to be carried by whom may not
 
 

@@ -105,7 +105,7 @@ def may_pass(buffer: bytearray, start: int, stop: int) -> bool:
     return word in _WORDS or (word == _PROBE_WORD and size >= MIN_PROBE)
 
 
-def all_wireguard(buffer: bytearray, start: int, stop: int, segment: int) -> bool:
+def all_wireguard(buffer: bytes | bytearray, start: int, stop: int, segment: int) -> bool:
     """Whether every datagram of a batch looks like WireGuard's: a few slices for as many as there are."""
     if stop - start <= segment:
         return stop - start >= MIN_WIREGUARD and _WORD.unpack_from(buffer, start)[0] in _WORDS

@@ -28,7 +28,6 @@ import errno
 import gc
 import json
 import os
-import resource
 import select
 import signal
 import socket
@@ -58,7 +57,15 @@ from scope_dataplane.batches import (
     token_of,
 )
 from scope_dataplane.pairs import Address, End, Pairs, Place
-from scope_dataplane.process import log, take_lock
+from scope_dataplane.process import (
+    can_mark,
+    enlarge_buffers,
+    listen_at,
+    log,
+    parse_mark,
+    raise_descriptors,
+    take_lock,
+)
 
 LOOK_INTERVAL = 0.25  # how soon a grant's end is seen, and the file's where the kernel does not tell
 READ_SHARE = 4.0  # after a read that took t seconds the next one waits so many t: grants may come by hundreds
@@ -68,9 +75,6 @@ BIND_INTERVAL = 5.0  # how often a port that another program held is tried again
 # What the lock file says once we serve; it is empty before.
 RUNNING = b"running"
 
-# Of a socket, both ways: what comes while a thousand grants are read (10 ms) at 1 Gbit/s. The kernel counts
-# its own bookkeeping too, which for batches is little and for single datagrams the larger part.
-SOCKET_BYTES = 4 << 20
 READS = 64  # of one socket before the next has its turn
 LISTENERS = 4  # connections to the Unix socket at once; a fifth ends the first
 
@@ -78,7 +82,6 @@ _ROOM = 65536  # that one read may fill
 # A few reads in a row without moving what is not sent yet; small enough for the processor's cache.
 _BUFFER_BYTES = 4 * _ROOM
 
-_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_DONT = 10, 23, 0
 _IN_CHANGES = 0x8 | 0x40 | 0x80 | 0x200  # inotify: written and closed, moved from, moved to, deleted
 
@@ -96,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--grants", required=True, metavar="FILE", help="the file of grants that the agent writes"
     )
     parser.add_argument(
-        "--mark", type=_mark, default=0, metavar="N", help="the mark of packets sent; 0 (default): none"
+        "--mark", type=parse_mark, default=0, metavar="N", help="the mark of packets sent; 0 (default): none"
     )
     options = parser.parse_args(arguments)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -113,11 +116,9 @@ def _run(grants: str, *, mark: int) -> int:
     if lock is None:
         return _complain(f"another scope-forwarder runs for {grants}")
     os.ftruncate(lock, 0)
-    if not _can_mark(mark):
+    if not can_mark(mark):
         return _complain("packets cannot be marked: run it as root, with CAP_NET_ADMIN, or without --mark")
-    # Two sockets a port, and a range may be wider than the usual 1024 descriptors.
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    raise_descriptors()  # two sockets a port, and a range may be wider than the usual number
     while not os.path.exists(grants):
         time.sleep(WAIT_INTERVAL)
     forwarder = Forwarder(grants, counters=stem + ".sock", mark=mark)
@@ -130,14 +131,6 @@ def _run(grants: str, *, mark: int) -> int:
     finally:
         forwarder.close()
     return 0
-
-
-def _mark(text: str) -> int:
-    """An argument in the notations that `ip` takes, as 51820 or 0xca6c."""
-    value = int(text, 0)
-    if not 0 <= value < 1 << 32:
-        raise ValueError
-    return value
 
 
 def _end(_number: int, _frame: FrameType | None) -> NoReturn:
@@ -175,7 +168,7 @@ class Forwarder:
         self._sent = {"batches": 0, "segments": 0, "singles": 0}
         self._poll = select.epoll()
         self._counters_path = counters
-        self._counters = _listen(counters)
+        self._counters = listen_at(counters, LISTENERS)
         self._readers: dict[int, tuple[socket.socket, memoryview]] = {}  # with what is left for each
         self._watch = _watch(os.path.dirname(grants))
         self._poll.register(self._counters, select.EPOLLIN)
@@ -484,11 +477,7 @@ def _open(port: int, version: int, *, mark: int) -> socket.socket:
             opened.setsockopt(socket.IPPROTO_IPV6, _IPV6_MTU_DISCOVER, _PMTUDISC_DONT)
         with contextlib.suppress(OSError):  # a kernel before 5.0: single datagrams then
             opened.setsockopt(SOL_UDP, UDP_GRO, 1)
-        for force, plain in ((_SO_RCVBUFFORCE, socket.SO_RCVBUF), (_SO_SNDBUFFORCE, socket.SO_SNDBUF)):
-            try:
-                opened.setsockopt(socket.SOL_SOCKET, force, SOCKET_BYTES)
-            except PermissionError:
-                opened.setsockopt(socket.SOL_SOCKET, plain, SOCKET_BYTES)
+        enlarge_buffers(opened)
         if mark:
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
         opened.bind(("", port))
@@ -496,17 +485,6 @@ def _open(port: int, version: int, *, mark: int) -> socket.socket:
         opened.close()
         raise
     return opened
-
-
-def _can_mark(mark: int) -> bool:
-    if mark == 0:
-        return True
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        try:
-            any_socket.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
-        except PermissionError:
-            return False
-    return True
 
 
 def _is_own(address: Address, version: int) -> bool:
@@ -518,24 +496,6 @@ def _is_own(address: Address, version: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _listen(path: str) -> socket.socket:
-    """Whoever held the lock before may have left a socket. Raises OSError."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
-    before = os.umask(0o177)
-    try:
-        listening.bind(path)
-        listening.listen(LISTENERS)
-    except OSError as error:
-        listening.close()
-        reason = error.strerror or f"{error}: put the file of grants at a shorter path"
-        raise OSError(f"{path}: {reason}") from None
-    finally:
-        os.umask(before)
-    return listening
 
 
 def _watch(directory: str) -> int | None:
