@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PROGRAMS = (
     "scope-agent",
+    "scope-carrier",
     "scope-forwarder",
     "scope-operator",
     "scope-registry",

@@ -392,11 +392,13 @@ def test_no_service_may_do_more_than_it_must() -> None:
         ("scope-agent@.service", "CAP_NET_ADMIN CAP_NET_RAW"),
         ("scope-wireguard@.service", "CAP_NET_ADMIN"),
         ("scope-forwarder@.service", "CAP_NET_ADMIN"),
+        ("scope-carrier@.service", "CAP_NET_ADMIN CAP_NET_BIND_SERVICE"),
     ):
         keys = unit(name)
         assert keys["CapabilityBoundingSet"] == keys["AmbientCapabilities"] == [needed]
         devices = keys.get("DeviceAllow", [])
-        assert devices == ([] if name == "scope-forwarder@.service" else ["/dev/net/tun rw"])
+        opens_none = name in ("scope-forwarder@.service", "scope-carrier@.service")
+        assert devices == ([] if opens_none else ["/dev/net/tun rw"])
     for path in UNITS:
         keys = keys_of(path)
         assert (keys["NoNewPrivileges"], keys["ProtectSystem"], keys["ProtectHome"]) == (
