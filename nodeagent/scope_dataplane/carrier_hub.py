@@ -195,12 +195,11 @@ class HubCarrier:
             bucket = Bucket(part.limits.pair, part.limits.pair * BURST_S, now)
             carried = self._carried[ticket.peer] = _Carried(self._members[ticket.peer], bucket)
         try:
-            if carried.loopback is None:
-                carried.loopback = self._loopback(carried)
+            self._bind(carried)
         except OSError as error:
             return self._refuse(503, f"{carried.member.endpoint} at the hub: {error.strerror}")
         await connection.prepare(request)
-        if self._carried.get(ticket.peer) is carried:
+        if self._carried.get(ticket.peer) is carried:  # and was not removed meanwhile
             await self._carry(carried, connection, ticket)
         await connection.close()
         return connection
@@ -210,6 +209,7 @@ class HubCarrier:
         if before is not None:
             in_background(before.close(message=b"connected again"))
         try:
+            self._bind(carried)  # the last connection may have ended meanwhile
             await carried.link.carry(
                 connection,
                 arrived=lambda port, segment, frame, packets: self._arrived(
@@ -219,12 +219,13 @@ class HubCarrier:
             )
         except FrameError as error:
             await connection.close(code=1002, message=str(error).encode())
+        except OSError as error:
+            why = f"{carried.member.endpoint} at the hub: {error.strerror}"
+            await connection.close(code=1011, message=why.encode())
         finally:
             if carried.connection is connection:
                 carried.connection = None
-                if carried.loopback is not None:
-                    carried.loopback.close()
-                    carried.loopback = None
+                _unbind(carried)
 
     def _believe(self, part: HubPart, text: str) -> Ticket:
         return verify_ticket(
@@ -260,6 +261,11 @@ class HubCarrier:
         self._total.take(size)
         return True
 
+    def _bind(self, carried: _Carried) -> None:
+        """Raises OSError."""
+        if carried.loopback is None:
+            carried.loopback = self._loopback(carried)
+
     def _loopback(self, carried: _Carried) -> Loopback:
         def arrived(port: int, segment: int, batch: memoryview, packets: int) -> None:
             if self._admit(carried, len(batch)):
@@ -276,11 +282,10 @@ class HubCarrier:
         return self._members.get(peer) != carried.member
 
     def _let_go(self, carried: _Carried, why: str) -> None:
+        """Nothing passes any more, however long the good-bye takes."""
+        _unbind(carried)
         if carried.connection is not None:
             in_background(carried.connection.close(message=why.encode()))
-        elif carried.loopback is not None:
-            carried.loopback.close()
-            carried.loopback = None
 
     def _refuse(self, code: int, why: str, *, retry_after: float | None = None) -> web.Response:
         self.refused += 1
@@ -288,6 +293,12 @@ class HubCarrier:
         if retry_after is not None:
             headers["Retry-After"] = str(max(1, round(retry_after)))
         return web.Response(status=code, text=why + "\n", headers=headers)
+
+
+def _unbind(carried: _Carried) -> None:
+    if carried.loopback is not None:
+        carried.loopback.close()
+        carried.loopback = None
 
 
 def _load(context: ssl.SSLContext, part: HubPart) -> None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import aiohttp
 import pytest
+from aiohttp import web
 from scope_dataplane import carrier_hub
 from scope_dataplane.batches import SOL_UDP, UDP_SEGMENT
 from scope_dataplane.carrier_queue import QUEUE_BYTES, FrameQueue
@@ -248,6 +249,37 @@ def test_a_member_has_one_connection_and_the_newest_counts(one: Machine) -> None
             assert (await second.receive()).data == encode_frame(port_of(one.wireguard), 4, b"back")
             assert [report.connected for report in hub.report()] == [True]
             await first.close()
+            await second.close()
+
+    asyncio.run(body())
+
+
+def test_a_connection_that_ends_while_the_next_one_begins_takes_nothing_from_it(
+    one: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body() -> None:
+        async with serving(one.hub()) as hub, aiohttp.ClientSession() as session:
+
+            async def connect() -> aiohttp.ClientWebSocketResponse:
+                return await session.ws_connect(
+                    f"https://127.0.0.1:{one.port}{CARRIER_PATH}",
+                    ssl=PinnedKey(certificate()[2]),
+                    headers={"Authorization": f"Bearer {one.peers[0].ticket()}"},
+                )
+
+            first = await connect()
+            await until(lambda: hub.report()[0].connected, "the first is there")
+            prepare = web.WebSocketResponse.prepare
+
+            async def slowly(self: web.WebSocketResponse, request: web.BaseRequest) -> object:
+                await first.close()
+                await until(lambda: not hub.report()[0].connected, "the first is gone")
+                return await prepare(self, request)
+
+            monkeypatch.setattr(web.WebSocketResponse, "prepare", slowly)
+            second = await connect()
+            await second.send_bytes(encode_frame(port_of(one.wireguard), 5, b"there"))
+            assert await heard(one.wireguard) == (b"there", one.member())
             await second.close()
 
     asyncio.run(body())
