@@ -23,6 +23,7 @@ from rich.table import Table
 from bench import (
     agents,
     birthday,
+    carrier,
     cold,
     crowd,
     forwarder,
@@ -57,6 +58,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     *throughput.BENCHMARKS,
     *relay.BENCHMARKS,
     *forwarder.BENCHMARKS,
+    *carrier.BENCHMARKS,
     *plan.BENCHMARKS,
     *tree.BENCHMARKS,
     *kube.BENCHMARKS,

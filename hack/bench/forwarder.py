@@ -10,10 +10,7 @@ Sender, receiver and what is between them share the machine's processors.
 
 from __future__ import annotations
 
-import os
 import secrets
-import socket
-import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +24,7 @@ from scope_agent.relay.shell.forwarder import ForwarderProcess
 
 from bench.agents import BenchError
 from bench.flood import rate
+from bench.processes import memory, pid_behind, processor_time
 from bench.result import Benchmark, Row, Sample, Target
 from scope.model import PublicKey, RelayLimits
 from scope.relay import Grant, Grants, Side
@@ -78,7 +76,7 @@ def _measure(
     """A sample of each attempt where datagrams come one by one; then a row."""
     plain = [_plain(way, sender, receiver)]
     relayed: list[float] = []
-    cpu, carried = _cpu(pid), _carried(forwarder)
+    cpu, carried = processor_time(pid), _carried(forwarder)
     for _ in range(attempts):
         relayed.append(_relayed(way, grant, sender, receiver))
         plain.append(_plain(way, sender, receiver))
@@ -93,8 +91,8 @@ def _measure(
         "plain (Gbit/s)": fmean(plain) * 8e-9,
         "relayed (Gbit/s)": fmean(relayed) * 8e-9,
         "ratio": fmean(relayed) / fmean(plain),
-        "forwarder's processor time (s/Gbit)": (_cpu(pid) - cpu) / gigabits,
-        "forwarder's memory (MiB)": _memory(pid),
+        "forwarder's processor time (s/Gbit)": (processor_time(pid) - cpu) / gigabits,
+        "forwarder's memory (MiB)": memory(pid),
     }
 
 
@@ -134,10 +132,7 @@ def _serving(forwarder: ForwarderProcess, path: Path) -> int:
         if time.monotonic() > deadline:
             raise BenchError(f"scope-forwarder did not start; see {path.with_suffix('.log')}")
         time.sleep(0.02)
-    with socket.socket(socket.AF_UNIX) as asking:
-        asking.connect(str(path))
-        pid: int = struct.unpack("iII", asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-    return pid
+    return pid_behind(path)
 
 
 def _carried(forwarder: ForwarderProcess) -> int:
@@ -146,18 +141,6 @@ def _carried(forwarder: ForwarderProcess) -> int:
     if told is None:
         raise BenchError("scope-forwarder ended")
     return sum(side.bytes for pair in told.pairs for side in pair)
-
-
-def _cpu(pid: int) -> float:
-    """Processor time so far, user and system, in seconds."""
-    fields = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def _memory(pid: int) -> float:
-    """Resident memory in MiB."""
-    lines = Path("/proc", str(pid), "smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("Rss:")) / 1024
 
 
 BENCHMARKS = (
