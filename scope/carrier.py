@@ -52,6 +52,7 @@ DEFAULT_PORT: Final = 443  # what networks without UDP let through
 
 # A part of 127.0.0.0/8 where nothing else is found by accident; 16 bits, as many as peers of a large mesh.
 LOOPBACKS: Final = IPv4Network("127.83.0.0/16")
+_PREFIX: Final = LOOPBACKS.network_address.packed[:2]
 # Below the ports that Linux gives to sockets by itself (32768), beyond the default range of relays.
 MEMBER_PORT: Final = 26443
 PASSAGE_PORT: Final = 26444
@@ -163,7 +164,7 @@ def _statement(*, mesh_uid: str, peer: PublicKey, hub: PublicKey, expires: bytes
 
 def is_carried(endpoint: Endpoint) -> bool:
     """Whether an endpoint is a carrier's, so reached over loopback and TCP."""
-    return endpoint.address.version == 4 and endpoint.address in LOOPBACKS
+    return endpoint.address.version == 4 and endpoint.address.packed[:2] == _PREFIX
 
 
 def assign_loopbacks(
@@ -441,6 +442,7 @@ class CarrierReport:
     listening: bool  # as a hub
     reason: str  # why it does not listen, or over one version of IP alone, in words; else empty
     refused: int  # requests to be carried by whom may not
+    file: str  # SHA-256, hexadecimal, of the text of the file that is in effect
 
 
 def encode_report(report: CarrierReport) -> str:
@@ -468,6 +470,7 @@ def encode_report(report: CarrierReport) -> str:
             "listening": report.listening,
             "reason": report.reason,
             "refused": report.refused,
+            "file": report.file,
         }
     )
 
@@ -495,6 +498,7 @@ def decode_report(text: str) -> CarrierReport:
         listening=bool(document["listening"]),
         reason=_text(document["reason"]),
         refused=int(document["refused"]),
+        file=_text(document["file"]),
     )
 
 

@@ -31,7 +31,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias, assert_never
 
-from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
@@ -128,6 +127,8 @@ def request_digest(method: str, target: str, body: bytes) -> str:
 
 def pin_of(certificate: bytes) -> bytes:
     """The pin of a certificate given as DER. Raises ValueError when it is not one."""
+    from cryptography import x509  # takes long, and an agent's first ping waits for all that it imports
+
     key = x509.load_der_x509_certificate(certificate).public_key()
     return hashlib.sha256(key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).digest()
 

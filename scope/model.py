@@ -291,6 +291,7 @@ class Hubs:
     selector: LabelSelector | None = None  # None: no Node by its labels
     ports: tuple[int, int] = (26000, 26255)  # UDP, first and last, where hubs are reached by relayed peers
     limits: RelayLimits = RelayLimits()
+    carrier_port: int = 443  # TCP, where hubs are reached by peers whose network lets no UDP out; 0: nowhere
 
 
 class TopologyMode(enum.StrEnum):
@@ -477,6 +478,7 @@ class Link:
     hub: str = ""  # name of the ScopePeer that relays
     user_space: bool = False  # what relays is a process on the hub, not its kernel
     birthday: bool = False  # direct, by a port of a symmetric NAT that was guessed
+    carried: bool = False  # over TCP between the hub and one of the two
 
 
 class Forwarding(enum.StrEnum):
@@ -488,6 +490,15 @@ class Forwarding(enum.StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class HubCarrier:
+    """Where a hub carries peers whose network lets no UDP out, or why it does not."""
+
+    port: int  # TCP
+    pin: bytes  # SHA-256 of the public key of the certificate that it shows there
+    reason: str = ""  # why nobody is listening; "" where somebody is
+
+
+@dataclass(frozen=True, slots=True)
 class RelayReport:
     """What a hub says of its relaying."""
 
@@ -495,6 +506,7 @@ class RelayReport:
     pairs: int = 0  # with a grant
     refused: int = 0  # pairs that got none because no port was left, and asked lately
     reason: str = ""  # why not in the kernel, or not at all
+    carrier: HubCarrier | None = None  # None: none is asked for, or it is not known yet
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,17 @@
 
 A mesh of N agents hears of every change N times over, so what no agent acts on is neither sent nor read
 there: how a peer reaches the others (but for where it saw them, which is one more endpoint to try), its
-counts, why an address was refused, when it was last seen, what it relays, by which hub it is reached, and a
-mesh's totals, clusters and choice of hubs (the role of a peer says it all). Fields are taken away by name, so
-what is new to a resource reaches agents unless this file says otherwise.
+counts, why an address was refused, when it was last seen, what it relays (but for where it carries peers over
+TCP), by which hub it is reached, and a mesh's totals, clusters and choice of hubs (the role of a peer says it
+all). Fields are taken away by name, so what is new to a resource reaches agents unless this file says
+otherwise.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from scope.model import Link, Mesh, MeshCounts, Peer, PeerReport
+from scope.model import Forwarding, Link, Mesh, MeshCounts, Peer, PeerReport, RelayReport
 
 
 def projected(resource: Mesh | Peer) -> Mesh | Peer:
@@ -35,8 +36,17 @@ def _projected_report(report: PeerReport) -> PeerReport:
         (Link(link.peer, link.path, observed=link.observed) for link in report.links if link.observed),
         key=lambda link: link.peer,
     )
+    carrier = report.relay.carrier if report.relay is not None else None
+    listens = carrier is not None and not carrier.reason
     return replace(
-        report, links=tuple(seen), direct=0, relayed=0, unreachable=0, held_addresses=(), relay=None, hub=""
+        report,
+        links=tuple(seen),
+        direct=0,
+        relayed=0,
+        unreachable=0,
+        held_addresses=(),
+        relay=RelayReport(Forwarding.NONE, carrier=carrier) if listens else None,
+        hub="",
     )
 
 

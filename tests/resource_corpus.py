@@ -204,6 +204,7 @@ def everything_of_a_mesh() -> Document:
             "selector": {"matchLabels": {"hub": "yes"}, "matchExpressions": [requirement]},
             "ports": {"first": 26000, "last": 26511},
             "limits": {"pairBytesPerSecond": 1_000_000, "totalBytesPerSecond": 100_000_000},
+            "carrierPort": 8443,
         },
         status={
             "signingKey": KEY,
@@ -240,14 +241,15 @@ def everything_of_a_peer() -> Document:
             "links": [
                 link
                 | {"observed": "[2001:db8::1]:9", "reason": "no echo"}
-                | {"hub": "home.external.nas", "userSpace": True, "birthday": True}
+                | {"hub": "home.external.nas", "userSpace": True, "birthday": True, "carried": True}
             ],
             "direct": 0,
             "relayed": 1,
             "unreachable": 0,
             "heldAddresses": ["100.80.0.7", "fd5c::7"],
             "protocol": 1,
-            "relay": {"forwarding": "UserSpace", "pairs": 3, "refused": 1, "reason": "no nftables"},
+            "relay": {"forwarding": "UserSpace", "pairs": 3, "refused": 1, "reason": "no nftables"}
+            | {"carrier": {"port": 443, "pin": KEY, "reason": "port 443 is taken"}},
             "hub": "home.external.nas",
             "addresses": ["100.80.0.7/16", "fd5c::7/64"],
             "role": "Edge",
@@ -380,6 +382,8 @@ def _wrong_hubs() -> Iterator[Case]:
         for limit in (-1, 125_000_000_001, "1M"):
             yield Case(f"{name} {limit!r}", hubs(limits={name: limit}), f"{at}.limits.{name}")
     yield Case("a limit of no kind", hubs(limits={"pair": 1}), f"{at}.limits.pair")
+    for port in (-1, 65536, "443"):
+        yield Case(f"carrier port {port!r}", hubs(carrierPort=port), f"{at}.carrierPort")
     yield Case("hubs with a field that nobody knows", hubs(peers=[]), f"{at}.peers")
 
 
@@ -530,7 +534,7 @@ def _wrong_reports() -> Iterator[Case]:
         *(("peer", "Home"), ("path", "Guessed"), ("endpoint", "host:1"), ("observed", "[::1]")),
         *(("latencyMs", -1), ("latencyMs", 600001), ("latencyMs", "3"), ("reason", "r" * 161)),
         *(("reason", "red \x1b[31m"), ("reason", "two\nlines"), ("reason", "a\u00a0b"), ("reason", "\u200b")),
-        *(("hub", "Home"), ("userSpace", "yes"), ("birthday", 1)),
+        *(("hub", "Home"), ("userSpace", "yes"), ("birthday", 1), ("carried", 1)),
     ):
         what = f"a link with {name} {value!r}"[:60]
         yield Case(what, peer(status=_links(**{name: value})), f"status.links[0].{name}")
@@ -544,6 +548,14 @@ def _wrong_reports() -> Iterator[Case]:
         ("reason", {"forwarding": "None", "reason": "\x07"}),
     ):
         yield Case(f"relaying as {relay}"[:60], report(relay=relay), f"status.relay.{name}")
+    carrier: Document = {"port": 443, "pin": KEY}
+    for name, value in (
+        *(("port", 0), ("port", 65536), ("port", ""), ("pin", "")),
+        *(("pin", "AAAA"), ("pin", "A" * 42 + "B="), ("reason", "r" * 161), ("reason", "two\nlines")),
+    ):
+        parts = {part: each for part, each in (carrier | {name: value}).items() if each != ""}
+        odd = report(relay={"forwarding": "None", "carrier": parts})
+        yield Case(f"a carrier with {name} {value!r}"[:60], odd, f"status.relay.carrier.{name}")
     yield Case("relaying without keys", peer(status={"relay": {"forwarding": "None"}}), "status")
     yield Case("17 links", report(links=[{"peer": "a", "path": "None"}] * 17), "status.links")
 

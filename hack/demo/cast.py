@@ -2,7 +2,7 @@
 
 Chosen so that every kind of NAT is there, two machines share a LAN, IPv4 and IPv6 both carry paths, and some
 pairs cannot be direct: behind a symmetric NAT towards a port-restricted one, without a family in common,
-and where no UDP passes. Two machines without a NAT are hubs for all but the last.
+and where no UDP passes. Two machines without a NAT are hubs for all of them.
 """
 
 from __future__ import annotations

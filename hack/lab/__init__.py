@@ -20,7 +20,7 @@ util-linux, and touches nothing outside the namespaces it makes, save `/run/netn
     internet Lab and Site: the whole put together
 """
 
-from lab.grid import GRID_KINDS, Place, place_reason, reason, relay_reason
+from lab.grid import GRID_KINDS, Place, place_reason, reason
 from lab.hosts import Host
 from lab.internet import Lab, Machine, Server, Site, Traffic
 from lab.nat import Nat
@@ -39,5 +39,4 @@ __all__ = [
     "Traffic",
     "place_reason",
     "reason",
-    "relay_reason",
 ]

@@ -65,13 +65,6 @@ def place_reason(a: Place, b: Place) -> str | None:
     return None
 
 
-def relay_reason(a: Place, b: Place) -> str | None:
-    """Why not even a hub with both address families connects two places; None where one does."""
-    if a.site != b.site and _Filter.NO_UDP in (_Filter.of(a.nat), _Filter.of(b.nat)):
-        return "no UDP passes at one of the sites"
-    return None
-
-
 class _Filter(Enum):
     """What a site lets in, as far as its peers must care."""
 

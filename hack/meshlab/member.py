@@ -39,6 +39,7 @@ class Reach:
     reason: str
     hub: str  # name of the ScopePeer that relays, else empty
     birthday: bool = False  # direct by a port of a symmetric NAT that was guessed
+    carried: bool = False  # over TCP between the hub and one of the two
 
     @property
     def is_direct(self) -> bool:
@@ -245,6 +246,7 @@ def _reach(peer: _Json, now: float) -> Reach:
         reason=peer.text("reason") or "",
         hub=peer.text("hub") or "",
         birthday=peer.get("birthday") is True,
+        carried=peer.get("carried") is True,
     )
 
 

@@ -53,9 +53,10 @@ class Registry:
         """Create or update what a YAML or JSON document describes."""
         self.scopectl("apply", "-f", "-", document=document)
 
-    def token(self, mesh: str, *, single_use: bool = False) -> str:
-        """A fresh join string."""
-        options = ("--single-use",) if single_use else ()
+    def token(self, mesh: str, *, single_use: bool = False, hub: str | None = None) -> str:
+        """A fresh join string; with `hub`, a ScopePeer, one that leads to its carrier."""
+        options: tuple[str, ...] = ("--single-use",) if single_use else ()
+        options = (*options, "--hub", hub) if hub is not None else options
         return self.scopectl("token", "create", "--mesh", mesh, *options).strip()
 
     def _serve(self) -> subprocess.Popen[str]:

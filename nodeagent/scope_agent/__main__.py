@@ -23,7 +23,15 @@ from typing import TYPE_CHECKING
 
 from scope.model import ConfigError, DeviceKind, Kind, Mesh, Peer, Snapshot, Tombstone
 from scope_agent.inputs import DiskState
-from scope_agent.run import RemovedFromMesh, RunConfig, Runner, be_no_hub, close_ports, free_port
+from scope_agent.run import (
+    RemovedFromMesh,
+    RunConfig,
+    Runner,
+    be_no_hub,
+    carry_nobody,
+    close_ports,
+    free_port,
+)
 from scope_agent.state import STATE_ROOT, Enrolment, Held, StateDir, enrolled_meshes, sole_agent
 from scope_agent.wireguard.device import ApplyError
 from scope_agent.wireguard.shell import choose_device
@@ -323,8 +331,9 @@ def _leave(options: argparse.Namespace) -> None:
     with _sole(state, options.run_dir):
         asyncio.run(_tear_down(enrolment, options))
         config = RunConfig(state, options.run_dir)
-        for failed in (*be_no_hub(config, enrolment), *close_ports(config, enrolment)):
-            print(f"scope-agent: {failed}", file=sys.stderr)
+        for undo in (be_no_hub, close_ports, carry_nobody):
+            for failed in undo(config, enrolment):
+                print(f"scope-agent: {failed}", file=sys.stderr)
         state.remove()
     print(f"Left {mesh}: {enrolment.device} is gone, and so are this machine's keys.", file=sys.stderr)
 

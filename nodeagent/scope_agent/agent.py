@@ -13,9 +13,12 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar, assert_never
 
+from scope.carrier import Carrier, Upstream, is_carried
 from scope.channel import Channel, Confirmed, Hello, Received
 from scope.model import (
+    CandidateKind,
     DeviceKind,
+    Endpoint,
     Family,
     IPInterface,
     PathKind,
@@ -40,6 +43,8 @@ from scope.wire import (
     Refused,
     Removed,
 )
+from scope_agent.carrier.boarding import ListeningHub, Surroundings
+from scope_agent.carrier.core import Carriage, CarrierSeen
 from scope_agent.carrying import Carrying, back
 from scope_agent.desired import (
     DeviceSettings,
@@ -143,13 +148,14 @@ class AgentConfig:
     identity: Identity
     registry_key: PublicKey | None  # None: the one that the ScopeMesh's status names
     fwmark: int = 0
+    upstream: Upstream | None = None  # the registry's gateway, to which a hub leads whom it carries
 
 
 class Agent:
     """One peer. `random` draws from [0, 1); `channel` holds a fresh boot id.
 
-    `wall` is the wall clock at `now`, `granted` what the last run relayed as a hub, if it was one, and
-    `openings` the ports that it had WireGuard speak from.
+    `wall` is the wall clock at `now`, `granted` what the last run relayed as a hub, if it was one, `openings`
+    the ports that it had WireGuard speak from, and `carried` what it had its carrier do.
     """
 
     def __init__(
@@ -163,6 +169,7 @@ class Agent:
         wall: float = 0.0,
         granted: Grants | None = None,
         openings: tuple[Opening, ...] = (),
+        carried: Carrier | None = None,
     ) -> None:
         self._config = config
         self._channel = channel
@@ -174,6 +181,14 @@ class Agent:
         self._asking = Asking(random=random)
         self._serving = Serving(random=random, earlier=granted, now=now, wall=wall)
         self._tree = Tree(config.identity.public, signing=config.identity.signing, now=now, wall=wall)
+        self._carriage = Carriage(
+            own=own,
+            signing=config.identity.signing,
+            upstream=config.upstream,
+            earlier=carried,
+            now=now,
+            wall=wall,
+        )
         self._relay_report: RelayReport | None = None  # the one that was last worth a report
         self._listen_port = state.listen_port
         self._interfaces: frozenset[IPInterface] = frozenset()
@@ -256,6 +271,8 @@ class Agent:
                 self._serving.relaying(by, reason, forgot=forgot, answers=answers, taken=taken, now=now)
             case PortsApplied(error):
                 self._paths.port_rules_applied(error, now)
+            case CarrierSeen():
+                self._carriage.seen(event, now)
             case TrafficMoved():
                 self._paths.traffic_moved(now)
                 self._observe_soon(now, OBSERVE_TRAFFIC, floor=min(self._observe_floor, self._observe_latest))
@@ -290,6 +307,7 @@ class Agent:
             self._serving.get_timer(),
             self._tree.get_timer(),
             self._forwarding_at(),
+            self._carriage.get_timer(),
             self._membership.get_timer(),
             self._observe_at if self._observing_since is None and not self._device_busy else None,
             self._reporting.get_timer(),
@@ -343,6 +361,8 @@ class Agent:
     def _datagram(self, data: bytes, leg: Leg, now: float) -> None:
         opened = self._carrying.open(data)
         source = leg.endpoint if isinstance(leg, Socket) else None
+        if opened is not None and source is not None and not is_carried(source):
+            self._paths.heard_over_udp(now)
         match opened:
             case Hello(sender, cookie):
                 self._out += self._carrying.send(cookie, back(leg, sender), now)
@@ -421,6 +441,7 @@ class Agent:
             is_expected=not view.declared or peer.assignment.online,
             endpoint=view.endpoint if view.path is not PathKind.NONE else None,
             rtt=view.rtt,
+            is_hub_itself=view.path is PathKind.RELAYED and view.hub == peer.meta.name,
         )
         self._asking.observe(key, standing, now)
         is_alive = view.path is not PathKind.NONE
@@ -456,11 +477,53 @@ class Agent:
             endpoint = self._paths.endpoint_of(telling.to, now)
             leg = Socket(endpoint) if endpoint is not None else Courier(telling.to)
             self._out += self._carrying.seal(telling.to, telling.message, leg, now)
-        report = self._serving.report(now)
+        report = self._relaying(now)
         # How many pairs there are goes along with whatever else is reported.
         if _without_pairs(report) != _without_pairs(self._relay_report):
             self._reporting.expect()
         self._relay_report = report
+
+    def _relaying(self, now: float) -> RelayReport | None:
+        """What our own status says of relaying and carrying."""
+        report = self._serving.report(now)
+        return None if report is None else replace(report, carrier=self._carriage.report())
+
+    # --- what TCP carries ----------------------------------------------------------------------------------
+
+    def _carry(self, now: float) -> None:
+        """Have ourselves carried, and others, as things are now."""
+        is_carried = self._carriage.is_carried
+        around = Surroundings(
+            self._paths.udp_silent_since(),
+            is_used=is_carried and self._paths.any_by_carrier,
+            distances=self._asking.distances() if is_carried else {},
+            wanted=self._asking.wanted_hubs() if is_carried else frozenset(),
+        )
+        if self._carriage.observe(around, now):
+            self._paths.doubt_udp(now)
+        if self._carriage.is_carried:
+            self._carriage.set_granted(self._asking.ports())
+        apply = self._carriage.take_apply(now)
+        if apply is not None:
+            self._out.append(apply)
+        if self._carriage.take_change():
+            self._take_passages(now)
+        for hub in self._carriage.take_connected():
+            self._asking.connected(hub, now)
+            self._paths.connected(hub, now)
+
+    def _take_passages(self, now: float) -> None:
+        peers, own = self._snapshot.peers, self._snapshot.own
+        hubs = {
+            hub: {endpoint: Relay(peers[hub].meta.name, user_space=False)}
+            for hub, endpoint in self._carriage.ways_to_hubs().items()
+            if hub in peers
+        }
+        self._paths.set_carried(hubs, now)
+        self._asking.set_passages(self._carriage.passages(), now)
+        if own is not None:
+            here = Relay(own.meta.name, user_space=False)
+            self._paths.expect_carried(self._carriage.members(), here)
 
     # --- membership ----------------------------------------------------------------------------------------
 
@@ -497,6 +560,15 @@ class Agent:
                 members={key: probe for probe, key in self._peer_keys.items()},
                 now=now,
             )
+            self._carriage.configure(
+                mesh_uid=mesh.meta.uid,
+                hubs=mesh.spec.hubs,
+                is_hub=snapshot.own.assignment.role is Role.HUB and not self.removed,
+                listen_port=self._listen_port,
+                members={key: p.report.keys.signing for key, p in snapshot.peers.items() if p.report},
+                listening=_listening(snapshot),
+            )
+            self._take_passages(now)
         for key, peer in snapshot.peers.items():
             if before.peers.get(key) is not peer:
                 self._stand(key, now)
@@ -786,6 +858,7 @@ class Agent:
         self._follow_tree(now)
         self._say_tree(now)
         self._plan_forwarding(now)
+        self._carry(now)
         self._ask_hubs(now)
         self._serve(now)
         for out in self._paths.outputs():
@@ -825,7 +898,7 @@ class Agent:
             self._paths.view(now),
             identity=self._config.identity,
             device=self._device_kind,
-            relay=self._serving.report(now),
+            relay=self._relaying(now),
             hub=self._home_name(),
         )
         if self._reporting.take(wanted):
@@ -897,6 +970,9 @@ class Agent:
                 "Registry": self._reporting.error,
                 "Disk": self._disk_error,
                 "Forwarding": self._forwarding_error,
+                "Carrier": self._carriage.trouble(
+                    {key: peer.meta.name for key, peer in self._snapshot.peers.items()}
+                ),
                 "Removed": "this peer was removed from the mesh" if self.removed else "",
             },
             dropped=self._carrying.dropped + self._serving.dropped,
@@ -921,6 +997,31 @@ def _hubs(snapshot: Snapshot) -> dict[PublicKey, Hub]:
         for key, peer in snapshot.peers.items()
         if peer.assignment.role is Role.HUB
     }
+
+
+def _listening(snapshot: Snapshot) -> dict[PublicKey, ListeningHub]:
+    """The hubs that carry, with what we can know of where."""
+    found = {}
+    for key, peer in snapshot.peers.items():
+        relay = peer.report.relay if peer.report is not None else None
+        carrier = relay.carrier if relay is not None else None
+        if peer.assignment.role is not Role.HUB or peer.report is None or carrier is None or carrier.reason:
+            continue
+        addresses = public_addresses(peer) or tuple(c.endpoint.address for c in peer.report.endpoints)
+        port = _wireguard_port(peer, snapshot)
+        if addresses and port:
+            found[key] = ListeningHub(
+                tuple(Endpoint(address, carrier.port) for address in addresses), carrier.pin, port
+            )
+    return found
+
+
+def _wireguard_port(peer: Peer, snapshot: Snapshot) -> int:
+    """The port at which WireGuard of a peer itself listens; 0: it does not say."""
+    candidates = peer.report.endpoints if peer.report is not None else ()
+    ports = [c.endpoint.port for c in candidates if c.kind is CandidateKind.HOST]
+    usual = snapshot.mesh.spec.listen_port if snapshot.mesh is not None else 0
+    return ports[0] if ports else usual
 
 
 def _shape_differs(before: Snapshot, after: Snapshot) -> bool:

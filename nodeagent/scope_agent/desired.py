@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from scope.carrier import is_carried
 from scope.model import (
     DeviceKind,
+    Endpoint,
     IPNetwork,
     Link,
     PathKind,
@@ -138,14 +140,20 @@ def _link(snapshot: Snapshot, key: PublicKey, pair: PairView) -> Link | None:
     return Link(
         peer=peer.meta.name,
         path=pair.path,
-        endpoint=pair.endpoint if pair.path is not PathKind.NONE else None,
+        endpoint=pair.endpoint if pair.path is not PathKind.NONE and not is_loopback(pair.endpoint) else None,
         observed=observed,
         latency=round(pair.rtt, 3) if pair.rtt is not None and pair.path is not PathKind.NONE else None,
         reason=pair.reason,
         hub=pair.hub,
         user_space=pair.user_space,
         birthday=pair.birthday,
+        carried=pair.carried,
     )
+
+
+def is_loopback(endpoint: Endpoint | None) -> bool:
+    """Whether an endpoint is of our own carrier, and so means nothing to anybody else."""
+    return endpoint is not None and is_carried(endpoint)
 
 
 def _link_order(link: Link) -> tuple[int, int, float, str]:

@@ -24,6 +24,7 @@ from scope.model import (
 )
 from scope.registry.port import Fact
 from scope.relay import Grants
+from scope_agent.carrier.core import ApplyCarrier, CarrierSeen
 from scope_agent.relay.asking import HeldGrant
 from scope_agent.tree.rules import ForwardedPrefixes
 from scope_agent.wireguard.device import DesiredDevice, ObservedDevice, PlannedAction
@@ -186,6 +187,7 @@ Input: TypeAlias = (
     | Failed
     | Relaying
     | PortsApplied
+    | CarrierSeen
     | TrafficMoved
     | CommandArrived
     | Leaving
@@ -287,6 +289,7 @@ Output: TypeAlias = (
     | ApplyGrants
     | ApplyForwarding
     | ApplyPorts
+    | ApplyCarrier
     | Reply
     | ListAgain
 )

@@ -63,6 +63,7 @@ from scope_agent.run import (
     RunConfig,
     Runner,
     be_no_hub,
+    carry_nobody,
     close_ports,
     import_http,
 )
@@ -387,10 +388,9 @@ class NodeAgent:
             return
         enrolment = state.load_enrolment()
         run_config = RunConfig(state, config.run_dir, fwmark=config.fwmark)
-        for failed in await asyncio.to_thread(be_no_hub, run_config, enrolment):
-            log.error("mesh.relay_stays mesh=%s error=%s", mesh, failed)
-        for failed in await asyncio.to_thread(close_ports, run_config, enrolment):
-            log.error("mesh.ports_stay mesh=%s error=%s", mesh, failed)
+        for undo in (be_no_hub, close_ports, carry_nobody):
+            for failed in await asyncio.to_thread(undo, run_config, enrolment):
+                log.error("mesh.traces_stay mesh=%s error=%s", mesh, failed)
         device = choose_device(enrolment.device, run_dir=config.run_dir, only=config.only)
         try:
             await device.delete()

@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias, assert_never, runtime_checkable
 
 from scope import resources
+from scope.carrier import Carrier, CarrierFileError, Upstream, decode_carrier
 from scope.channel import BOOT_ID_BYTES, Channel
 from scope.model import ConfigError, DeviceKind, Forwarding, IPInterface, Kind, PublicKey
 from scope.registry.follow import delay_after
 from scope.registry.port import Disconnected, Gone, PeerRemoved, Registry, RegistryError
 from scope.relay import Grants
 from scope_agent.agent import Agent, AgentConfig, pick_port
+from scope_agent.carrier.core import ApplyCarrier, CarrierSeen
 from scope_agent.inbox import Inbox
 from scope_agent.inputs import (
     Applied,
@@ -75,6 +77,7 @@ from scope_agent.wireguard.shell.probe_socket import READ_AT_ONCE
 
 if TYPE_CHECKING:
     from scope.registry.http import Couriered, HttpRegistry
+    from scope_agent.carrier.shell.machine import CarrierMachine
     from scope_agent.relay.shell.hub import HubMachine, Outcome
     from scope_agent.tree.rules import ForwardedPrefixes
     from scope_agent.tree.shell.forwarding import TreeForwarding
@@ -87,6 +90,7 @@ HUB_CHECK = 2.0  # seconds: with the knocks that follow, relayed pairs are back 
 HUB_CHECK_SHARE = 20.0  # a check that took t seconds is followed by t times this of not checking
 PORTS_CHECK = 2.0  # seconds: a path that needs the rules is back as soon
 NO_PORTS = range(0)
+CARRIER_CHECK = 0.25  # seconds: a carrier that died is back within two
 HTTP_AFTER = 0.4  # the HTTP client's import waits for the first pings, or for so long
 HEARTBEAT = 60.0
 HEARTBEAT_AGAIN = 10.0  # after one that failed: a few are tried before those who listen give us up
@@ -192,6 +196,7 @@ class Runner:
                 identity=identity,
                 registry_key=enrolment.registry_key,
                 fwmark=config.fwmark,
+                upstream=Upstream(enrolment.url, enrolment.pin) if enrolment.url else None,
             ),
             channel=Channel(secret=identity.probe, boot_id=secrets.token_bytes(BOOT_ID_BYTES)),
             state=state,
@@ -200,6 +205,7 @@ class Runner:
             wall=self._wall(),
             granted=granted,
             openings=openings,
+            carried=read_earlier(config, enrolment),
         )
         self._probe: ProbeSocket = open_probe_socket(self._agent.listen_port, fwmark=config.fwmark)
         self._holds = EndpointHolds()
@@ -207,6 +213,8 @@ class Runner:
         self._forwarding: TreeForwarding | None = None  # made likewise
         self._hub_lock = asyncio.Lock()
         self._ports_lock = asyncio.Lock()
+        self._carrier: CarrierMachine | None = None  # made when there is something to carry, or to undo
+        self._carrier_lock = asyncio.Lock()
         self._inbox = Inbox()
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -233,6 +241,7 @@ class Runner:
         self._spawn(self._watch_traffic())
         self._spawn(self._watch_hub())
         self._spawn(self._watch_ports())
+        self._spawn(self._watch_carrier())
         self._spawn(self._serve_commands())
         self._spawn(self._follow_registry())
         try:
@@ -345,6 +354,8 @@ class Runner:
                 self._spawn(self._forward(forwarded))
             case ApplyPorts(rules):
                 self._spawn(self._apply_ports(rules))
+            case ApplyCarrier(carrier):
+                self._spawn(self._carry(carrier))
             case Reply(number, value):
                 future = self._replies.pop(number, None)
                 if future is not None and not future.done():
@@ -563,6 +574,34 @@ class Runner:
                 log.warning("forwarding.unchecked error=%s", error)
         return hub.check(self._wall())
 
+    # --- being carried, and carrying -----------------------------------------------------------------------
+
+    async def _carry(self, carrier: Carrier | None) -> None:
+        async with self._carrier_lock:
+            seen = await asyncio.to_thread(self._carry_so, carrier)
+        log.info("carrier.applied in_effect=%s error=%s", seen.is_in_effect, seen.error)
+        self._post(seen)
+
+    def _carry_so(self, carrier: Carrier | None) -> CarrierSeen:
+        if self._carrier is None:
+            self._carrier = make_carrier(self._config, self._enrolment)
+        seen = self._carrier.apply(carrier)
+        if carrier is None and seen.is_in_effect:
+            self._carrier = None
+        return seen
+
+    async def _watch_carrier(self) -> None:
+        """Start the process again if it ended, and hear what it says."""
+        if carrier_file(self._config, self._enrolment).exists():
+            self._carrier = await asyncio.to_thread(make_carrier, self._config, self._enrolment)
+        while True:
+            await asyncio.sleep(CARRIER_CHECK)
+            async with self._carrier_lock:
+                carrier = self._carrier
+                seen = await asyncio.to_thread(carrier.check) if carrier is not None else None
+            if seen is not None:
+                self._post(seen)
+
     # --- the registry --------------------------------------------------------------------------------------
 
     async def _follow_registry(self) -> None:
@@ -775,6 +814,34 @@ def close_ports(config: RunConfig, enrolment: Enrolment) -> list[str]:
     except NftError as error:
         return [f"the rules for ports of {enrolment.device} may stay: {error}"]
     return []
+
+
+def carrier_file(config: RunConfig, enrolment: Enrolment) -> Path:
+    """Where the file of the mesh's carrier lies; the unit `scope-carrier@` says the same."""
+    return config.run_dir / "carrier" / f"{enrolment.device}.json"
+
+
+def read_earlier(config: RunConfig, enrolment: Enrolment) -> Carrier | None:
+    """What the last run had its carrier do; None where it had none, or what it wrote is damaged."""
+    try:
+        return decode_carrier(carrier_file(config, enrolment).read_text(encoding="utf-8"))
+    except (OSError, CarrierFileError):
+        return None
+
+
+def make_carrier(config: RunConfig, enrolment: Enrolment) -> CarrierMachine:
+    """What carries us and others on this machine."""
+    from scope_agent.carrier.shell.machine import CarrierMachine  # brings X.509; most peers have UDP
+
+    return CarrierMachine(carrier_file(config, enrolment), config.state.carrier_file, mark=config.fwmark)
+
+
+def carry_nobody(config: RunConfig, enrolment: Enrolment) -> list[str]:
+    """End our carrier, if there is one; what stays comes back in words. The mesh is left."""
+    if not carrier_file(config, enrolment).exists():
+        return []
+    seen = make_carrier(config, enrolment).apply(None)
+    return [seen.error] if seen.error else []
 
 
 def make_hub(config: RunConfig, enrolment: Enrolment) -> HubMachine:

@@ -7,6 +7,7 @@ through a symbolic link:
 - `snapshot.json`: what was last believed of the mesh, the last good endpoints, the port, what hubs granted,
   where edges are attached. A damaged one is put aside and the agent starts from the registry.
 - `granted.json`, `settings.json`: of a hub. What it grants, and how the kernel's settings were before.
+- `carrier.pem`: of a hub. The certificate that it shows to those whom it carries, and its key.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ class StateDir:
         self.pending_file = self.path / "joining.json"
         self.granted_file = self.path / "granted.json"
         self.settings_file = self.path / "settings.json"
+        self.carrier_file = self.path / "carrier.pem"
 
     def prepare(self) -> None:
         """Make the directory, 0700."""

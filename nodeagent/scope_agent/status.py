@@ -133,5 +133,6 @@ def _peer_status(
         "hub": (pair.hub if pair is not None else home) or None,
         "userSpace": pair.user_space if pair is not None else False,
         "birthday": pair.birthday if pair is not None else False,
+        "carried": pair.carried if pair is not None else False,
         "reason": reason,
     }

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import hashlib
 import os
 import signal
 import socket
@@ -31,6 +32,9 @@ from scope_dataplane.carrier_peer import LOOK_INTERVAL, PeerCarrier
 from scope_dataplane.process import can_mark, listen_at, log, parse_mark, raise_descriptors, take_lock
 
 READ_INTERVAL = 0.1  # how soon a change of the file is seen
+READ_SHARE = (
+    4.0  # after a read that took t seconds the next one waits so many t: members may come by hundreds
+)
 WAIT_INTERVAL = 0.05  # how soon its appearance is
 LISTENERS = 4  # connections to the Unix socket that wait at once
 ANSWER_SECONDS = 10.0  # whoever asks and does not read is left
@@ -106,6 +110,8 @@ class Running:
         self._peer = PeerCarrier(mark=mark)
         self._hub = HubCarrier(mark=mark)
         self._seen: tuple[int, ...] | None = None  # the file as it was last read
+        self._read_again = 0.0
+        self._digest = ""  # of the one that is in effect
         self._refused = ""  # why the last one could not be
         self._reason = ""  # why the hub did not listen when we last looked
 
@@ -114,9 +120,11 @@ class Running:
         try:
             found = os.stat(self._file)
             seen = (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
-            if seen == self._seen:
+            began = time.monotonic()
+            if seen == self._seen or began < self._read_again:
                 return True
-            carrier = _read(self._file)
+            # In a thread: ten thousand members take a while, and datagrams are not to wait so long.
+            carrier, digest = await asyncio.to_thread(_read, self._file)
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -127,7 +135,10 @@ class Running:
             self._seen = seen
             return True
         self._seen, self._refused = seen, ""
+        ended = time.monotonic()
+        self._read_again = ended + READ_SHARE * (ended - began)
         await self._follow(carrier)
+        self._digest = digest
         return True
 
     async def follow_file(self, ended: asyncio.Event) -> None:
@@ -156,6 +167,7 @@ class Running:
             listening=self._hub.is_listening,
             reason=self._hub.reason,
             refused=self._hub.refused,
+            file=self._digest,
         )
         writer.write(encode_report(report).encode() + b"\n")
         try:
@@ -187,10 +199,11 @@ class Running:
             _log(f"{self._file}: {error}; going on as before")
 
 
-def _read(path: str) -> Carrier:
-    """A file on tmpfs, which does not block. Raises OSError, CarrierFileError."""
+def _read(path: str) -> tuple[Carrier, str]:
+    """The file, and the digest of its text. Raises OSError, CarrierFileError."""
     with open(path, encoding="utf-8") as file:
-        return decode_carrier(file.read())
+        text = file.read()
+    return decode_carrier(text), hashlib.sha256(text.encode()).hexdigest()
 
 
 def _log(event: str) -> None:

@@ -95,7 +95,12 @@ async def _get(args: argparse.Namespace, registry: HttpRegistry) -> None:
 async def _create_token(args: argparse.Namespace, registry: HttpRegistry) -> None:
     """The join string alone goes to standard output, so that a script can take it."""
     join_string = await remote.create_token(
-        registry, mesh=args.mesh, ttl=args.ttl, single_use=args.single_use, role=Role(args.role)
+        registry,
+        mesh=args.mesh,
+        ttl=args.ttl,
+        single_use=args.single_use,
+        role=Role(args.role),
+        hub=args.hub,
     )
     print(join_string)
     machines = "one machine" if args.single_use else "any number of machines"

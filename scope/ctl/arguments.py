@@ -115,6 +115,9 @@ def _add_token(parser: argparse.ArgumentParser, admin: argparse.ArgumentParser) 
     create.add_argument(
         "--role", choices=tuple(map(str, Role)), default=str(Role.AUTO), help="of those who join with it"
     )
+    create.add_argument(
+        "--hub", metavar="PEER", help="for a machine from which only this hub can be reached, by TCP"
+    )
     listing = actions.add_parser("list", parents=[admin], help="show the tokens, without their secrets")
     _add_format(listing, FORMATS)
     delete = actions.add_parser(

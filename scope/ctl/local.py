@@ -41,6 +41,7 @@ class PeerView:
     hub: str = ""  # name of the ScopePeer that relays, or routes
     user_space: bool = False  # a process on the hub relays, not its kernel
     birthday: bool = False  # direct by a port of a symmetric NAT that was guessed
+    carried: bool = False  # over TCP between the hub and one of the two
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +194,7 @@ def _parse_peer(peer: Mapping[str, object]) -> PeerView:
         hub=string(peer, "hub"),
         user_space=peer.get("userSpace") is True,
         birthday=peer.get("birthday") is True,
+        carried=peer.get("carried") is True,
     )
 
 

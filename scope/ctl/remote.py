@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from scope.ctl.errors import CommandError
 from scope.ctl.files import Admin
 from scope.join import JoinString
-from scope.model import Kind, Mesh, Meta, Peer, Role, kind_of
+from scope.model import CandidateKind, Kind, Mesh, Meta, Peer, Role, kind_of
 from scope.registry.http import HttpRegistry
 from scope.registry.port import AlreadyExists, Conflict, NotFound, Registry, RegistryError, Unavailable
 from scope.resources import PLURALS
@@ -96,14 +96,43 @@ async def delete_mesh(registry: Registry, name: str) -> str:
     return f"{full_name(mesh)} deleted"
 
 
-async def create_token(registry: HttpRegistry, *, mesh: str, ttl: float, single_use: bool, role: Role) -> str:
-    """A fresh join string, checked. Raises CommandError, ConfigError, RegistryError."""
+async def create_token(
+    registry: HttpRegistry, *, mesh: str, ttl: float, single_use: bool, role: Role, hub: str | None = None
+) -> str:
+    """A fresh join string, checked; with `hub` one that leads to that peer's carrier.
+
+    Raises CommandError, ConfigError, RegistryError.
+    """
+    way = _way_to(await find(registry, Kind.PEER, hub), mesh) if hub is not None else None
     try:
         text = await registry.create_token(mesh, role=role, lifetime=ttl, single_use=single_use)
-        return JoinString.parse(text).format()
     except NotFound:
         await find(registry, Kind.MESH, mesh)
         raise
+    found = JoinString.parse(text)
+    return (replace(found, url=way[0], pin=way[1]) if way is not None else found).format()
+
+
+def _way_to(hub: Mesh | Peer, mesh: str) -> tuple[str, bytes]:
+    """URL and pin of a hub's carrier, which leads to the registry. Raises CommandError."""
+    name = hub.meta.name
+    report = hub.report if isinstance(hub, Peer) else None
+    carrier = report.relay.carrier if report is not None and report.relay is not None else None
+    if not isinstance(hub, Peer) or report is None or carrier is None:
+        raise CommandError(
+            f"{name} carries nobody: it is no hub, or spec.hubs.carrierPort of {mesh} is 0; "
+            "`scopectl get peers` shows which peers are hubs"
+        )
+    if carrier.reason:
+        raise CommandError(f"{name} carries nobody: {carrier.reason}")
+    kinds = (CandidateKind.STATIC, CandidateKind.REFLEXIVE, CandidateKind.HOST)
+    endpoints = list(hub.spec.endpoints)
+    endpoints += [each.endpoint for kind in kinds for each in report.endpoints if each.kind is kind]
+    if not endpoints:
+        raise CommandError(f"{name} publishes no address: give its public one in spec.endpoints")
+    address = endpoints[0].address
+    host = f"[{address}]" if address.version == 6 else str(address)
+    return f"https://{host}:{carrier.port}", carrier.pin
 
 
 def full_name(resource: Mesh | Peer) -> str:

@@ -293,7 +293,8 @@ def _by_hub(peer: PeerView) -> str:
     """Who relays, or where to, of an agent that does not say who."""
     if not peer.hub:
         return f"by {peer.endpoint}"
-    return f"via {peer.hub} (user space)" if peer.user_space else f"via {peer.hub}"
+    how = " (TCP)" if peer.carried else " (user space)" if peer.user_space else ""
+    return f"via {peer.hub}{how}"
 
 
 def _path(peer: PeerView) -> str:

@@ -35,6 +35,9 @@ def read_hubs(fields: Fields, *, listen_port: int) -> Hubs:
             pair=limits.optional("pairBytesPerSecond", _read_rate, usual.limits.pair),
             total=limits.optional("totalBytesPerSecond", _read_rate, usual.limits.total),
         ),
+        carrier_port=fields.optional(
+            "carrierPort", lambda value: read_integer(value, 0, 65535), usual.carrier_port
+        ),
     )
 
 
@@ -82,6 +85,7 @@ def hubs_dict(hubs: Hubs) -> dict[str, object]:
             "pairBytesPerSecond": hubs.limits.pair,
             "totalBytesPerSecond": hubs.limits.total,
         },
+        "carrierPort": hubs.carrier_port,
     }
 
 

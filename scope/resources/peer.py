@@ -11,6 +11,7 @@ from scope.model import (
     CandidateKind,
     DeviceKind,
     Forwarding,
+    HubCarrier,
     Kind,
     Link,
     PathKind,
@@ -167,6 +168,15 @@ def _read_relay(fields: Fields) -> RelayReport:
         pairs=fields.optional("pairs", read_count, 0),
         refused=fields.optional("refused", read_count, 0),
         reason=fields.optional("reason", lambda value: read_text(value, MAX_REASON), ""),
+        carrier=_read_carrier(carrier) if (carrier := fields.sub_if_any("carrier")) else None,
+    )
+
+
+def _read_carrier(fields: Fields) -> HubCarrier:
+    return HubCarrier(
+        port=fields.required("port", lambda value: read_integer(value, 1, 65535), 1),
+        pin=fields.required("pin", lambda value: read_base64(value, size=32), b""),
+        reason=fields.optional("reason", lambda value: read_text(value, MAX_REASON), ""),
     )
 
 
@@ -188,6 +198,7 @@ def _read_link(fields: Fields) -> Link:
         hub=fields.optional("hub", read_subdomain, ""),
         user_space=fields.optional("userSpace", read_boolean, False),
         birthday=fields.optional("birthday", read_boolean, False),
+        carried=fields.optional("carried", read_boolean, False),
     )
 
 
@@ -255,6 +266,15 @@ def _relay_dict(relay: RelayReport) -> dict[str, object]:
         "pairs": relay.pairs,
         "refused": relay.refused,
         **({"reason": relay.reason} if relay.reason else {}),
+        **({"carrier": _carrier_dict(relay.carrier)} if relay.carrier else {}),
+    }
+
+
+def _carrier_dict(carrier: HubCarrier) -> dict[str, object]:
+    return {
+        "port": carrier.port,
+        "pin": base64.b64encode(carrier.pin).decode(),
+        **({"reason": carrier.reason} if carrier.reason else {}),
     }
 
 
@@ -270,6 +290,7 @@ def _link_dict(link: Link) -> dict[str, object]:
         **({"hub": link.hub} if link.hub else {}),
         **({"userSpace": True} if link.user_space else {}),
         **({"birthday": True} if link.birthday else {}),
+        **({"carried": True} if link.carried else {}),
     }
 
 

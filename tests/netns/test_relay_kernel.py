@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from ipaddress import ip_address
+from ipaddress import IPv4Address, ip_address
 from pathlib import Path
 
 import pytest
@@ -68,11 +68,13 @@ SECOND = grant(4, peers=(PEERS[0], PEERS[2]), tokens=(b"tokenofC", b"tokenofD"),
 class End:
     """A UDP socket in a namespace, as WireGuard's would be."""
 
-    def __init__(self, namespace: str, family: Family, *, port: int = 0) -> None:
+    def __init__(
+        self, namespace: str, family: Family, *, port: int = 0, address: IPAddress | None = None
+    ) -> None:
         number = socket.AF_INET if family is Family.IPV4 else socket.AF_INET6
         self.socket = call_in(namespace, lambda: socket.socket(number, socket.SOCK_DGRAM))
         self.socket.setsockopt(socket.SOL_SOCKET, 33, 1 << 22)  # SO_RCVBUFFORCE
-        self.socket.bind(("", port))
+        self.socket.bind(("" if address is None else str(address), port))
         self.socket.settimeout(PATIENCE)
 
     @property
@@ -140,8 +142,9 @@ class Relay:
     def hub(self) -> IPAddress:
         return address_of(self.internet.hub, self.family)
 
-    def end(self, host: Host, *, port: int = 0) -> End:
-        return self.opened.enter_context(contextlib.closing(End(host.namespace, self.family, port=port)))
+    def end(self, host: Host, *, port: int = 0, address: IPAddress | None = None) -> End:
+        end = End(host.namespace, self.family, port=port, address=address)
+        return self.opened.enter_context(contextlib.closing(end))
 
     def local(self, port: int) -> End:
         """A socket of the hub itself."""
@@ -617,6 +620,21 @@ def empty(internet: Internet) -> Internet:
     """The hub has no rules at all."""
     load_nft("flush ruleset\n", inside=internet.hub.namespace)
     return internet
+
+
+def test_what_a_carrier_brings_over_loopback_is_left_to_the_forwarder_and_moves_nobody(
+    internet: Internet,
+) -> None:
+    loopback, member = IPv4Address("127.0.0.1"), IPv4Address("127.83.1.2")
+    with relayed(internet, Family.IPV4) as relay:
+        forwarder = relay.local(A_PORT)
+        carried = relay.end(internet.hub, address=member)
+        for data in (knock(A_TOKEN), DATA, PROBE):
+            carried.send(data, loopback, A_PORT)
+            assert forwarder.receive() == (data, member, carried.port)
+        assert relay.b.drain() == []
+        relay.passes()  # and so B still reaches A where A knocked from the world
+        assert carried.drain() == []
 
 
 def test_the_agent_is_told_when_the_kernel_knows_no_places(empty: Internet) -> None:

@@ -20,6 +20,7 @@ from typing import assert_never
 from lab.grid import Place, place_reason
 from lab.nat import Nat
 from scope_agent.agent import Agent, AgentConfig, pick_port
+from scope_agent.carrier.core import ApplyCarrier, CarrierSeen
 from scope_agent.carrying import Carrying
 from scope_agent.inputs import (
     Applied,
@@ -57,6 +58,7 @@ from scope_agent.wireguard.device import HoldEndpoint
 from scope_agent.wireguard.port_rules import PortRules
 from scope_operator.gateway.reflector import HEARD_SECONDS
 
+from scope.carrier import Carrier, is_carried
 from scope.channel import Channel, Confirmed, Hello, NotACorrespondent, Received
 from scope.model import (
     Addressing,
@@ -92,7 +94,7 @@ from scope.registry.port import Deleted, Disconnected, Put, RegistryError
 from scope.relay import Grants
 from scope.tombstones import sign_tombstone
 from scope.wire import AskRelay, Forward, Forwarded, Message, Ping, Pong, Refused, WireError
-from tests.sim import relay
+from tests.sim import carrier, relay
 from tests.sim.network import Network, Site
 from tests.sim.wireguard import Device, Transport
 
@@ -105,6 +107,7 @@ TURN_DELAY = 0.002  # what another family's packet may lose by going through the
 DISK_DELAY = 0.005
 PORTS_DELAY = 0.02  # a run of the packet filter's program
 RELAY_DELAY = 0.05  # a disk write and a run of the packet filter's program
+CARRIER_LOOK = 0.5  # how soon a carrier's process that died is started again
 POLL = 0.25  # how often the shell looks at the device's own counters
 RECONNECT, RECONNECT_MAX = 1.0, 30.0
 SPIN_LIMIT = 200  # turns of one timer at one instant
@@ -319,7 +322,9 @@ class Machine:
         self.is_off = False
         self.ports = PortRules()  # of its packet filter and probe socket
         self.ports_fail = ""
+        self._watching = 0
         self.relay = relay.Relay(lambda: world.now, self._send_relayed)
+        self.carrier = carrier.CarrierProcess(self, self._at_address)
         self.device = Device(
             name="scope0",
             now=lambda: world.now,
@@ -384,6 +389,8 @@ class Machine:
         self._later(0.0, lambda: self.give(self._interfaces()))
         self._later(DEVICE_DELAY, lambda: self.give(self._observation()))
         self._later(0.0, lambda: world.registry.connect(self))
+        if self.carrier.carrier is not None:
+            self._watch_carrier(self.generation)
 
     def crash(self) -> None:
         """SIGKILL: the device lives on."""
@@ -534,7 +541,14 @@ class Machine:
     def _send_relayed(self, port: int, to: Endpoint, payload: object) -> None:
         self._put_from(port, to, payload)
 
+    def _at_address(self, endpoint: Endpoint) -> Machine | None:
+        """Who would answer there over TCP."""
+        return next((m for m in self.world.machines if endpoint.address in m.addresses), None)
+
     def _put_from(self, port: int, to: Endpoint, payload: object, *, ttl: int | None = None) -> None:
+        if is_carried(to):
+            self.carrier.send(port, to, payload)
+            return
         for address in self.addresses:
             if address.version == to.address.version and port and not self.is_off:
                 self.world.network.send(self.site, Endpoint(address, port), to, payload, ttl=ttl)
@@ -640,6 +654,8 @@ class Machine:
                 self._later(RELAY_DELAY, lambda: self._forward_these(forwarded))
             case ApplyPorts(rules):
                 self._later(PORTS_DELAY, lambda: self._turn_ports(rules))
+            case ApplyCarrier(wanted):
+                self._later(RELAY_DELAY, lambda: self._have_carried(wanted))
             case Reply():
                 self.replies.append(output)
             case ListAgain():
@@ -673,6 +689,34 @@ class Machine:
             self.ports = rules
         self.give(PortsApplied(self.ports_fail))
 
+    def _have_carried(self, wanted: Carrier | None) -> None:
+        self.carrier.apply(wanted)
+        self.give(self._carrier_seen(answers=True))
+        self._watch_carrier(self.generation)
+
+    def _carrier_seen(self, *, answers: bool) -> CarrierSeen:
+        report = self.carrier.report()
+        error = "" if report is not None else "scope-carrier does not run"
+        return CarrierSeen(
+            report, error, pin=carrier.PIN, answers=answers, is_in_effect=answers and report is not None
+        )
+
+    def _watch_carrier(self, generation: int) -> None:
+        """The shell looks after the process, and at what it says."""
+        if self._watching == generation:
+            return
+        self._watching = generation
+
+        def look() -> None:
+            if generation != self.generation or self.agent is None:
+                return
+            if not self.carrier.is_running:
+                self.carrier.start()
+            self.give(self._carrier_seen(answers=False))
+            self.world.after(CARRIER_LOOK, look)
+
+        self.world.after(CARRIER_LOOK, look)
+
     def _save(self, state: DiskState) -> None:
         if self.disk_fails:
             self.give(Failed(Target.DISK, "no space left on device"))
@@ -695,6 +739,7 @@ class _Overheard(Agent):
             wall=world.now + machine.clock_error,
             granted=machine.granted,
             openings=machine.ports.openings,
+            carried=machine.carrier.carrier,
         )
         self._machine = machine
         self._carrying = _Ear(machine, channel, paths=self._paths, membership=self._membership)

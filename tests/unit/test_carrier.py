@@ -303,5 +303,6 @@ def test_a_report_is_read_as_it_was_written() -> None:
         listening=False,
         reason="port 443 is taken",
         refused=7,
+        file="ab" * 32,
     )
     assert decode_report(encode_report(report)) == report

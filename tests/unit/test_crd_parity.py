@@ -247,13 +247,14 @@ LENGTHS = {
         },
         resources.MAX_REASON: {
             *("status.links[0].reason", "status.conditions[0].reason", "status.relay.reason"),
+            "status.relay.carrier.reason",
         },
         resources.MAX_MESSAGE: {"status.conditions[0].message"},
     },
 }
 # Of these texts each is as long as the next, so that a bound only saves the server work.
 ALIKE = (
-    {"signingKey", "probeKey", "wireGuard", "probe", "signing", "key", "signer"},
+    {"signingKey", "probeKey", "wireGuard", "probe", "signing", "key", "signer", "pin"},
     {"signature"},
     {"lastSeen", "lastTransitionTime", "contestedSince"},
 )
@@ -363,6 +364,7 @@ def camel(name: str) -> str:
         ((model.Candidate,), Kind.PEER, "status.endpoints[0]"),
         ((model.Link,), Kind.PEER, "status.links[0]"),
         ((model.RelayReport,), Kind.PEER, "status.relay"),
+        ((model.HubCarrier,), Kind.PEER, "status.relay.carrier"),
         ((model.Condition,), Kind.PEER, "status.conditions[0]"),
         ((model.Tombstone,), Kind.PEER, "status.tombstone"),
     ],

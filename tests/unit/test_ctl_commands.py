@@ -12,11 +12,25 @@ import pytest
 
 from scope.ctl.__main__ import main
 from scope.join import JoinString
-from scope.model import Assignment, Kind, Link, Mesh, PathKind, Peer
+from scope.model import (
+    Assignment,
+    Candidate,
+    CandidateKind,
+    Endpoint,
+    Forwarding,
+    HubCarrier,
+    Kind,
+    Link,
+    Mesh,
+    PathKind,
+    Peer,
+    RelayReport,
+)
 from scope.registry.http import HttpRegistry
 from tests.unit.cluster_fixture import JoiningCluster, invite
 from tests.unit.gateway_fixture import ADMIN, REGISTRY_KEY, Running, enrolled, gateway
 
+HOST = Candidate(Endpoint.parse("192.0.2.7:51820"), CandidateKind.HOST)
 MESH = """
 apiVersion: scope.ltgc.cc/v1alpha1
 kind: ScopeMesh
@@ -342,3 +356,26 @@ def test_completion_knows_the_commands(shell: str, capsys: pytest.CaptureFixture
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
     assert all(word in script for word in ("token", "--single-use", "peers", "ping", "plan", "explain"))
+
+
+def test_a_token_for_a_hub_leads_to_its_carrier_and_one_for_who_carries_nobody_is_refused(play: Play) -> None:
+    async def scene(terminal: Terminal) -> None:
+        await terminal.apply(MESH)
+        peer = await enrolled(terminal.running.registry, 1)
+        create = ("token", "create", "--mesh", "home", "--hub", peer.meta.name)
+        code, out, err = await terminal.run(*create)
+        assert (code, out) == (1, "") and f"{peer.meta.name} carries nobody" in err
+        assert peer.report is not None
+        pin = bytes(range(32))
+        for reason in ("TCP port 443: Address already in use", ""):
+            relay = RelayReport(Forwarding.KERNEL, carrier=HubCarrier(443, pin, reason))
+            report = replace(peer.report, endpoints=(HOST,), relay=relay)
+            await terminal.running.registry.update_status(
+                Kind.PEER, peer.meta.name, report, uid=peer.meta.uid
+            )
+            code, out, err = await terminal.run(*create)
+            assert (code == 1) == (reason in err if reason else False)
+        string = JoinString.parse(out)
+        assert (string.url, string.pin) == ("https://192.0.2.7:443", pin)
+
+    play(scene)

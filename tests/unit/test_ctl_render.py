@@ -186,12 +186,14 @@ def test_the_status_names_the_hub_of_each_relayed_peer() -> None:
     relayed = [
         {"name": "home.tv", "hub": "home.berlin", "userSpace": False} | told,
         {"name": "home.pi", "hub": "home.lima", "userSpace": True} | told,
+        {"name": "home.pc", "hub": "home.lima", "userSpace": True, "carried": True} | told,
     ]
     text = render.status_text(parse_status({"mesh": "home", "peers": relayed}), color=False)
-    assert "Peers:      2: 0 direct, 2 relayed, 0 without a path\n" in text
-    assert [line.partition("  -  ")[0].rstrip() for line in text.splitlines()[-2:]] == [
+    assert "Peers:      3: 0 direct, 3 relayed, 0 without a path\n" in text
+    assert [line.partition("  -  ")[0].rstrip() for line in text.splitlines()[-3:]] == [
         "home.tv  Relayed via home.berlin",
         "home.pi  Relayed via home.lima (user space)",
+        "home.pc  Relayed via home.lima (TCP)",
     ]
 
 
@@ -264,6 +266,10 @@ def test_colours_are_only_where_they_are_wanted() -> None:
         (
             replace(PEERS[0], path="Relayed", hub="home.berlin", user_space=True),
             "relayed via home.berlin (user space)",
+        ),
+        (
+            replace(PEERS[0], path="Relayed", hub="home.berlin", user_space=True, carried=True),
+            "relayed via home.berlin (TCP)",
         ),
         (PEERS[1], "no path (both NATs map by destination)"),
         (None, "the agent no longer knows this peer"),

@@ -29,6 +29,7 @@ from scope.model import (
     Endpoint,
     Family,
     Forwarding,
+    HubCarrier,
     HubChoice,
     HubMode,
     Hubs,
@@ -162,6 +163,7 @@ def _with_hubs(spec: MeshSpec) -> st.SearchStrategy[MeshSpec]:
         st.none() | SELECTORS,
         PORTS.map(lambda of: (of[0], of[0] + of[1])),
         st.builds(RelayLimits, st.integers(0, resources.MAX_RATE), st.integers(0, resources.MAX_RATE)),
+        st.integers(0, 65535),
     ).filter(lambda hubs: not hubs.ports[0] <= spec.listen_port <= hubs.ports[1])
     return st.just(spec) | asked.map(lambda hubs: replace(spec, hubs=hubs))
 
@@ -202,7 +204,9 @@ LINKS = st.builds(
     REASONS,
     st.just("") | NAMES,
     st.booleans(),
+    st.booleans(),
 )
+CARRIERS = st.builds(HubCarrier, st.integers(1, 65535), st.binary(min_size=32, max_size=32), REASONS)
 REPORTS = st.builds(
     PeerReport,
     st.builds(PeerKeys, KEYS, KEYS, KEYS),
@@ -215,7 +219,8 @@ REPORTS = st.builds(
     COUNTS,
     st.lists(ADDRESSES, max_size=resources.MAX_ADDRESSES).map(tuple),
     st.integers(1, 255),
-    st.none() | st.builds(RelayReport, st.sampled_from(Forwarding), COUNTS, COUNTS, REASONS),
+    st.none()
+    | st.builds(RelayReport, st.sampled_from(Forwarding), COUNTS, COUNTS, REASONS, st.none() | CARRIERS),
 )
 INTERFACES = st.builds(
     lambda a, n: ip_interface((a, n if a.version == 4 else 4 * n)), ADDRESSES, st.integers(0, 32)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TypeAlias
 
+from scope.carrier import is_carried
 from scope.model import (
     Candidate,
     CandidateKind,
@@ -66,6 +67,9 @@ from scope_agent.wireguard.port_rules import Opening, PortRules
 COUNTER_STALE = 0.5  # a receive counter read longer before the latest traffic is reported as 0: unknown
 CARRIER_PATIENCE = 2.0  # on a busy machine a reflector's answer may be read so late
 MAX_WITHDRAWN = 1024  # a port of two hubs for each of five hundred peers
+UDP_IS_NEWS = (
+    10.0  # seconds without an answer over UDP, and the next one says that a network lets it out again
+)
 MAX_CARRIERS = 3  # a call-me-maybe goes over so many at once: each may be lost, or not reach the other side
 
 
@@ -162,6 +166,11 @@ class Paths:
         self._families: frozenset[Family] = frozenset()
         self._own_endpoints: frozenset[Endpoint] = frozenset()
         self._relays: dict[PublicKey, MappingOf[Endpoint, Relay]] = {}  # of pairs that have any
+        self._carried: dict[PublicKey, MappingOf[Endpoint, Relay]] = {}  # hubs that our carrier leads to
+        self._expected: dict[PublicKey, tuple[Endpoint, Relay]] = {}  # peers that it may have speak to us
+        self._heard_udp = float("-inf")  # when somebody last spoke to us over UDP
+        self._over_udp: dict[PublicKey, None] = {}  # pairs whose path lives, and is not carried
+        self._lost_udp: float | None = None  # since when there is none of them
         self._withdrawn: dict[Endpoint, None] = {}  # hubs' ports that were granted once, the latest last
         self._hubs_at: frozenset[Endpoint] = frozenset()  # where hubs themselves say to be
         self._hub_addresses: frozenset[IPAddress] = frozenset()
@@ -300,7 +309,8 @@ class Paths:
         usable = {
             endpoint: relay
             for endpoint, relay in relays.items()
-            if self._never(endpoint) is None and (not self._families or endpoint.family in self._families)
+            if is_carried(endpoint)
+            or (self._never(endpoint) is None and (not self._families or endpoint.family in self._families))
         }
         for endpoint in sorted(self._relays.get(key, {}).keys() - usable.keys(), key=str):
             self._withdrawn[endpoint] = None  # the hub may go on for a while, and so may the other side
@@ -309,8 +319,32 @@ class Paths:
         self._relays[key] = usable
         if not usable:
             del self._relays[key]
+        self._offer_relays(key, now)
+
+    def set_carried(self, carried: MappingOf[PublicKey, MappingOf[Endpoint, Relay]], now: float) -> None:
+        """Take where our carrier leads to hubs themselves, by their WireGuard keys: nowhere else."""
+        before, self._carried = self._carried, dict(carried)
+        for key in sorted(before.keys() | carried.keys()):
+            if before.get(key) != carried.get(key):
+                self._offer_relays(key, now)
+
+    def connected(self, hub: PublicKey, now: float) -> None:
+        """Our carrier reaches a hub that it did not reach before: what was asked there was lost."""
+        if hub in self._pairs:
+            self._pairs[hub].connected(now)
+            self._touch(hub, now)
+
+    def expect_carried(self, expected: MappingOf[PublicKey, Endpoint], relay: Relay) -> None:
+        """Take where our carrier has peers speak from, should it carry them: we are the hub of `relay`."""
+        for key, endpoint in expected.items():
+            if self._expected.get(key) != (endpoint, relay):
+                self._expected[key] = endpoint, relay
+                if key in self._pairs:
+                    self._pairs[key].expect_carried(endpoint, relay)
+
+    def _offer_relays(self, key: PublicKey, now: float) -> None:
         if key in self._pairs:
-            self._pairs[key].set_relays(usable, now)
+            self._pairs[key].set_relays(self._relays_of(key), now)
             self._touch(key, now)
 
     def watch(self, intervals: MappingOf[PublicKey, float], now: float) -> None:
@@ -328,6 +362,9 @@ class Paths:
         if key in self._pairs:
             self._pairs[key].suspect(now)
             self._touch(key, now)
+
+    def _relays_of(self, key: PublicKey) -> dict[Endpoint, Relay]:
+        return {**self._relays.get(key, {}), **self._carried.get(key, {})}
 
     def knocked(self, key: PublicKey, now: float) -> None:
         """Hubs were just told where we are to be found by this peer."""
@@ -438,6 +475,35 @@ class Paths:
             self._touch(key, now)
         if any(target.probe_key == sender for target in self._targets):
             self._reflexive.restart(now, forget=False)
+
+    def heard_over_udp(self, now: float) -> None:
+        """Somebody spoke to us over UDP; where that is news, better paths are searched at once."""
+        was_silent = now - self._heard_udp > UDP_IS_NEWS
+        self._heard_udp = now
+        if not was_silent:
+            return
+        for key, pair in self._pairs.items():
+            if pair.is_by_carrier:
+                pair.search(now)
+                self._touch(key, now)
+
+    def doubt_udp(self, now: float) -> None:
+        """UDP seems to lead nowhere: idle paths over it, which nobody would miss yet, are asked."""
+        for key in list(self._over_udp):
+            self._pairs[key].suspect(now)
+            self._touch(key, now)
+
+    @property
+    def any_by_carrier(self) -> bool:
+        """Whether some path in use leads to our own carrier."""
+        return any(self._pairs[key].is_by_carrier for key in self._living)
+
+    def udp_silent_since(self) -> float | None:
+        """Since when nobody has answered over UDP; None while somebody does, or nobody was asked."""
+        if not self._families:
+            return None
+        since = self._reflexive.silent_since() if self._targets else self._lost_udp
+        return None if since is None else max(since, self._heard_udp)
 
     # --- time ----------------------------------------------------------------------------------------------
 
@@ -718,8 +784,10 @@ class Paths:
         self._pairs[key] = pair
         if key in self._restored:
             pair.restore(self._restored[key], now)
-        pair.set_relays(self._relays.get(key, {}), now)
+        pair.set_relays(self._relays_of(key), now)
         pair.watch(self._watched.get(key), now)
+        if key in self._expected:
+            pair.expect_carried(*self._expected[key])
         pair.search(now)
         return pair
 
@@ -736,6 +804,8 @@ class Paths:
         self._relays.pop(key, None)
         self._open_peers.pop(key, None)
         self._living.pop(key, None)
+        self._over_udp.pop(key, None)
+        self._expected.pop(key, None)
         self._busy.pop(key, None)
         self._note_last_good(key, None)
         self._dirty.discard(key)
@@ -784,6 +854,13 @@ class Paths:
             self._living[key] = None
         else:
             self._living.pop(key, None)
+        if pair.is_over_udp:
+            self._over_udp[key] = None
+            self._lost_udp = None
+        else:
+            self._over_udp.pop(key, None)
+            if not self._over_udp and self._lost_udp is None:
+                self._lost_udp = now
         busy_until = pair.busy_until(now)
         if busy_until is not None:
             self._busy[key] = busy_until
@@ -827,11 +904,7 @@ class Paths:
             return f"no address family in common: {here} here, {there} there"
         mine = self._mapping
         silent = self._reflexive.silent_since()
-        if (
-            silent is not None
-            and now - silent > self._timers().probe_interval
-            and not any(pair.alive for pair in self._pairs.values())
-        ):
+        if silent is not None and now - silent > self._timers().probe_interval and not self._over_udp:
             return "no reflector answers: is UDP blocked here?"
         if mine is Mapping.ENDPOINT_DEPENDENT and report.mapping is Mapping.ENDPOINT_DEPENDENT:
             both = "symmetric NAT on both sides"

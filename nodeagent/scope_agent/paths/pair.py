@@ -22,9 +22,10 @@ The algorithm, for the pair of ourselves and one peer, and in brackets the part 
    `hub_fallback` without a path the peer is declared unreachable, with the reason, and tried again after
    60 s growing to 10 min (`search`). A pair that both sides have opened and that stays silent rests for
    longer than a NAT remembers, because a packet that came too early may have moved a port.
-6. A hub's port that was granted to the pair is a route too, the last in rank: nominated, judged and left like
-   any other. While it is in use the search of step 5 goes on as without a path; what is declared then is
-   that the pair is relayed.
+6. A hub's port that was granted to the pair is a route too, behind all direct ones: nominated, judged and
+left
+   like any other. While it is in use the search of step 5 goes on as without a path; what is declared then is
+   that the pair is relayed. The same holds, last of all, for what our own carrier leads to over TCP.
 
 The parts know nothing of each other's state; what one means for another is said here, and only here.
 Time is monotonic seconds. Nothing here sends: `take` returns what is due, and `view` what the rest may know.
@@ -36,6 +37,7 @@ from collections.abc import Callable
 from collections.abc import Mapping as MappingOf
 from typing import assert_never
 
+from scope.carrier import is_carried
 from scope.model import Endpoint, Family, Mapping, PathKind, PublicKey, Timers
 from scope.wire import Nominate, Nominated, Ping, Pong
 from scope_agent.paths import schedule
@@ -138,6 +140,10 @@ class Pair:
         """Ask the path in use now; without an answer it is dead."""
         self._suspect(now)
 
+    def expect_carried(self, endpoint: Endpoint, relay: Relay) -> None:
+        """We are a hub: where our carrier has the peer speak from, if it carries it."""
+        self._routes.expect(endpoint, relay)
+
     def knocked(self, now: float) -> None:
         """The hubs know where we are: what was silent may answer now."""
         for route in self._routes:
@@ -223,6 +229,12 @@ class Pair:
     def ask(self, endpoint: Endpoint, now: float) -> None:
         """The peer may answer there now: a port was found at which it can."""
         self._ask_in_full(endpoint, now)
+
+    def connected(self, now: float) -> None:
+        """Our carrier leads to the peer itself now: ask it there, unless something works."""
+        for route in self._routes:
+            if is_carried(route.endpoint) and not self._path.is_alive:
+                self._routes.punch(route, now)
 
     def explain(self, reason: str) -> None:
         """The agent knows better why there is no direct path (mappings, families, reflectors)."""
@@ -465,6 +477,7 @@ class Pair:
                 relay is not None and in_use is not None and (relay.user_space or in_use.crosses_families)
             ),
             birthday=self._path.is_direct and in_use is not None and in_use.guessed,
+            carried=relay is not None and in_use is not None and in_use.is_carried,
             is_in_doubt=self._liveness.is_in_doubt,
         )
 
@@ -483,6 +496,20 @@ class Pair:
     def direct(self) -> bool:
         """Whether it also leads straight to the peer, so that nothing is searched."""
         return self._path.is_direct
+
+    @property
+    def is_over_udp(self) -> bool:
+        """Whether the path in use works, and does not lead to our own carrier."""
+        return self._path.is_alive and not self._is_by_carrier
+
+    @property
+    def is_by_carrier(self) -> bool:
+        """Whether the path in use works, and leads to our own carrier."""
+        return self._path.is_alive and self._is_by_carrier
+
+    @property
+    def _is_by_carrier(self) -> bool:
+        return self._path.endpoint is not None and is_carried(self._path.endpoint)
 
     @property
     def is_urgent(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from scope.carrier import is_carried
 from scope.model import Endpoint
 from scope.wire import Pong
 
@@ -23,11 +24,16 @@ OPENED_FOR = 20.0  # a NAT forgets a flow without an answer after 30 s at the ea
 MAX_PENDING = 16  # unanswered pings remembered per route
 RTT_GAIN = 0.8  # a route of equal rank must be this much quicker, and RTT_MARGIN, to be switched to
 RTT_MARGIN = 0.01
+# Ranks behind everything direct: over a hub, over TCP on the way, over a hub that does not grant it any more.
+RELAYED, CARRIED, WITHDRAWN = (2, 0), (3, 0), (4, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Relay:
-    """What makes an endpoint a relay's: a grant of the hub with ScopePeer name `hub`."""
+    """What makes an endpoint a relay's: a grant of the hub with ScopePeer name `hub`, or that it carries us.
+
+    A hub that carries us is found at an endpoint of our own carrier, and we at one of the hub's.
+    """
 
     hub: str
     user_space: bool  # the hub says that a process forwards, not its kernel
@@ -82,6 +88,8 @@ class Route:
         known = self.rtt
         self.rtt = sample if known is None or sample < known else 0.75 * known + 0.25 * sample
         self.echoed, self.here = now, pong.observed
+        if self.relay is not None and self.rank != WITHDRAWN:
+            self.rank = CARRIED if self.is_carried else RELAYED
         self.pending = {transaction: at for transaction, at in self.pending.items() if at > sent}
         return True
 
@@ -97,6 +105,11 @@ class Route:
     def is_public(self) -> bool:
         """Whether it leads straight to the peer, and perhaps through its NAT."""
         return self.relay is None and self.rank[0] > 0
+
+    @property
+    def is_carried(self) -> bool:
+        """Whether a carrier of ours leads there, or one of the other side's, which so sees us at its own."""
+        return is_carried(self.endpoint) or (self.here is not None and is_carried(self.here))
 
     @property
     def crosses_families(self) -> bool:

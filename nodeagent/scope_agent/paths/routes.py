@@ -4,7 +4,8 @@ A peer can claim endpoints, and speak from endpoints, without end, so the table 
 never pushed out by one that the peer only spoke from, and the route in use is never dropped.
 
 Relays' routes come from grants alone, which are few. They rank last, and among themselves by their RTT, which
-is the sum of both ways to the hub. One that is no longer granted ranks behind them until it is out of use.
+is the sum of both ways to the hub. What is carried over TCP on the way ranks behind all of them. One that is
+no longer granted ranks last until it is out of use.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from collections.abc import Iterator, Mapping
 
 from scope.model import Endpoint, Family
 from scope_agent.paths.candidates import rank
-from scope_agent.paths.route import NEVER, VERIFIED, Relay, Route
+from scope_agent.paths.route import CARRIED, NEVER, RELAYED, VERIFIED, WITHDRAWN, Relay, Route
 from scope_agent.paths.schedule import FAMILY_DELAY
 
 MAX_ROUTES = 32  # twice what a peer may publish: the rest are sources it spoke from
-RELAYED, WITHDRAWN = (2, 0), (3, 0)  # ranks behind everything direct
 
 
 class Routes:
@@ -26,6 +26,7 @@ class Routes:
     def __init__(self, prefer: Family) -> None:
         self._prefer = prefer
         self._by_endpoint: dict[Endpoint, Route] = {}
+        self._expected: tuple[Endpoint, Relay] | None = None
 
     def __iter__(self) -> Iterator[Route]:
         return iter(self._by_endpoint.values())
@@ -34,7 +35,14 @@ class Routes:
         return len(self._by_endpoint)
 
     def __contains__(self, endpoint: Endpoint) -> bool:
-        return endpoint in self._by_endpoint
+        return endpoint in self._by_endpoint or self._is_expected(endpoint)
+
+    def _is_expected(self, endpoint: Endpoint) -> bool:
+        return self._expected is not None and self._expected[0] == endpoint
+
+    def expect(self, endpoint: Endpoint, relay: Relay) -> None:
+        """Our own carrier has the peer speak from there, should it come."""
+        self._expected = endpoint, relay
 
     def get(self, endpoint: Endpoint | None) -> Route | None:
         """The route to an endpoint, where there is one."""
@@ -44,6 +52,9 @@ class Routes:
         """The route to an endpoint; a new one only while there is room or a stale one to give up."""
         route = self._by_endpoint.get(endpoint)
         if route is not None:
+            return route
+        if self._expected is not None and self._expected[0] == endpoint:
+            route = self._by_endpoint[endpoint] = Route(endpoint, CARRIED, relay=self._expected[1])
             return route
         if sum(route.relay is None for route in self) >= MAX_ROUTES:
             spare = [r for r in self if not r.listed and r.relay is None and r.endpoint != in_use]
@@ -65,7 +76,11 @@ class Routes:
     def grant(self, relays: Mapping[Endpoint, Relay], *, in_use: Endpoint | None) -> list[Route]:
         """Take the relays' endpoints that hold now: the routes that are new."""
         for route in self:
-            if route.relay is not None and route.endpoint not in relays:
+            if (
+                route.relay is not None
+                and route.endpoint not in relays
+                and not self._is_expected(route.endpoint)
+            ):
                 route.rank, route.listed = WITHDRAWN, False
         self.drop_withdrawn(in_use=in_use)
         news = []
@@ -74,7 +89,8 @@ class Routes:
             if known is None or known.relay is None:
                 known = self._by_endpoint[endpoint] = Route(endpoint, RELAYED)
                 news.append(known)
-            known.rank, known.listed, known.opener, known.relay = RELAYED, True, False, relay
+            known.listed, known.opener, known.relay = True, False, relay
+            known.rank = CARRIED if known.is_carried else RELAYED
         return news
 
     def drop_withdrawn(self, *, in_use: Endpoint | None) -> None:

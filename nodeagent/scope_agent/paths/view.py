@@ -26,4 +26,5 @@ class PairView:
     hub: str = ""  # name of the ScopePeer that relays
     user_space: bool = False  # a process on the hub relays, not its kernel
     birthday: bool = False  # the direct path goes by a port that was guessed
+    carried: bool = False  # over TCP between the hub and one of the two
     is_in_doubt: bool = False  # the path is being asked whether it still works

@@ -10,6 +10,10 @@ while the pair's direct path is stable: it is kept, but costs nothing. Doubt abo
 again, and so does the hub when it says Granted unasked, because the other side may be in doubt alone. For the
 same reason a pair that lost its path asks again for what it holds: the hub then tells the other side.
 
+Where our carrier leads to a hub over TCP, what it grants is reached at *passages* of that carrier besides:
+loopback endpoints that stand for the hub's ports. While the hub answers there alone, we knock there alone: a
+knock that reached it over UDP would turn its answers to where we may not hear them.
+
 Sans-IO, in verbs: `set_*`, `observe`, `granted`, `refused`, `handle_timer`, `get_timer`, `outputs`, `held`.
 Peers and hubs are named by their WireGuard keys. Time is monotonic seconds.
 """
@@ -71,6 +75,7 @@ class Standing:
     is_expected: bool = True  # somebody says that the peer is there, or it is not long that it was searched
     endpoint: Endpoint | None = None  # of a living path
     rtt: float | None = None
+    is_hub_itself: bool = False  # the path leads to the peer itself, as a hub that our carrier reaches
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,13 +151,25 @@ class _Pair:
         return max(standing.since if self.is_direct and self.grants else float("-inf"), self.woken) + WARM_FOR
 
 
+@dataclass(frozen=True, slots=True)
+class _Reached:
+    """A way to a hub itself, the better one first in order."""
+
+    is_carried: bool
+    rtt: float
+    address: IPAddress | None  # of the hub's; None: over our carrier
+
+
 class Asking:
     """What we ask of hubs. `random` draws from [0, 1)."""
 
     def __init__(self, *, random: Callable[[], float]) -> None:
         self._random = random
         self._hubs: dict[PublicKey, Hub] = {}
-        self._reached: dict[PublicKey, tuple[float, IPAddress]] = {}  # hub -> (RTT, where)
+        self._reached: dict[PublicKey, _Reached] = {}
+        self._passages: Mapping[
+            tuple[PublicKey, int], Endpoint
+        ] = {}  # (hub, its port) -> where it is carried
         self._families: frozenset[Family] = frozenset()
         self._pairs: dict[PublicKey, _Pair] = {}
         self._restored: list[HeldGrant] = []
@@ -160,6 +177,7 @@ class Asking:
         self._out: deque[AskingOutput] = deque()
         self._agenda: Agenda[PublicKey] = Agenda()
         self._is_changed = False
+        self._ports: Mapping[PublicKey, frozenset[int]] | None = None  # of `ports`, until a grant changes
 
     # --- what is known -------------------------------------------------------------------------------------
 
@@ -173,6 +191,7 @@ class Asking:
         for key in self._pairs.keys() - members:
             del self._pairs[key]
             self._agenda.put(key, None)
+            self._ports = None
         for key in sorted(members - self._pairs.keys()):
             self._pairs[key] = _Pair(Standing(PathKind.DIRECT, float("-inf")))  # until we hear otherwise
         if self._restored:
@@ -199,6 +218,40 @@ class Asking:
             pair.knock_at = now
         self._touch_all(now)
 
+    def set_passages(self, passages: Mapping[tuple[PublicKey, int], Endpoint], now: float) -> None:
+        """Take where our carrier leads to ports of hubs: (hub, port) -> endpoint. New ones are knocked at."""
+        if passages == self._passages:
+            return
+        before, self._passages = self._passages, dict(passages)
+        for key, pair in self._pairs.items():
+            places = [(hub, grant.port) for hub, grant in pair.grants.items()]
+            if any(before.get(place) != self._passages.get(place) for place in places):
+                pair.knock_at = now
+                self._serve(key, now)
+
+    def connected(self, hub: PublicKey, now: float) -> None:
+        """Our carrier reaches a hub that it did not reach before: what was said there was lost."""
+        for key, pair in self._pairs.items():
+            if hub in pair.grants:
+                pair.knock_at = now
+                self._serve(key, now)
+
+    def wanted_hubs(self) -> frozenset[PublicKey]:
+        """Hubs to be reached, however: they relay a pair now, or might one that has no path."""
+        hubs_at = {endpoint: hub for (hub, _), endpoint in self._passages.items()}
+        wanted: set[PublicKey] = set()
+        for pair in self._pairs.values():
+            standing = pair.standing
+            if standing.path is PathKind.NONE and standing.is_expected:
+                wanted |= pair.grants.keys()
+            elif standing.endpoint in hubs_at:
+                wanted.add(hubs_at[standing.endpoint])
+        return frozenset(wanted)
+
+    def distances(self) -> Mapping[PublicKey, float]:
+        """The hubs that we reach themselves, with the RTT (seconds)."""
+        return {hub: reached.rtt for hub, reached in self._reached.items()}
+
     def observe(self, key: PublicKey, standing: Standing, now: float) -> None:
         """Take how a pair stands; of a hub it is also the way to it."""
         pair = self._pairs.get(key)
@@ -223,18 +276,20 @@ class Asking:
             self._serve(key, now)
 
     def _reach(self, hub: PublicKey, standing: Standing, now: float) -> None:
-        if standing.path is not PathKind.DIRECT or standing.rtt is None or standing.endpoint is None:
+        is_there = standing.path is PathKind.DIRECT or standing.is_hub_itself
+        if not is_there or standing.rtt is None or standing.endpoint is None:
             if self._reached.pop(hub, None) is not None:
                 self._touch_all(now)
             return
         before = self._reached.get(hub)
-        self._reached[hub] = (standing.rtt, standing.endpoint.address)
-        if before is None:
+        address = None if standing.is_hub_itself else standing.endpoint.address
+        self._reached[hub] = _Reached(standing.is_hub_itself, standing.rtt, address)
+        if before is None or before.is_carried is not standing.is_hub_itself:
             for pair in self._pairs.values():
                 question = pair.questions.get(hub)
                 if question is not None and question.tries:
                     question.next, question.tries = now, 0
-        if before is None or before[1] != standing.endpoint.address:
+        if before is None or before.address != address:
             self._touch_all(now)
 
     # --- answers -------------------------------------------------------------------------------------------
@@ -290,6 +345,16 @@ class Asking:
         known = (grant for pair in self._pairs.values() for grant in pair.grants.values())
         return tuple(sorted((*self._restored, *known), key=lambda grant: (grant.peer, grant.hub)))
 
+    def ports(self) -> Mapping[PublicKey, frozenset[int]]:
+        """Which ports each hub granted to us: the same value for as long as nothing changes."""
+        if self._ports is None:
+            found: dict[PublicKey, set[int]] = {}
+            for pair in self._pairs.values():
+                for hub, grant in pair.grants.items():
+                    found.setdefault(hub, set()).add(grant.port)
+            self._ports = {hub: frozenset(ports) for hub, ports in found.items()}
+        return self._ports
+
     def take_change(self) -> bool:
         """Whether the disk is to hear of what is held; asked again, it is not."""
         is_changed, self._is_changed = self._is_changed, False
@@ -338,10 +403,10 @@ class Asking:
 
     def _choose(self, key: PublicKey, pair: _Pair, now: float) -> list[PublicKey]:
         """The hubs to ask: the two nearest that answer, and those in whose place they were taken."""
-        ranking = sorted((rtt, hub) for hub, (rtt, _) in self._reached.items() if hub != key)
+        ranking = sorted((way.is_carried, way.rtt, hub) for hub, way in self._reached.items() if hub != key)
         silent: list[PublicKey] = []
         able: list[PublicKey] = []
-        for _, hub in ranking:
+        for _, _, hub in ranking:
             question = pair.questions.get(hub)
             if question is not None and now < question.refused_until:
                 continue
@@ -352,17 +417,20 @@ class Asking:
         missing = HUBS - len(kept)
         kept, others = kept + others[:missing], others[missing:]
         if others:
-            farthest, nearest = max(kept, key=self._rtt), others[0]
+            farthest, nearest = max(kept, key=self._distance), others[0]
             if self._is_nearer(nearest, farthest):
                 kept[kept.index(farthest)] = nearest
         pair.chosen = tuple(kept)
         return kept + silent
 
-    def _rtt(self, hub: PublicKey) -> float:
-        return self._reached[hub][0]
+    def _distance(self, hub: PublicKey) -> tuple[bool, float]:
+        return self._reached[hub].is_carried, self._reached[hub].rtt
 
     def _is_nearer(self, hub: PublicKey, other: PublicKey) -> bool:
-        return self._rtt(hub) < NEARER * self._rtt(other) and self._rtt(hub) < self._rtt(other) - NEARER_BY
+        here, there = self._reached[hub], self._reached[other]
+        if here.is_carried is not there.is_carried:
+            return there.is_carried
+        return here.rtt < NEARER * there.rtt and here.rtt < there.rtt - NEARER_BY
 
     def _ask(self, key: PublicKey, pair: _Pair, hub: PublicKey, now: float) -> None:
         question = pair.questions.setdefault(hub, _Question(now))
@@ -384,19 +452,22 @@ class Asking:
                 return
             self._drop(pair, min(spare, key=lambda hub: pair.until[hub]))
         self._is_changed |= pair.grants.get(grant.hub) != grant
+        self._ports = None
         pair.grants[grant.hub] = grant
         pair.until[grant.hub] = now + grant.lifetime
 
     def _drop(self, pair: _Pair, hub: PublicKey) -> None:
         self._is_changed |= pair.grants.pop(hub, None) is not None
+        self._ports = None
         pair.until.pop(hub, None)
 
     def _offer(self, key: PublicKey, pair: _Pair) -> None:
         """Say where the peer may be reached, where that changed."""
         relays = {
-            Endpoint(address, grant.port): (self._hubs[hub].name, grant.user_space)
+            endpoint: (self._hubs[hub].name, grant.user_space or endpoint == passage)
             for hub, grant in pair.grants.items()
-            for address in self._addresses(hub)
+            for passage in [self._passages.get((hub, grant.port))]
+            for endpoint in self._places(hub, grant.port)
         }
         if relays != pair.offered:
             pair.offered = relays
@@ -405,16 +476,24 @@ class Asking:
     def _knock(self, key: PublicKey, pair: _Pair, hubs: list[PublicKey]) -> None:
         known = [(hub, pair.grants[hub]) for hub in hubs if hub in pair.grants]
         for hub, grant in known:
-            # The likeliest address last: a hub goes by the last knock.
-            for address in reversed(self._addresses(hub)):
-                self._out.append(Knock(Endpoint(address, grant.port), knock(grant.token)))
+            # The likeliest place last: a hub goes by the last knock.
+            for endpoint in reversed(self._places(hub, grant.port)):
+                self._out.append(Knock(endpoint, knock(grant.token)))
         if known:
             self._out.append(Knocked(key))
+
+    def _places(self, hub: PublicKey, port: int) -> list[Endpoint]:
+        """Where to find a granted port of a hub, the likeliest first: over UDP, then over our carrier."""
+        reached, passage = self._reached.get(hub), self._passages.get((hub, port))
+        if passage is not None and (reached is None or reached.is_carried):
+            return [passage]
+        places = [Endpoint(address, port) for address in self._addresses(hub)]
+        return places if passage is None else [*places, passage]
 
     def _addresses(self, hub: PublicKey) -> list[IPAddress]:
         """Where to knock: in each family where we reach the hub, else wherever it says to be."""
         reached = self._reached.get(hub)
-        first = [reached[1]] if reached is not None else []
+        first = [reached.address] if reached is not None and reached.address is not None else []
         others = [a for a in self._hubs[hub].addresses if all(a.version != b.version for b in first)]
         families = {4: Family.IPV4, 6: Family.IPV6}
         found = [address for address in first + others if families[address.version] in self._families]

@@ -15,6 +15,8 @@ connections that the machine masquerades may use the same ports, and the forward
   a register, and the only one that rules have is the mark. It is borrowed from datagrams that have none, and
   taken back. Who marks packets before us gets them served by the forwarder.
 - connection tracking is told last to leave a datagram alone, and only one that is relayed.
+- what comes over loopback is left to the forwarder: it is of peers that TCP carries, and a datagram that left
+  for the world with one of their loopback addresses, or came back with one, would be dropped as a martian.
 - fragments are left to the forwarder, whose socket gets them whole; only the first would bear a port. Where
   the machine tracks connections they are whole before they come here.
 - the source address is written on the way out: earlier, it would be one of ours that comes from outside, and
@@ -265,7 +267,7 @@ def _ways(grants: Grants, families: Collection[Family]) -> dict[str, list[str]]:
     relayed = f"meta mark & {_MARK_MASK:#010x} == {_MARK:#010x} meta l4proto udp"
     return {
         "in": [
-            f"meta mark 0 udp dport {ports} {layer.whole} goto in{layer.tag}"
+            f'meta mark 0 iifname != "lo" udp dport {ports} {layer.whole} goto in{layer.tag}'
             for family, layer in _LAYERS.items()
             if family in families
         ],

@@ -1,0 +1,1 @@
+"""Being carried over TCP where a network lets no UDP out, and carrying others as a hub."""
