@@ -32,9 +32,7 @@ from scope_dataplane.carrier_peer import LOOK_INTERVAL, PeerCarrier
 from scope_dataplane.process import can_mark, listen_at, log, parse_mark, raise_descriptors, take_lock
 
 READ_INTERVAL = 0.1  # how soon a change of the file is seen
-READ_SHARE = (
-    4.0  # after a read that took t seconds the next one waits so many t: members may come by hundreds
-)
+READ_SHARE = 4.0  # after a read that took t seconds the next one waits so many t: members come by hundreds
 WAIT_INTERVAL = 0.05  # how soon its appearance is
 LISTENERS = 4  # connections to the Unix socket that wait at once
 ANSWER_SECONDS = 10.0  # whoever asks and does not read is left

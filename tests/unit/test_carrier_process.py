@@ -108,20 +108,13 @@ def test_whichever_carrier_is_killed_data_goes_on_once_it_is_back(one: Machine, 
         assert peer.report().hubs[0].carried.received_packets > 0
 
 
-def test_one_program_may_be_both(one: Machine, tmp_path: Path) -> None:
-    with process(tmp_path, "both") as both:
-        both.start(Carrier(peer=one.peer(), hub=one.hub()))
-        until_it_goes_both_ways(one)
-        report = both.report()
-        assert report.listening and report.hubs[0].address is not None
-
-
-def test_a_file_that_cannot_be_read_changes_nothing_and_another_one_is_followed(
+def test_one_program_may_be_both_and_follows_every_file_that_it_can_read(
     one: Machine, tmp_path: Path
 ) -> None:
     with process(tmp_path, "both") as both:
         both.start(Carrier(peer=one.peer(), hub=one.hub()))
         until_it_goes_both_ways(one)
+        assert both.report().listening and both.report().hubs[0].address is not None
         both.process.write("{")
         log = both.file.with_suffix(".log")
         wait_until(lambda: "going on as before" in log.read_text(), "it says that it cannot read it")
