@@ -346,6 +346,13 @@ class TreeLife(Life):
         if self.world.registry.up:
             self._become(self.random.choice(tuple(TopologyMode)))
 
+    def _roam(self) -> None:
+        """Hubs stay: they must reach each other, as an edge takes the nearest, whatever that reaches."""
+        machine = self._any()
+        if machine is not None and not self._is_hub(machine):
+            machine.move(self._site())  # type: ignore[arg-type]
+            self._note(f"{machine.name} roams to {machine.place}")
+
     def _hubs(self) -> list[Machine]:
         return [m for m in self.world.members() if self._is_hub(m)]
 

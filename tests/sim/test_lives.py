@@ -1,6 +1,6 @@
 """A thousand meshes, each drawn from its number: join, leave, roam, partition, reboot, crash, and then calm.
 
-Another hundred of meshes that are trees. A life that does not converge prints its number; `python -m
+Another fifty of meshes that are trees. A life that does not converge prints its number; `python -m
 tests.sim --seed NUMBER --verbose` replays it, with `--tree` that of a tree.
 """
 
@@ -17,7 +17,7 @@ import pytest
 from tests.sim.scenario import live, live_in_a_tree
 
 LIVES = 1000
-TREES = 100
+TREES = 50
 CHUNK = 50
 
 
