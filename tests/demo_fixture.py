@@ -60,7 +60,7 @@ class Demo:
         assert sorted((pair["from"], pair["to"]) for pair in pairs) == sorted(
             (a, b) for a in names for b in names if a != b
         )
-        assert {pair["family"] for pair in pairs} == {"IPv4", "IPv6", None}
+        assert {pair["family"] for pair in pairs} == {"IPv4", "IPv6"}
         for pair in pairs:
             assert set(pair) == {
                 "from", "to", "path", "family", "rtt_ms", "first_ping_s", "direct_s", "reason",
