@@ -157,6 +157,17 @@ def test_a_hub_that_stays_clearly_nearer_becomes_home_and_the_old_one_leads_unti
     assert edge.home == OTHER
 
 
+def test_the_wait_for_a_nearer_hub_ends_at_any_time_of_the_clock() -> None:
+    """Where the difference of two times is not what their sum was, a timer would ask for the past."""
+    for number in range(200):
+        edge = _attached(OTHER)
+        edge.run(number / 7)
+        edge.reach(NEAR, 0.2)
+        edge.reach(OTHER, 0.02)
+        edge.run(NEARER_FOR + 0.1)
+        assert edge.said[-1].hub == OTHER
+
+
 def test_a_hub_that_is_no_hub_any_more_is_left() -> None:
     edge = _attached(FAR)
     edge.reach(FAR, 0.2)

@@ -265,7 +265,7 @@ class Attaching:
                 self._claim_hub(best, now, wall)
         elif self._is_nearer(best, chosen):
             self._nearer = nearer if nearer is not None and nearer[0] == best else (best, now)
-            if now - self._nearer[1] >= NEARER_FOR:
+            if now >= self._nearer[1] + NEARER_FOR:  # as the timer has it, to the last bit
                 self._claim_hub(best, now, wall)
         if self._home != self._chosen and not (self._home is not None and self._is_alive(self._home)):
             self._home = self._chosen if self.phase is not Phase.JOINING else None
