@@ -418,8 +418,8 @@ def test_the_clusters_name_is_set_with_one_command(cluster: Cluster) -> None:
     policy = documents["ValidatingAdmissionPolicy", "scope-agent-own-peer"]
 
     async def attempts() -> str:
-        await cluster.plane.apply(policy)
         token = await cluster.token("n1")
+        await cluster.plane.apply(policy)
         deadline = time.monotonic() + ACTIVE_S
         while not (said := await cluster.refusal(cluster.report("home.default.n1", token=token))):
             assert time.monotonic() < deadline, "the policy has its old name"
@@ -428,10 +428,18 @@ def test_the_clusters_name_is_set_with_one_command(cluster: Cluster) -> None:
         await cluster.report("home.fra.n1", token=token)
         return said
 
+    async def restore() -> None:
+        await _apply(cluster.plane)
+        token = await cluster.token("n1")
+        deadline = time.monotonic() + ACTIVE_S
+        while await cluster.refusal(cluster.report("home.default.n1", token=token)):
+            assert time.monotonic() < deadline, "the policy has its new name"
+            await asyncio.sleep(0.2)
+
     try:
         said = asyncio.run(attempts())
     finally:
-        asyncio.run(_apply(cluster.plane))
+        asyncio.run(restore())
     assert sentence(said).startswith("this ScopePeer is not of cluster fra")
 
 

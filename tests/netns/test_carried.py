@@ -75,6 +75,7 @@ def carried() -> Iterator[Carried]:
                 site.block_udp()
             if name == "locked":  # reaches nothing but its own network and the hub's TCP port
                 lab.cut(site, registry.server)
+                _await_carrier(registry)
                 token = registry.token(MESH, hub=f"{MESH}.external.hub")
             members[name] = Member(site.machine(name), mesh=MESH, registry=registry)
             members[name].join(token, wait=True)
@@ -85,6 +86,14 @@ def carried() -> Iterator[Carried]:
         yield mesh
         for member in members.values():
             member.hang_up()
+
+
+def _await_carrier(registry: Registry) -> None:
+    """Return once the hub has told where it carries."""
+    end = time.monotonic() + WITHIN_S
+    while "pin:" not in registry.scopectl("get", "peers", "-o", "yaml"):
+        assert time.monotonic() < end, "the hub does not carry"
+        time.sleep(0.5)
 
 
 def carrier_of(member: Member) -> int:

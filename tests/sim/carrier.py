@@ -12,7 +12,15 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
-from scope.carrier import Carried, Carrier, CarrierReport, HubReport, MemberReport, verify_ticket
+from scope.carrier import (
+    Carried,
+    Carrier,
+    CarrierReport,
+    HubReport,
+    MemberReport,
+    TicketError,
+    verify_ticket,
+)
 from scope.model import Endpoint, PublicKey
 
 if TYPE_CHECKING:
@@ -119,7 +127,10 @@ class CarrierProcess:
             return False
         signing = {member.peer: member.signing for member in part.members}
         wall = self.machine.world.now
-        found = verify_ticket(ticket, mesh_uid=part.mesh_uid, hub=part.hub, signing=signing, wall=wall)
+        try:
+            found = verify_ticket(ticket, mesh_uid=part.mesh_uid, hub=part.hub, signing=signing, wall=wall)
+        except TicketError:  # of a member that the hub has not heard of yet
+            return False
         return found.peer == peer
 
     def _to_hub(self, hub: PublicKey, port: int, payload: object) -> None:

@@ -100,7 +100,7 @@ class Boarding:
         """Decide anew."""
         self._due = None
         since = around.silent_since
-        if since is not None and now - since >= PATIENCE:
+        if since is not None and now >= since + PATIENCE:
             self._answered_since = None
             self._is_carried = True
         elif self._is_carried:
@@ -112,7 +112,7 @@ class Boarding:
         self._choose(around, now)
 
     def _let_go(self, answered_since: float, now: float) -> None:
-        if now - answered_since < LET_GO:
+        if now < answered_since + LET_GO:
             self._wake_by(answered_since + LET_GO)
             return
         self._is_carried, self._answered_since = False, None
@@ -138,11 +138,11 @@ class Boarding:
             del self._without[hub]
         for hub in set(self._chosen) - self._connected:
             since = self._without.setdefault(hub, now)
-            if now - since < CONNECTS_WITHIN:
+            if now < since + CONNECTS_WITHIN:
                 self._wake_by(since + CONNECTS_WITHIN)
 
     def _is_silent(self, hub: PublicKey, now: float) -> bool:
-        return now - self._without.get(hub, now) >= CONNECTS_WITHIN
+        return now >= self._without.get(hub, now) + CONNECTS_WITHIN
 
     def _draw(self, hub: PublicKey) -> bytes:
         return hashlib.sha256(self._own.raw + hub.raw).digest()
