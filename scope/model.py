@@ -30,6 +30,7 @@ IPInterface: TypeAlias = IPv4Interface | IPv6Interface
 IPNetwork: TypeAlias = IPv4Network | IPv6Network
 
 KEY_BYTES = 32  # X25519 and Ed25519 public keys alike
+FINGERPRINT_BYTES = 32
 
 
 class ConfigError(Exception):
@@ -73,6 +74,31 @@ class PublicKey:
 
     def __repr__(self) -> str:
         return f"PublicKey({self})"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Fingerprint:
+    """SHA3-256 of a peer's identity for post-quantum keys: 32 bytes, as text 64 digits."""
+
+    raw: bytes
+
+    def __post_init__(self) -> None:
+        if len(self.raw) != FINGERPRINT_BYTES:
+            raise ValueError(f"a fingerprint is {FINGERPRINT_BYTES} bytes, not {len(self.raw)}")
+
+    @classmethod
+    def parse(cls, text: str) -> Fingerprint:
+        """Read 64 lowercase hexadecimal digits. Raises ValueError."""
+        fingerprint = cls(bytes.fromhex(text))
+        if str(fingerprint) != text:
+            raise ValueError("a fingerprint is 64 lowercase hexadecimal digits without separators")
+        return fingerprint
+
+    def __str__(self) -> str:
+        return self.raw.hex()
+
+    def __repr__(self) -> str:
+        return f"Fingerprint({self})"
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -301,6 +327,22 @@ class TopologyMode(enum.StrEnum):
     TREE = "Tree"  # between hubs, and from each edge to hubs
 
 
+class PostQuantumMode(enum.StrEnum):
+    """Whether pairs agree on post-quantum pre-shared keys."""
+
+    REQUIRED = "Required"  # no traffic before a key is proved
+    PREFERRED = "Preferred"  # traffic first, a key as soon as it can be had
+    OFF = "Off"  # no new keys; those in use stay
+
+
+@dataclass(frozen=True, slots=True)
+class PostQuantum:
+    """How a mesh keys its pairs; `rotation_interval` in seconds, between the proofs of a pair's keys."""
+
+    mode: PostQuantumMode = PostQuantumMode.OFF
+    rotation_interval: float = 3600.0
+
+
 @dataclass(frozen=True, slots=True)
 class MeshSpec:
     """What the user asks of a mesh."""
@@ -315,6 +357,7 @@ class MeshSpec:
     hubs: Hubs = Hubs()
     topology: TopologyMode = TopologyMode.FULL
     birthday: bool = False  # whether ports of a symmetric NAT may be guessed
+    post_quantum: PostQuantum = PostQuantum()
 
 
 @dataclass(frozen=True, slots=True)
@@ -466,6 +509,14 @@ class PeerKeys:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkPsk:
+    """The post-quantum pre-shared key in use on a link: which one, and since when."""
+
+    epoch: int  # 1 and up
+    since: float  # wall clock of its proof by a handshake
+
+
+@dataclass(frozen=True, slots=True)
 class Link:
     """How the reporting peer reaches one other peer, for people. At most `MAX_LINKS` are published."""
 
@@ -479,6 +530,7 @@ class Link:
     user_space: bool = False  # what relays is a process on the hub, not its kernel
     birthday: bool = False  # direct, by a port of a symmetric NAT that was guessed
     carried: bool = False  # over TCP between the hub and one of the two
+    psk: LinkPsk | None = None  # the proved post-quantum key; never the key itself
 
 
 class Forwarding(enum.StrEnum):
@@ -525,6 +577,8 @@ class PeerReport:
     protocol: int = 1  # highest version of the probe protocol that the agent speaks
     relay: RelayReport | None = None  # of a hub
     hub: str = ""  # of an edge of a tree: name of the ScopePeer by which it is reached
+    identity: Fingerprint | None = None  # for post-quantum keys; None: the agent makes none
+    post_quantum: int = 0  # peers with which a post-quantum key is proved
 
 
 @dataclass(frozen=True, slots=True)

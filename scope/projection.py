@@ -47,6 +47,7 @@ def _projected_report(report: PeerReport) -> PeerReport:
         held_addresses=(),
         relay=RelayReport(Forwarding.NONE, carrier=carrier) if listens else None,
         hub="",
+        post_quantum=0,
     )
 
 

@@ -37,6 +37,7 @@ A message is one byte of type and then:
    13 Attached     count u8, then that many attachments
    14 Guess        attempt u32, at endpoint, here endpoint
    15 Guessing     attempt u32, answer u8
+   16 KeyPart      number u32, index u8, count u8, length u16, data
 
     endpoint       address 16 bytes (IPv4 as ::ffff:a.b.c.d), port u16: 18 bytes
 
@@ -48,7 +49,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from typing import TypeAlias, assert_never
 
@@ -64,6 +65,8 @@ TAG_BYTES = 16
 SIGNATURE_BYTES = 64
 TOKEN_BYTES = 8  # of a relay's grant: what a rule of the hub's kernel can look up
 MAX_ATTACHMENTS = 8  # of 136 bytes each: what one datagram holds
+MAX_KEY_PART = 1100  # bytes: its datagram stays below MAX_DATAGRAM
+MAX_KEY_PARTS = 8  # of one message; the longest takes five
 MAX_UID_BYTES = 63  # a UUID takes 36; 63 is what a Kubernetes label value may hold
 NO_TICKET = bytes(TICKET_BYTES)
 
@@ -241,6 +244,16 @@ class Guessing:
     answer: Guesses
 
 
+@dataclass(frozen=True, slots=True)
+class KeyPart:
+    """A part of a message about the pair's pre-shared key; what it says is the `psk` room's own business."""
+
+    number: int  # u32, of the message
+    index: int  # below `count`
+    count: int  # 1 to MAX_KEY_PARTS
+    data: bytes = field(repr=False)  # 1 to MAX_KEY_PART bytes
+
+
 Message: TypeAlias = (
     Ping
     | Pong
@@ -257,6 +270,7 @@ Message: TypeAlias = (
     | Attached
     | Guess
     | Guessing
+    | KeyPart
 )
 
 
@@ -278,6 +292,7 @@ class _Type(enum.IntEnum):
     ATTACHED = 13
     GUESS = 14
     GUESSING = 15
+    KEY_PART = 16
 
 
 class DatagramType(enum.IntEnum):
@@ -409,6 +424,13 @@ def encode_message(message: Message) -> bytes:
         case Guessing():
             _require_u32(message.attempt, "attempt")
             return _GUESSING.pack(_Type.GUESSING, message.attempt, message.answer)
+        case KeyPart(number, index, count, data):
+            _require_u32(number, "number")
+            if not 1 <= count <= MAX_KEY_PARTS or not 0 <= index < count:
+                raise ValueError(f"no part {index} of {count}: {MAX_KEY_PARTS} are the most")
+            if not 1 <= len(data) <= MAX_KEY_PART:
+                raise ValueError(f"a part is 1 to {MAX_KEY_PART} bytes, not {len(data)}")
+            return _KEY_PART.pack(_Type.KEY_PART, number, index, count, len(data)) + data
         case _:
             assert_never(message)
 
@@ -478,6 +500,12 @@ def decode_message(body: bytes) -> Message:
             return Guess(reader.u32(), at=reader.endpoint(), here=reader.endpoint())
         case _Type.GUESSING:
             return Guessing(reader.u32(), _guesses(reader.u8()))
+        case _Type.KEY_PART:
+            transfer, index, count = reader.u32(), reader.u8(), reader.u8()
+            length = reader.u16()
+            if not 1 <= count <= MAX_KEY_PARTS or index >= count or not 1 <= length <= MAX_KEY_PART:
+                raise WireError(f"part {index} of {count} with {length} bytes is out of bounds")
+            return KeyPart(transfer, index, count, reader.take(length))
         case _:
             raise UnknownMessage(f"no such message type: {number}; its sender may run a later release")
 
@@ -494,6 +522,7 @@ _ASK_RELAY = struct.Struct(f">B{KEY_BYTES}s{_ASK_RELAY_ZEROS}x")
 _REFUSED = struct.Struct(f">B{KEY_BYTES}sB")
 _ATTACHMENT = struct.Struct(f">{KEY_BYTES}s{KEY_BYTES}sQ{SIGNATURE_BYTES}s")
 _GUESSING = struct.Struct(">BIB")
+_KEY_PART = struct.Struct(">BIBBH")
 _MAPPED = bytes(10) + b"\xff\xff"  # RFC 4291, section 2.5.5.2
 
 _KIND_NUMBERS = {
@@ -603,6 +632,9 @@ class _Reader:
 
     def u8(self) -> int:
         return self.take(1)[0]
+
+    def u16(self) -> int:
+        return int.from_bytes(self.take(2), "big")
 
     def u32(self) -> int:
         return int.from_bytes(self.take(4), "big")

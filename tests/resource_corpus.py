@@ -106,6 +106,9 @@ def right() -> Iterator[Case]:
         yield Case(f"port {port}", mesh(listenPort=port))
     for mtu in (1280, 9000, "Auto"):
         yield Case(f"MTU {mtu}", mesh(mtu=mtu))
+    yield Case("post-quantum keys without a word", mesh(postQuantum={}))
+    for interval in ("5m", "30d", "300s"):
+        yield Case(f"keys rotated every {interval}", mesh(postQuantum={"rotationInterval": interval}))
     yield Case("a selector of nothing", mesh(nodeSelector={}))
     yield Case(
         "a selector of labels", mesh(nodeSelector={"matchLabels": {"a": "", "example.com/b.c_d": "E-1"}})
@@ -196,6 +199,7 @@ def everything_of_a_mesh() -> Document:
         listenPort=51820,
         mtu=1420,
         peerExpiry="7d",
+        postQuantum={"mode": "Required", "rotationInterval": "30m"},
         nodeSelector={"matchLabels": {"scope": "on"}, "matchExpressions": [requirement]},
         birthday=True,
         hubs={
@@ -242,6 +246,7 @@ def everything_of_a_peer() -> Document:
                 link
                 | {"observed": "[2001:db8::1]:9", "reason": "no echo"}
                 | {"hub": "home.external.nas", "userSpace": True, "birthday": True, "carried": True}
+                | {"psk": {"epoch": 3, "since": "2026-01-31T12:00:00Z"}}
             ],
             "direct": 0,
             "relayed": 1,
@@ -251,6 +256,8 @@ def everything_of_a_peer() -> Document:
             "relay": {"forwarding": "UserSpace", "pairs": 3, "refused": 1, "reason": "no nftables"}
             | {"carrier": {"port": 443, "pin": KEY, "reason": "port 443 is taken"}},
             "hub": "home.external.nas",
+            "identity": "0f" * 32,
+            "postQuantum": 2,
             "addresses": ["100.80.0.7/16", "fd5c::7/64"],
             "role": "Edge",
             "online": True,
@@ -322,6 +329,12 @@ def _wrong_meshes() -> Iterator[Case]:
     for expiry in ("59s", "3651d", "315360000001ms", "soon"):
         yield Case(f"expiry {expiry!r}", mesh(peerExpiry=expiry), "spec.peerExpiry")
     yield Case("a field that nobody knows", mesh(topologies="Full"), "spec.topologies")
+    for name, value in (
+        *(("mode", "Always"), ("mode", False)),
+        *(("rotationInterval", "299s"), ("rotationInterval", "31d"), ("rotationInterval", 60)),
+    ):
+        what = f"post-quantum keys with {name} {value!r}"
+        yield Case(what, mesh(postQuantum={name: value}), f"spec.postQuantum.{name}")
 
 
 def _wrong_selectors() -> Iterator[Case]:
@@ -534,7 +547,7 @@ def _wrong_reports() -> Iterator[Case]:
         *(("peer", "Home"), ("path", "Guessed"), ("endpoint", "host:1"), ("observed", "[::1]")),
         *(("latencyMs", -1), ("latencyMs", 600001), ("latencyMs", "3"), ("reason", "r" * 161)),
         *(("reason", "red \x1b[31m"), ("reason", "two\nlines"), ("reason", "a\u00a0b"), ("reason", "\u200b")),
-        *(("hub", "Home"), ("userSpace", "yes"), ("birthday", 1), ("carried", 1)),
+        *(("hub", "Home"), ("userSpace", "yes"), ("birthday", 1), ("carried", 1), ("psk", 1)),
     ):
         what = f"a link with {name} {value!r}"[:60]
         yield Case(what, peer(status=_links(**{name: value})), f"status.links[0].{name}")
@@ -556,6 +569,16 @@ def _wrong_reports() -> Iterator[Case]:
         parts = {part: each for part, each in (carrier | {name: value}).items() if each != ""}
         odd = report(relay={"forwarding": "None", "carrier": parts})
         yield Case(f"a carrier with {name} {value!r}"[:60], odd, f"status.relay.carrier.{name}")
+    for name, psk in (
+        ("epoch", {"epoch": 0, "since": "2026-01-31T12:00:00Z"}),
+        ("since", {"epoch": 1, "since": "today"}),
+        ("since", {"epoch": 1}),
+    ):
+        yield Case(f"a link keyed as {psk}"[:60], peer(status=_links(psk=psk)), f"status.links[0].psk.{name}")
+    for identity in ("0f" * 31, "0F" * 32, "0f " * 21 + "0", 5):
+        yield Case(f"identity {identity!r}"[:60], report(identity=identity), "status.identity")
+    yield Case("fewer than no peers with keys", report(postQuantum=-1), "status.postQuantum")
+    yield Case("an identity without keys", peer(status={"identity": "0f" * 32}), "status")
     yield Case("relaying without keys", peer(status={"relay": {"forwarding": "None"}}), "status")
     yield Case("17 links", report(links=[{"peer": "a", "path": "None"}] * 17), "status.links")
 

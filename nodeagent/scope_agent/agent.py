@@ -17,6 +17,7 @@ from scope.carrier import Carrier, Upstream, is_carried
 from scope.channel import Channel, Confirmed, Hello, Received
 from scope.model import (
     CandidateKind,
+    ConfigError,
     DeviceKind,
     Endpoint,
     Family,
@@ -38,6 +39,7 @@ from scope.wire import (
     Forward,
     Forwarded,
     Granted,
+    KeyPart,
     Message,
     Ping,
     Refused,
@@ -74,6 +76,7 @@ from scope_agent.inputs import (
     Observe,
     Output,
     PortsApplied,
+    PskSaved,
     Relaying,
     Reply,
     SaveState,
@@ -84,6 +87,7 @@ from scope_agent.inputs import (
     Via,
     WriteReport,
 )
+from scope_agent.keying import Keying, KeySetup
 from scope_agent.membership import Membership
 from scope_agent.paths.candidates import contains, public_addresses
 from scope_agent.paths.core import Call, Changes, Outgoing, Paths, PathsView, PeerReading
@@ -128,6 +132,7 @@ MAX_BATCH = 64  # actions between two looks at the device: endpoints never wait 
 SESSION_VALID = 180.0  # WireGuard's REJECT_AFTER_TIME
 OBSERVE_BUSY = 0.05  # while a handshake is awaited or a path is in doubt
 OBSERVE_TRAFFIC = 0.25  # while traffic flows: a path that swallows it is suspect after 0.5 s
+OBSERVE_KEYS = 2.0  # while a new pre-shared key waits for its time or its proof
 OBSERVE_IDLE = 15.0  # foreign changes to an idle device are put right within so long
 OBSERVE_SHARE = 50.0  # a look that took t seconds is followed by t times this of not looking,
 OBSERVE_LATEST = 1.0  # but of no longer than this while traffic flows: a path that swallows it is noticed
@@ -170,11 +175,13 @@ class Agent:
         granted: Grants | None = None,
         openings: tuple[Opening, ...] = (),
         carried: Carrier | None = None,
+        keys: KeySetup | str = "no post-quantum keys were set up",
     ) -> None:
         self._config = config
         self._channel = channel
         self._random = random
         self._started = now
+        self._wall_offset = wall - now
         own = config.identity.public.wireguard
         self._membership = Membership(own=own, mesh=config.mesh, registry_key=config.registry_key, now=now)
         self._paths = Paths(own=own, random=random)
@@ -232,7 +239,10 @@ class Agent:
         self._origins: dict[PublicKey, bytes] = {}
         self._snapshot = Snapshot()
         self._peer_keys: dict[PublicKey, PublicKey] = {}  # probe key -> WireGuard key of the peers
-        self._carrying = Carrying(channel, paths=self._paths, membership=self._membership)
+        self._carrying = self._make_carrying()
+        self._keying = Keying(
+            keys, own=own, random=random, offset=wall - now, carrying=self._carrying, paths=self._paths
+        )
         written = state.snapshot.own.report if state.snapshot.own is not None else None
         self._reporting = Reporting(own=own, written=written, random=random)
         self._membership.restore(state.snapshot)
@@ -240,6 +250,9 @@ class Agent:
         self._paths.restore_openings(openings, now)
         self._asking.restore(state.grants)
         self._tree.restore(state.attachments, was_in_mesh=bool(state.snapshot.peers))
+
+    def _make_carrying(self) -> Carrying:
+        return Carrying(self._channel, paths=self._paths, membership=self._membership)
 
     # --- the five verbs ------------------------------------------------------------------------------------
 
@@ -273,6 +286,8 @@ class Agent:
                 self._paths.port_rules_applied(error, now)
             case CarrierSeen():
                 self._carriage.seen(event, now)
+            case PskSaved(peer, error):
+                self._keying.saved(peer, error, now)
             case TrafficMoved():
                 self._paths.traffic_moved(now)
                 self._observe_soon(now, OBSERVE_TRAFFIC, floor=min(self._observe_floor, self._observe_latest))
@@ -291,6 +306,7 @@ class Agent:
         self._asking.handle_timer(now)
         self._serving.handle_timer(now)
         self._tree.handle_timer(now)
+        self._keying.handle_timer(now)
         if self._membership.wants_list(now):
             self._out.append(ListAgain())
         for uid, (tombstone, at) in list(self._passed.items()):
@@ -308,6 +324,7 @@ class Agent:
             self._tree.get_timer(),
             self._forwarding_at(),
             self._carriage.get_timer(),
+            self._keying.get_timer(),
             self._membership.get_timer(),
             self._observe_at if self._observing_since is None and not self._device_busy else None,
             self._reporting.get_timer(),
@@ -403,6 +420,9 @@ class Agent:
                     answer = self._tree.receive(self._peer_keys[sender], message, now)
                 if answer is not None:
                     self._out += self._carrying.seal(sender, answer, back(leg, sender), now)
+            case KeyPart():
+                if sender in self._peer_keys:
+                    self._keying.receive(self._peer_keys[sender], message, now)
             case _:
                 source = leg.endpoint if isinstance(leg, Socket) else None
                 self._paths.receive(sender, message, source, origin=origin, now=now)
@@ -431,6 +451,7 @@ class Agent:
 
     def _stand(self, key: PublicKey, now: float) -> None:
         """Tell how a pair stands to what asks hubs for it."""
+        self._keying.stand(key, now)
         view, peer = self._paths.view(now).pairs.get(key), self._snapshot.peers.get(key)
         if view is None or peer is None:
             return
@@ -552,6 +573,7 @@ class Agent:
             self._follow_tree(now, anew=True)
         else:
             self._link(now)
+        self._keying.set_snapshot(snapshot, is_complete=self._membership.is_complete, now=now)
         if mesh is not None and snapshot.own is not None:
             self._serving.configure(
                 mesh.spec.hubs,
@@ -661,6 +683,7 @@ class Agent:
         if first:
             self._adopt(now, new=device.peers.keys())
         self._paths.observe(readings, now)
+        self._keying.observe(device, self._sessions, now)
         self._count_drift(device, differing)
         self._observe_at = None
         self._observe_soon(now, OBSERVE_BUSY if self._paths.busy(now) else OBSERVE_IDLE)
@@ -774,7 +797,12 @@ class Agent:
                 fwmark=self._config.fwmark,
             )
             desired = desired_device(
-                self._snapshot, self._topology, view, identity=self._config.identity, settings=settings
+                self._snapshot,
+                self._topology,
+                view,
+                identity=self._config.identity,
+                settings=settings,
+                keyed=self._keying.pair,
             )
             if desired is not None and self.removed:
                 desired = replace(desired, peers={})
@@ -783,7 +811,9 @@ class Agent:
         else:
             allowed = self._topology.allowed_ips
             wanted = {
-                key: desired_peer(key, allowed.get(key, frozenset()), view.pairs.get(key))
+                key: desired_peer(
+                    key, allowed.get(key, frozenset()), view.pairs.get(key), self._keying.pair(key)
+                )
                 for key in self._touched & self._snapshot.peers.keys() & desired.peers.keys()
             }
             if any(desired.peers[key] != peer for key, peer in wanted.items()):
@@ -872,7 +902,13 @@ class Agent:
         rules = self._paths.take_port_rules(now)
         if rules is not None:
             self._out.append(ApplyPorts(rules))
-        self._touched |= changes.pairs
+        keyed = self._keying.take_changes()
+        if keyed:
+            self._reporting.expect()
+        self._touched |= changes.pairs | keyed
+        self._out += self._keying.outputs(now)
+        if self._keying.wants_look:
+            self._observe_soon(now, OBSERVE_KEYS)
         self._plan_device(now)
         if self._observe_at is not None and now >= self._observe_at:
             if self._observing_since is None and not self._device_busy:
@@ -900,6 +936,8 @@ class Agent:
             device=self._device_kind,
             relay=self._relaying(now),
             hub=self._home_name(),
+            fingerprint=self._keying.fingerprint,
+            keyed=self._keying.pairs(),
         )
         if self._reporting.take(wanted):
             self._out.append(WriteReport(own.meta.name, own.meta.uid, wanted))
@@ -944,10 +982,15 @@ class Agent:
                 if key is None:
                     return {"ok": False, "error": f"there is no other peer {peer!r}"}
                 return {"ok": True, "candidates": candidates(self._paths.explain(key, now))}
+            case "rotate":
+                try:
+                    return {"ok": True, "peers": self._keying.rotate(peer, now)}
+                except ConfigError as error:
+                    return {"ok": False, "error": str(error)}
             case _:
                 return {
                     "ok": False,
-                    "error": f"unknown command {command!r}; this agent knows: status, explain",
+                    "error": f"unknown command {command!r}; this agent knows: status, explain, rotate",
                 }
 
     def status(self, now: float) -> dict[str, object]:
@@ -973,9 +1016,12 @@ class Agent:
                 "Carrier": self._carriage.trouble(
                     {key: peer.meta.name for key, peer in self._snapshot.peers.items()}
                 ),
+                "PostQuantum": self._keying.trouble,
                 "Removed": "this peer was removed from the mesh" if self.removed else "",
             },
-            dropped=self._carrying.dropped + self._serving.dropped,
+            keyed=self._keying.pairs(),
+            wall=now + self._wall_offset,
+            dropped=self._carrying.dropped + self._serving.dropped + self._keying.dropped,
             home=self._home_name(),
             birthday=self._paths.birthday_spent,
             now=now,

@@ -6,14 +6,18 @@ whether saying it is worth a write.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from scope.carrier import is_carried
 from scope.model import (
     DeviceKind,
     Endpoint,
+    Fingerprint,
     IPNetwork,
     Link,
+    LinkPsk,
     PathKind,
     PeerKeys,
     PeerReport,
@@ -26,10 +30,12 @@ from scope.resources import fit_report
 from scope.topology import Topology
 from scope_agent.paths.core import PathsView
 from scope_agent.paths.view import PairView
+from scope_agent.psk.pair import PskPair
 from scope_agent.wireguard.device import DesiredDevice, DesiredPeer
 
 KEEPALIVE = 20  # seconds; AWS security groups forget one-way UDP after 30 s
 WIREGUARD_OVERHEAD = 80  # IPv6 (40), UDP (8) and WireGuard's header and tag (32)
+NOBODY_KEYED: Mapping[PublicKey, PskPair] = MappingProxyType({})
 LATENCY_STEP = 1.5  # a latency is worth a write when it changed by this factor,
 LATENCY_FLOOR = 0.005  # and by this many seconds
 
@@ -55,7 +61,13 @@ class DeviceSettings:
 
 
 def desired_device(
-    snapshot: Snapshot, topology: Topology, paths: PathsView, *, identity: Identity, settings: DeviceSettings
+    snapshot: Snapshot,
+    topology: Topology,
+    paths: PathsView,
+    *,
+    identity: Identity,
+    settings: DeviceSettings,
+    keyed: Callable[[PublicKey], PskPair] = lambda _: PskPair(),
 ) -> DesiredDevice | None:
     """The device as it should be; None until the mesh and our own address are known."""
     mesh, own = snapshot.mesh, snapshot.own
@@ -64,7 +76,8 @@ def desired_device(
     prefixes = frozenset(p for p in (mesh.spec.addressing.ipv4, mesh.spec.addressing.ipv6) if p is not None)
     allowed = topology.allowed_ips
     peers = {
-        key: desired_peer(key, prefixes_of, paths.pairs.get(key)) for key, prefixes_of in allowed.items()
+        key: desired_peer(key, prefixes_of, paths.pairs.get(key), keyed(key))
+        for key, prefixes_of in allowed.items()
     }
     return DesiredDevice(
         name=settings.name,
@@ -80,14 +93,21 @@ def desired_device(
     )
 
 
-def desired_peer(key: PublicKey, allowed: frozenset[IPNetwork], pair: PairView | None) -> DesiredPeer:
-    """Until a path is chosen a peer is only known: it may handshake with us, we send it nothing."""
-    if pair is None or not pair.ready:
-        return DesiredPeer(key)
+def desired_peer(
+    key: PublicKey, allowed: frozenset[IPNetwork], pair: PairView | None, keyed: PskPair
+) -> DesiredPeer:
+    """Until a path is chosen a peer is only known: it may handshake with us, we send it nothing.
+
+    So it is, too, where the mesh requires a post-quantum key, until the device has one; and there is no
+    traffic before a handshake has proved it.
+    """
+    if pair is None or not pair.ready or keyed.is_silent:
+        return DesiredPeer(key, psk=keyed.psk)
     return DesiredPeer(
         key,
         endpoint=pair.endpoint,
-        allowed_ips=allowed,
+        allowed_ips=frozenset() if keyed.is_withheld else allowed,
+        psk=keyed.psk,
         keepalive=KEEPALIVE,
         verified=pair.verified,
         settling=pair.settling,
@@ -103,12 +123,13 @@ def report(
     device: DeviceKind | None,
     relay: RelayReport | None = None,
     hub: str = "",
+    fingerprint: Fingerprint | None = None,
+    keyed: Mapping[PublicKey, PskPair] = NOBODY_KEYED,
 ) -> PeerReport:
-    """Our part of our own ScopePeer's status."""
-    links = sorted(
-        (link for key, pair in paths.pairs.items() if (link := _link(snapshot, key, pair)) is not None),
-        key=_link_order,
-    )
+    """Our part of our own ScopePeer's status. `keyed`: how each pair is, by its post-quantum key."""
+    nothing = PskPair()
+    linked = (_link(snapshot, key, pair, keyed.get(key, nothing)) for key, pair in paths.pairs.items())
+    links = sorted((link for link in linked if link is not None), key=_link_order)
     kinds = [link.path for link in links]
     own = snapshot.own
     whole = PeerReport(
@@ -127,11 +148,13 @@ def report(
         else (),
         relay=relay,
         hub=hub,
+        identity=fingerprint,
+        post_quantum=sum(1 for key in snapshot.peers if fingerprint and keyed.get(key, nothing).epoch),
     )
     return fit_report(whole)
 
 
-def _link(snapshot: Snapshot, key: PublicKey, pair: PairView) -> Link | None:
+def _link(snapshot: Snapshot, key: PublicKey, pair: PairView, keyed: PskPair) -> Link | None:
     peer = snapshot.peers.get(key)
     if peer is None or peer.report is None:
         return None
@@ -148,6 +171,7 @@ def _link(snapshot: Snapshot, key: PublicKey, pair: PairView) -> Link | None:
         user_space=pair.user_space,
         birthday=pair.birthday,
         carried=pair.carried,
+        psk=LinkPsk(keyed.epoch, round(keyed.confirmed)) if keyed.epoch else None,
     )
 
 

@@ -16,6 +16,7 @@ from scope.model import (
     DeviceKind,
     Endpoint,
     Forwarding,
+    IPAddress,
     IPInterface,
     PeerReport,
     PublicKey,
@@ -25,6 +26,7 @@ from scope.model import (
 from scope.registry.port import Fact
 from scope.relay import Grants
 from scope_agent.carrier.core import ApplyCarrier, CarrierSeen
+from scope_agent.psk.slots import Record
 from scope_agent.relay.asking import HeldGrant
 from scope_agent.tree.rules import ForwardedPrefixes
 from scope_agent.wireguard.device import DesiredDevice, ObservedDevice, PlannedAction
@@ -158,6 +160,14 @@ class PortsApplied:
 
 
 @dataclass(frozen=True, slots=True)
+class PskSaved:
+    """A pair's record is on disk; with an `error` it is not."""
+
+    peer: PublicKey
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TrafficMoved:
     """The device's own counters moved: someone uses the mesh now."""
 
@@ -188,6 +198,7 @@ Input: TypeAlias = (
     | Relaying
     | PortsApplied
     | CarrierSeen
+    | PskSaved
     | TrafficMoved
     | CommandArrived
     | Leaving
@@ -268,6 +279,22 @@ class ApplyPorts:
 
 
 @dataclass(frozen=True, slots=True)
+class SavePsk:
+    """Replace what is kept of a pair's key, None: remove it. A record is answered by PskSaved."""
+
+    peer: PublicKey
+    record: Record | None = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class NudgeTunnel:
+    """Send an empty UDP datagram to the peer's address, through the device and no other way."""
+
+    peer: PublicKey
+    address: IPAddress
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """The answer to a command: plain JSON values."""
 
@@ -290,6 +317,8 @@ Output: TypeAlias = (
     | ApplyForwarding
     | ApplyPorts
     | ApplyCarrier
+    | SavePsk
+    | NudgeTunnel
     | Reply
     | ListAgain
 )

@@ -48,11 +48,14 @@ from scope_agent.inputs import (
     InterfacesChanged,
     Leaving,
     ListAgain,
+    NudgeTunnel,
     Observe,
     Output,
     PortsApplied,
+    PskSaved,
     Relaying,
     Reply,
+    SavePsk,
     SaveState,
     Send,
     Socket,
@@ -60,6 +63,9 @@ from scope_agent.inputs import (
     TrafficMoved,
     WriteReport,
 )
+from scope_agent.keying import KeySetup
+from scope_agent.psk.provider import CryptographyProvider, self_test
+from scope_agent.psk.shell import nudge
 from scope_agent.state import Enrolment, StateDir
 from scope_agent.underlay.shell import InterfaceWatch
 from scope_agent.wireguard.device import ApplyError, HoldEndpoint, PortTaken
@@ -206,7 +212,9 @@ class Runner:
             granted=granted,
             openings=openings,
             carried=read_earlier(config, enrolment),
+            keys=set_up_keys(config.state),
         )
+        self._psk_lock = asyncio.Lock()  # records are written in the order in which they were decided
         self._probe: ProbeSocket = open_probe_socket(self._agent.listen_port, fwmark=config.fwmark)
         self._holds = EndpointHolds()
         self._hub: HubMachine | None = None  # made when there is something to relay, or to undo
@@ -356,6 +364,13 @@ class Runner:
                 self._spawn(self._apply_ports(rules))
             case ApplyCarrier(carrier):
                 self._spawn(self._carry(carrier))
+            case SavePsk():
+                self._spawn(self._save_psk(output))
+            case NudgeTunnel(address=address):
+                try:
+                    nudge(self._enrolment.device, address)
+                except OSError as error:
+                    log.debug("psk.nudge_unsent address=%s error=%s", address, error)
             case Reply(number, value):
                 future = self._replies.pop(number, None)
                 if future is not None and not future.done():
@@ -729,6 +744,17 @@ class Runner:
             self._removal_kept |= removed  # on a full disk too: nothing is gained by waiting for it
         self._post(Applied(Target.DISK))
 
+    async def _save_psk(self, save: SavePsk) -> None:
+        async with self._psk_lock:
+            error = ""
+            try:
+                await asyncio.to_thread(self._config.state.save_psk, save.peer, save.record)
+            except ConfigError as failed:
+                error = str(failed)
+                log.warning("psk.unsaved peer=%s error=%s", save.peer, error)
+        if save.record is not None:
+            self._post(PskSaved(save.peer, error))
+
     # --- the local socket ----------------------------------------------------------------------------------
 
     async def _serve_commands(self) -> None:
@@ -857,6 +883,21 @@ def make_hub(config: RunConfig, enrolment: Enrolment) -> HubMachine:
         noted=config.state.load_settings(),
         note=config.state.save_settings,
     )
+
+
+def set_up_keys(state: StateDir) -> KeySetup | str:
+    """What post-quantum keys are made with, or in words why none can be made: pairs keep what they have."""
+    provider = CryptographyProvider()
+    try:
+        self_test(provider)
+        identity = state.hybrid_identity(secrets.token_bytes, provider)
+    except ConfigError as error:
+        log.warning("psk.unavailable error=%s", error)
+        return str(error)
+    records, troubles = state.load_psk()
+    for trouble in troubles:
+        log.warning("psk.damaged detail=%s", trouble)
+    return KeySetup(identity, provider, secrets.token_bytes, records)
 
 
 def free_port() -> int:

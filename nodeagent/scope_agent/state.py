@@ -6,6 +6,10 @@ through a symbolic link:
 - `enrolment.json`: keys, gateway, registry. Written at join and never again; losing it means joining anew.
 - `snapshot.json`: what was last believed of the mesh, the last good endpoints, the port, what hubs granted,
   where edges are attached. A damaged one is put aside and the agent starts from the registry.
+- `identity.json`: the keys that sign post-quantum keys. Made at the first start; losing it makes the peer
+  another one to those that know it.
+- `psk/KEY.json`: the pre-shared keys of the pair with the peer of that WireGuard key, in hexadecimal. A
+  damaged one is put aside, and the pair agrees on a new key.
 - `granted.json`, `settings.json`: of a hub. What it grants, and how the kernel's settings were before.
 - `carrier.pem`: of a hub. The certificate that it shows to those whom it carries, and its key.
 """
@@ -32,6 +36,7 @@ from scope.model import (
     Attachment,
     ConfigError,
     Endpoint,
+    Fingerprint,
     Peer,
     PeerKeys,
     PublicKey,
@@ -45,6 +50,10 @@ from scope.wire import SIGNATURE_BYTES, TOKEN_BYTES
 from scope_agent.desired import Identity
 from scope_agent.files import replace_file
 from scope_agent.inputs import DiskState
+from scope_agent.psk.exchange import Keys
+from scope_agent.psk.identity import HybridIdentity, hybrid_identity, make_hybrid_identity
+from scope_agent.psk.provider import Provider
+from scope_agent.psk.slots import Record
 from scope_agent.relay.asking import HeldGrant
 
 STATE_ROOT = Path("/var/lib/scope")
@@ -101,6 +110,8 @@ class StateDir:
         self.granted_file = self.path / "granted.json"
         self.settings_file = self.path / "settings.json"
         self.carrier_file = self.path / "carrier.pem"
+        self.identity_file = self.path / "identity.json"
+        self.psk_dir = self.path / "psk"
 
     def prepare(self) -> None:
         """Make the directory, 0700."""
@@ -196,6 +207,48 @@ class StateDir:
         except ConfigError as error:
             return Grants(0, 0, RelayLimits(), ()), str(error)
 
+    def hybrid_identity(self, random_bytes: Callable[[int], bytes], provider: Provider) -> HybridIdentity:
+        """The identity for post-quantum keys, made at the first call. Raises ConfigError."""
+
+        def parse(document: Mapping[str, object]) -> HybridIdentity:
+            ed448, mldsa = (b64decode(str(document[name]), validate=True) for name in ("ed448", "mldsa"))
+            return hybrid_identity(Secret(ed448), Secret(mldsa), provider)
+
+        if self.identity_file.exists():
+            return _read(self.identity_file, parse, "restore it from a backup, or remove it and join anew")
+        identity = make_hybrid_identity(random_bytes, provider)
+        seeds = {"ed448": identity.ed448, "mldsa": identity.mldsa}
+        _write(self.identity_file, {name: b64encode(seed.raw).decode() for name, seed in seeds.items()})
+        return identity
+
+    def save_psk(self, key: PublicKey, record: Record | None) -> None:
+        """Replace what is kept of a pair's pre-shared keys, None: nothing. Raises ConfigError."""
+        path = self._psk_file(key)
+        if record is None:
+            path.unlink(missing_ok=True)
+            return
+        try:
+            self.psk_dir.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot make {self.psk_dir}: {error.strerror}; {_next_move(error)}") from None
+        _write(path, _record_dict(record))
+
+    def load_psk(self) -> tuple[dict[PublicKey, Record], list[str]]:
+        """What is kept of all pairs' pre-shared keys, and a sentence for each file that is damaged."""
+        records, troubles = {}, []
+        for path in sorted(self.psk_dir.glob("*.json")) if self.psk_dir.is_dir() else ():
+            try:
+                key = PublicKey(bytes.fromhex(path.stem))
+                records[key] = _read(path, _parse_record, "it was put aside")
+            except (ConfigError, ValueError) as error:
+                with contextlib.suppress(OSError):
+                    path.replace(path.with_suffix(".damaged"))
+                troubles.append(f"{error}; the pair agrees on a new key")
+        return records, troubles
+
+    def _psk_file(self, key: PublicKey) -> Path:
+        return self.psk_dir / f"{key.raw.hex()}.json"
+
     def save_settings(self, noted: Mapping[str, str]) -> None:
         """Keep how the kernel's settings were, by path below /proc/sys, before a hub's agent changes them."""
         if noted:
@@ -213,6 +266,10 @@ class StateDir:
         """Forget the mesh: for `leave` alone."""
         self.granted_file.unlink(missing_ok=True)
         self.settings_file.unlink(missing_ok=True)
+        for file in (*self.psk_dir.glob("*"), self.identity_file):
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.psk_dir.rmdir()
         for file in (self.snapshot_file, self.pending_file, self.enrolment_file):
             file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
@@ -471,6 +528,55 @@ def _parse_settings(document: Mapping[str, object]) -> dict[str, str]:
     if any(not str(path).startswith("net/ipv") or ".." in str(path) for path in sysctls):
         raise ValueError("sysctls are paths of net/ipv4 and net/ipv6")
     return {str(path): str(value) for path, value in sysctls.items()}
+
+
+def _record_dict(record: Record) -> dict[str, object]:
+    return {
+        "pinned": str(record.pinned) if record.pinned is not None else None,
+        "counter": record.counter,
+        "current": _keys_dict(record.current),
+        "next": _keys_dict(record.next),
+        "active": record.active,
+        "confirmed": record.confirmed,
+    }
+
+
+def _keys_dict(keys: Keys | None) -> dict[str, object] | None:
+    if keys is None:
+        return None
+    secrets = {name: getattr(keys, name) for name in _KEY_SECRETS}
+    return {
+        "epoch": keys.epoch,
+        "id": keys.id.hex(),
+        **{name: b64encode(secret.raw).decode() for name, secret in secrets.items()},
+    }
+
+
+_KEY_SECRETS = ("psk", "chain", "confirm_d", "confirm_e")
+
+
+def _parse_record(document: Mapping[str, object]) -> Record:
+    pinned, following = document["pinned"], _parse_keys(document["next"])
+    return Record(
+        pinned=Fingerprint.parse(str(pinned)) if pinned is not None else None,
+        counter=int(str(document["counter"])),
+        current=_parse_keys(document["current"]),
+        next=following,
+        active=document["active"] is True and following is not None,
+        confirmed=float(str(document["confirmed"])),
+    )
+
+
+def _parse_keys(document: object) -> Keys | None:
+    if document is None:
+        return None
+    if not isinstance(document, dict):
+        raise ValueError("current and next are objects")  # noqa: TRY004 - damage, as any other
+    id_ = bytes.fromhex(str(document["id"]))
+    secrets = [b64decode(str(document[name]), validate=True) for name in _KEY_SECRETS]
+    if any(len(value) != 32 for value in (id_, *secrets)):
+        raise ValueError("an id and a key are 32 bytes")
+    return Keys(int(str(document["epoch"])), id_, *(Secret(secret) for secret in secrets))
 
 
 def _without_links(peer: Peer) -> Peer:

@@ -11,6 +11,7 @@ from scope_agent.membership import Registration
 from scope_agent.paths.birthday import Spent
 from scope_agent.paths.core import PathsView
 from scope_agent.paths.explaining import Attempt
+from scope_agent.psk.pair import PskPair
 from scope_agent.wireguard.device import ObservedDevice
 
 ROUTED = "Routed"  # by the hub of a tree that we are attached to: there is no link
@@ -36,10 +37,12 @@ def status(
     device: DeviceStatus,
     registration: Registration,
     errors: MappingOf[str, str],
+    keyed: MappingOf[PublicKey, PskPair],
     dropped: int,
     home: str,
     birthday: Spent | None = None,
     now: float,
+    wall: float,
 ) -> dict[str, object]:
     """All that is known, by the name of `mesh`.
 
@@ -67,6 +70,7 @@ def status(
         "reflector": _reflector_text(paths, now),
         "peers": [
             _peer_status(key, peer, paths=paths, device=device, home=home, now=now)
+            | {"psk": _psk_status(keyed.get(key, PskPair()), wall)}
             for key, peer in sorted(snapshot.peers.items(), key=lambda item: item[1].meta.name)
         ],
         "dropped": dropped,
@@ -104,6 +108,17 @@ def _reflector_text(paths: PathsView, now: float) -> str:
     if paths.reflectors_silent_since is None:
         return "answering"
     return f"no reflector answers for {now - paths.reflectors_silent_since:.0f} s"
+
+
+def _psk_status(keyed: PskPair, wall: float) -> dict[str, object]:
+    """Which post-quantum key is proved, and for how long; never the key."""
+    return {
+        "epoch": keyed.epoch or None,
+        "ageSeconds": round(max(wall - keyed.confirmed, 0.0)) if keyed.epoch else None,
+        "withheld": keyed.is_withheld,
+        "conflict": keyed.conflict,
+        "failure": keyed.failure,
+    }
 
 
 def _peer_status(

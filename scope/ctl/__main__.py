@@ -46,6 +46,10 @@ def _run(args: argparse.Namespace) -> bool:
             from scope.ctl.inspection import explain
 
             explain(args)
+        case "rotate":
+            from scope.ctl.inspection import rotate
+
+            rotate(args)
         case "ping":
             from scope.ctl.inspection import ping
 

@@ -83,6 +83,13 @@ def build_parser() -> argparse.ArgumentParser:
         "other", nargs="?", metavar="PEER", help="ask the registry about these two, in place of our agent"
     )
 
+    rotate = commands.add_parser(
+        "rotate", parents=[local], help="agree on new post-quantum keys with one peer, or with all"
+    )
+    whom = rotate.add_mutually_exclusive_group(required=True)
+    whom.add_argument("peer", nargs="?", metavar="PEER", help="a peer's name, as `scopectl status` shows")
+    whom.add_argument("--all", action="store_true", help="with every peer")
+
     ping = commands.add_parser("ping", parents=[local], help="ping a peer through the mesh, with its path")
     ping.add_argument(
         "peer", metavar="PEER", help="a peer's name or mesh address, as `scopectl status` shows"

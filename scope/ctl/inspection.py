@@ -1,4 +1,4 @@
-"""The commands that ask this machine's agent: status, explain and ping."""
+"""The commands that ask this machine's agent: status, explain, rotate and ping."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ def explain(args: argparse.Namespace) -> None:
     peer = named(_status(path), args.peer)
     answer = ask(path, {"command": "explain", "peer": peer.name})
     print(peer_text(peer, parse_candidates(answer), color=render.in_color(sys.stdout)), end="")
+
+
+def rotate(args: argparse.Namespace) -> None:
+    """Have the agent agree on new post-quantum keys. Raises CommandError."""
+    request = {"command": "rotate", "peer": "" if args.all else args.peer}
+    peers = ask(find_socket(args.socket), request).get("peers")
+    print(
+        f"new keys with {peers} peers are under way: each is laid in early in a session of WireGuard and "
+        "proved by its next handshake, two minutes later; `scopectl status` shows the number rise"
+    )
 
 
 def ping(args: argparse.Namespace) -> bool:

@@ -42,6 +42,9 @@ class PeerView:
     user_space: bool = False  # a process on the hub relays, not its kernel
     birthday: bool = False  # direct by a port of a symmetric NAT that was guessed
     carried: bool = False  # over TCP between the hub and one of the two
+    psk_epoch: int | None = None  # of the post-quantum key that a handshake proved
+    psk_age: float | None = None  # seconds since then
+    psk_note: str = ""  # why there is none, or no newer one
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +181,16 @@ def mesh_addresses(peer: PeerView) -> tuple[IPAddress, ...]:
     return tuple(found)
 
 
+def _psk_note(psk: Mapping[str, object]) -> str:
+    """What stands against the key, the gravest first."""
+    if psk.get("conflict") is True:
+        return "another program replaces it"
+    failure = string(psk, "failure")
+    return f"no traffic without a key: {failure or 'wait'}" if psk.get("withheld") is True else failure
+
+
 def _parse_peer(peer: Mapping[str, object]) -> PeerView:
+    psk = _object(peer, "psk")
     return PeerView(
         name=string(peer, "name"),
         addresses=_strings(peer, "addresses"),
@@ -195,6 +207,9 @@ def _parse_peer(peer: Mapping[str, object]) -> PeerView:
         user_space=peer.get("userSpace") is True,
         birthday=peer.get("birthday") is True,
         carried=peer.get("carried") is True,
+        psk_epoch=_whole(psk, "epoch") or None,
+        psk_age=number(psk, "ageSeconds"),
+        psk_note=_psk_note(psk),
     )
 
 

@@ -271,6 +271,7 @@ def printable(value: object) -> str:
 
 
 def _status_table(peers: Sequence[PeerView], *, color: bool) -> str:
+    are_keyed = any(peer.psk_epoch is not None or peer.psk_note for peer in peers)
     rows = [
         (
             peer.name,
@@ -280,13 +281,24 @@ def _status_table(peers: Sequence[PeerView], *, color: bool) -> str:
             NOTHING if peer.handshake is None else f"{short_duration(peer.handshake)} ago",
             byte_count(peer.rx),
             byte_count(peer.tx),
+            *((_key(peer),) if are_keyed else ()),
             ", ".join(peer.addresses) or NOTHING,
             _why(peer),
         )
         for peer in peers
     ]
-    header = ("PEER", "PATH", "ENDPOINT", "RTT", "HANDSHAKE", "RECEIVED", "SENT", "ADDRESS", "WHY NOT DIRECT")
-    return table(header, rows, color=color)
+    first = ("PEER", "PATH", "ENDPOINT", "RTT", "HANDSHAKE", "RECEIVED", "SENT")
+    keyed = ("POST-QUANTUM KEY",) if are_keyed else ()
+    return table((*first, *keyed, "ADDRESS", "WHY NOT DIRECT"), rows, color=color)
+
+
+def _key(peer: PeerView) -> str:
+    """The proved key by its number and age, and what stands against a newer one; never the key."""
+    note = f" ({peer.psk_note})" if peer.psk_note else ""
+    if peer.psk_epoch is None:
+        return f"none{note}"
+    age_ = "" if peer.psk_age is None else f" for {short_duration(peer.psk_age)}"
+    return f"#{peer.psk_epoch}{age_}{note}"
 
 
 def _by_hub(peer: PeerView) -> str:

@@ -38,6 +38,10 @@ MAX_STATUS_BYTES = 2048  # an agent's part of a status as compact JSON: 10,000 p
 MAX_PROBLEMS = 20  # more help nobody, and a hostile document must not buy a long answer
 SHOWN_VALUE = 60  # characters of a refused value that are repeated in the refusal
 
+FINGERPRINT_DIGITS = 64  # of 32 bytes
+MIN_ROTATION = 300.0  # a key is proved by WireGuard's next rekey, two minutes after it was laid in
+MAX_ROTATION = 30 * 86400.0
+
 MIN_PROBE = 0.1  # ten pings a second towards every peer is the most that is polite
 MAX_PROBE = 60.0  # NAT mappings for UDP may last no longer than two minutes (RFC 4787, REQ-5)
 MAX_TIMER = 3600.0  # a peer that is unreachable for an hour has been so for long enough to say it

@@ -16,6 +16,7 @@ from scope.model import (
     MeshCounts,
     MeshSpec,
     MeshStatus,
+    PostQuantum,
     Reflector,
     Timers,
     TopologyMode,
@@ -24,6 +25,7 @@ from scope.resources.addresses import read_endpoint, read_mesh_ipv4, read_mesh_i
 from scope.resources.cluster import cluster_to_dict, read_cluster
 from scope.resources.fields import Fields, each_once, unless_empty
 from scope.resources.hubs import hub_choice_dict, hubs_dict, read_hub_choice, read_hubs
+from scope.resources.keys import post_quantum_dict, read_post_quantum
 from scope.resources.limits import (
     MAX_CANDIDATES,
     MAX_CLUSTERS,
@@ -105,6 +107,7 @@ def _read_mesh_spec(fields: Fields) -> MeshSpec:
         ),
         node_selector=read_selector(fields.sub("nodeSelector")),
         birthday=fields.optional("birthday", read_boolean, False),
+        post_quantum=read_post_quantum(fields.sub("postQuantum")),
     )
     # Who asks for no hubs may have WireGuard listen where hubs usually are reached.
     hubs = fields.sub_if_any("hubs")
@@ -187,6 +190,11 @@ def mesh_spec_dict(spec: MeshSpec) -> dict[str, object]:
         "birthday": spec.birthday,
         **({"nodeSelector": selector} if (selector := selector_dict(spec.node_selector)) else {}),
         **({"hubs": hubs_dict(spec.hubs)} if spec.hubs != Hubs() else {}),
+        **(
+            {"postQuantum": post_quantum_dict(spec.post_quantum)}
+            if spec.post_quantum != PostQuantum()
+            else {}
+        ),
     }
 
 

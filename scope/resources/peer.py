@@ -33,6 +33,7 @@ from scope.resources.addresses import (
     read_static_endpoint,
 )
 from scope.resources.fields import Fields, unless_empty
+from scope.resources.keys import link_psk_dict, read_fingerprint, read_link_psk
 from scope.resources.limits import MAX_ADDRESSES, MAX_CANDIDATES, MAX_LINKS, MAX_REASON, MAX_ROUTES
 from scope.resources.meta import conditions_dict, read_conditions, read_meta
 from scope.resources.problems import Problem, show
@@ -109,7 +110,7 @@ def forbidden_changes(stored: Resource, asked: Resource) -> tuple[Problem, ...]:
 REPORT_FIELDS = frozenset(
     {
         *("keys", "endpoints", "mapping", "device", "links", "direct", "relayed", "unreachable"),
-        *("heldAddresses", "protocol", "relay", "hub"),
+        *("heldAddresses", "protocol", "relay", "hub", "identity", "postQuantum"),
     }
 )
 
@@ -157,6 +158,8 @@ def read_report(fields: Fields) -> PeerReport:
         protocol=fields.optional("protocol", lambda value: read_integer(value, 1, 255), 1),
         relay=_read_relay(relay) if (relay := fields.sub_if_any("relay")) else None,
         hub=fields.optional("hub", read_subdomain, ""),
+        identity=fields.optional("identity", read_fingerprint, None),
+        post_quantum=fields.optional("postQuantum", read_count, 0),
     )
 
 
@@ -199,6 +202,7 @@ def _read_link(fields: Fields) -> Link:
         user_space=fields.optional("userSpace", read_boolean, False),
         birthday=fields.optional("birthday", read_boolean, False),
         carried=fields.optional("carried", read_boolean, False),
+        psk=read_link_psk(psk) if (psk := fields.sub_if_any("psk")) else None,
     )
 
 
@@ -257,6 +261,11 @@ def report_dict(report: PeerReport) -> dict[str, object]:
         "protocol": report.protocol,
         **({"relay": _relay_dict(report.relay)} if report.relay else {}),
         **({"hub": report.hub} if report.hub else {}),
+        **(
+            {"identity": str(report.identity), "postQuantum": report.post_quantum}
+            if report.identity is not None
+            else {}
+        ),
     }
 
 
@@ -291,6 +300,7 @@ def _link_dict(link: Link) -> dict[str, object]:
         **({"userSpace": True} if link.user_space else {}),
         **({"birthday": True} if link.birthday else {}),
         **({"carried": True} if link.carried else {}),
+        **({"psk": link_psk_dict(link.psk)} if link.psk is not None else {}),
     }
 
 

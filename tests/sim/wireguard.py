@@ -1,9 +1,10 @@
 """A WireGuard device in virtual time: enough of the protocol that an agent can tell no difference.
 
 Modelled: one handshake at a time per peer, initiations at most every 5 s, two crossing initiations that
-spoil each other, a responder that sends only after the initiator's first packet, endpoints that follow the
-source of every authenticated packet, allowed IPs checked on arrival, 128 staged packets, rekey after 120 s,
-reject after 180 s, keepalive at its interval and on its rise from 0, byte counters with handshakes in them.
+spoil each other, a pre-shared key that both sides must hold when the answer is made and taken, a responder
+that sends only after the initiator's first packet, endpoints that follow the source of every authenticated
+packet, allowed IPs checked on arrival, 128 staged packets, rekey after 120 s, reject after 180 s, keepalive
+at its interval and on its rise from 0, byte counters with handshakes in them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Protocol, TypeAlias, assert_never
 
 from scope_agent.wireguard.device import (
+    NO_PSK,
     Action,
     AddAddress,
     AddAllowedIps,
@@ -38,7 +40,7 @@ from scope_agent.wireguard.device import (
     SetUp,
 )
 
-from scope.model import Endpoint, IPAddress, IPInterface, IPNetwork, PublicKey
+from scope.model import Endpoint, IPAddress, IPInterface, IPNetwork, PublicKey, Secret
 
 REKEY_AFTER = 120.0
 REJECT_AFTER = 180.0
@@ -64,6 +66,7 @@ class Response:
 
     sender: PublicKey
     number: int
+    psk: Secret | None = None  # what the responder mixed in
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,7 @@ class _Peer:
     endpoint: Endpoint | None = None
     allowed_ips: frozenset[IPNetwork] = frozenset()
     keepalive: int = 0
+    psk: Secret | None = None
     rx: int = 0
     tx: int = 0
     last_handshake: float | None = None
@@ -185,6 +189,7 @@ class Device:
                     endpoint=p.endpoint,
                     allowed_ips=p.allowed_ips,
                     keepalive=p.keepalive,
+                    psk=p.psk,
                     rx=p.rx,
                     tx=p.tx,
                     last_handshake=p.last_handshake,
@@ -227,8 +232,9 @@ class Device:
                 self._guarded |= {prefix}
             case RemoveGuard(prefix):
                 self._guarded -= {prefix}
-            case AddPeer(key=key, endpoint=endpoint, allowed_ips=allowed_ips, keepalive=keepalive):
+            case AddPeer(key=key, endpoint=endpoint, allowed_ips=allowed_ips, keepalive=keepalive, psk=psk):
                 peer = self.peers.setdefault(key, _Peer(key))
+                peer.psk = psk
                 peer.endpoint = endpoint or peer.endpoint
                 self._allow(peer, allowed_ips)
                 self._keep_alive(peer, keepalive)
@@ -239,8 +245,8 @@ class Device:
                 if peer.endpoint != endpoint:
                     self.endpoint_changes += 1
                 peer.endpoint = endpoint
-            case SetPsk():
-                pass
+            case SetPsk(key, psk):
+                self.peers[key].psk = None if psk == NO_PSK else psk
             case AddAllowedIps(key, allowed_ips):
                 self._allow(self.peers[key], self.peers[key].allowed_ips | allowed_ips)
             case SetAllowedIps(key, allowed_ips):
@@ -282,8 +288,9 @@ class Device:
         match datagram:
             case Initiation(number=number):
                 self._initiated(peer, number, source)
-            case Response(number=number):
-                self._responded(peer, number, source)
+            case Response(number=number, psk=psk):
+                if psk == peer.psk:
+                    self._responded(peer, number, source)
             case Transport(session=number, content=content):
                 self._transported(peer, number, content, source)
             case _:
@@ -352,7 +359,7 @@ class Device:
         peer.initiation = None  # one handshake state: theirs replaces ours
         self._took(peer, Initiation(peer.key, number), source)
         peer.pending = _Session(number, self._now(), initiator=False)
-        self._put(peer, Response(self._own(), number))
+        self._put(peer, Response(self._own(), number, peer.psk))
 
     def _responded(self, peer: _Peer, number: int, source: Endpoint) -> None:
         if peer.initiation != number:

@@ -38,11 +38,14 @@ from scope_agent.inputs import (
     InterfacesChanged,
     Leg,
     ListAgain,
+    NudgeTunnel,
     Observe,
     Output,
     PortsApplied,
+    PskSaved,
     Relaying,
     Reply,
+    SavePsk,
     SaveState,
     Send,
     Socket,
@@ -50,8 +53,11 @@ from scope_agent.inputs import (
     TrafficMoved,
     WriteReport,
 )
+from scope_agent.keying import KeySetup
 from scope_agent.membership import Membership
 from scope_agent.paths.core import Paths
+from scope_agent.psk.identity import make_hybrid_identity
+from scope_agent.psk.slots import Record
 from scope_agent.state import make_identity
 from scope_agent.tree.rules import ForwardedPrefixes
 from scope_agent.wireguard.device import HoldEndpoint
@@ -97,6 +103,7 @@ from scope.wire import AskRelay, Forward, Forwarded, Message, Ping, Pong, Refuse
 from tests.sim import carrier, relay
 from tests.sim.network import Network, Site
 from tests.sim.wireguard import Device, Transport
+from tests.toy_provider import ToyProvider
 
 MESH = "mesh"
 DEFAULT_TIMERS = Timers()
@@ -111,6 +118,7 @@ CARRIER_LOOK = 0.5  # how soon a carrier's process that died is started again
 POLL = 0.25  # how often the shell looks at the device's own counters
 RECONNECT, RECONNECT_MAX = 1.0, 30.0
 SPIN_LIMIT = 200  # turns of one timer at one instant
+NUDGE = -1  # the number of a packet that only makes WireGuard rekey
 REFLECTOR_PORTS = (3478, 3479)
 CONTENT = (Kind.MESH, Kind.PEER)  # what a gateway serves
 
@@ -291,6 +299,12 @@ class Machine:
         self.forwarded: ForwardedPrefixes | None = None
         self.passed = 0  # packets of others that went on from here
         self.clock_error = 0.0  # seconds by which our wall clock is wrong
+        # Of a random of its own: what is drawn for keys leaves every other draw of the seed as it is.
+        self.key_random = Random(f"{world.seed} {name}")
+        self.provider = ToyProvider(self.key_random)
+        self.hybrid = make_hybrid_identity(self.key_random.randbytes, self.provider)
+        self.psk_disk: dict[PublicKey, Record] = {}
+        self.nudges = 0
         self.disk = DiskState(Snapshot(), listen_port=port or pick_port(world.random.random))
         self.agent: Agent | None = None
         self.connected = False
@@ -474,6 +488,8 @@ class Machine:
         if content.destination != self.address:
             self._forward(content)
             return
+        if content.number == NUDGE:
+            return
         sender = self.world.registry.holder(content.source).key
         self.received.append((self.world.now, sender, content))
         if content.answer:
@@ -656,6 +672,11 @@ class Machine:
                 self._later(PORTS_DELAY, lambda: self._turn_ports(rules))
             case ApplyCarrier(wanted):
                 self._later(RELAY_DELAY, lambda: self._have_carried(wanted))
+            case SavePsk(peer, record):
+                self._later(DISK_DELAY, lambda: self._save_psk(peer, record))
+            case NudgeTunnel(address=address):
+                self.nudges += 1
+                self.device.send_packet(Packet(NUDGE, False, self.address, address))
             case Reply():
                 self.replies.append(output)
             case ListAgain():
@@ -724,12 +745,22 @@ class Machine:
         self.disk = state
         self.give(Applied(Target.DISK))
 
+    def _save_psk(self, peer: PublicKey, record: Record | None) -> None:
+        if self.disk_fails:
+            self.give(PskSaved(peer, "no space left on device"))
+        elif record is None:
+            self.psk_disk.pop(peer, None)
+        else:
+            self.psk_disk[peer] = record
+            self.give(PskSaved(peer))
+
 
 class _Overheard(Agent):
     """An Agent whose sealed messages a test may read as they leave."""
 
     def __init__(self, machine: Machine, config: AgentConfig, *, channel: Channel, state: DiskState) -> None:
         world = machine.world
+        self._machine = machine
         super().__init__(
             config,
             channel=channel,
@@ -740,9 +771,16 @@ class _Overheard(Agent):
             granted=machine.granted,
             openings=machine.ports.openings,
             carried=machine.carrier.carrier,
+            keys=KeySetup(
+                machine.hybrid,
+                provider=machine.provider,
+                random_bytes=machine.key_random.randbytes,
+                records=machine.psk_disk,
+            ),
         )
-        self._machine = machine
-        self._carrying = _Ear(machine, channel, paths=self._paths, membership=self._membership)
+
+    def _make_carrying(self) -> Carrying:
+        return _Ear(self._machine, self._channel, paths=self._paths, membership=self._membership)
 
     def _message(self, sender: PublicKey, message: Message, leg: Leg, *, origin: bytes, now: float) -> None:
         refuses = self._machine.relay.refuses

@@ -217,7 +217,10 @@ SELECTORS = ("spec.nodeSelector", "spec.hubs.selector")
 LENGTHS = {
     Kind.MESH: {
         resources.MAX_CIDR: {"spec.addressing.ipv4", "spec.addressing.ipv6"},
-        resources.MAX_DURATION_TEXT: {f"spec.timers.{name}" for name in corpus.TIMERS} | {"spec.peerExpiry"},
+        resources.MAX_DURATION_TEXT: {
+            *(f"spec.timers.{name}" for name in corpus.TIMERS),
+            *("spec.peerExpiry", "spec.postQuantum.rotationInterval"),
+        },
         resources.MAX_LABEL_KEY: {f"{selector}.matchExpressions[0].key" for selector in SELECTORS},
         resources.MAX_LABEL: {
             *(f"{selector}.matchExpressions[0].values[0]" for selector in SELECTORS),
@@ -237,7 +240,9 @@ LENGTHS = {
     Kind.PEER: {
         resources.MAX_LABEL: {"spec.mesh", "spec.cluster", "status.conditions[0].type"},
         resources.MAX_NAME: {"spec.nodeName", "status.links[0].peer", "status.links[0].hub", "status.hub"},
-        resources.MAX_UID: {"spec.nodeUID", "status.tombstone.meshUID", "status.tombstone.peerUID"},
+        resources.MAX_UID: {  # and as long as a fingerprint's digits
+            *("spec.nodeUID", "status.tombstone.meshUID", "status.tombstone.peerUID", "status.identity"),
+        },
         resources.MAX_CIDR: {"spec.routes[0]", "status.addresses[0]", "status.heldAddresses[0]"},
         resources.MAX_ENDPOINT: {
             "spec.endpoints[0]",
@@ -256,7 +261,7 @@ LENGTHS = {
 ALIKE = (
     {"signingKey", "probeKey", "wireGuard", "probe", "signing", "key", "signer", "pin"},
     {"signature"},
-    {"lastSeen", "lastTransitionTime", "contestedSince"},
+    {"lastSeen", "lastTransitionTime", "contestedSince", "since"},
 )
 
 

@@ -309,3 +309,30 @@ def test_durations_are_short(seconds: float, text: str) -> None:
 )
 def test_bytes_have_units(count: int, text: str) -> None:
     assert render.byte_count(count) == text
+
+
+def test_the_status_shows_the_key_of_each_pair_where_a_mesh_has_keys() -> None:
+    def peer(name: str, **psk: object) -> dict[str, object]:
+        return {"name": name, "path": "Direct", "psk": psk}
+
+    peers = [
+        peer("home.nas", epoch=7, ageSeconds=2040, withheld=False, conflict=False, failure=""),
+        peer("home.pi", epoch=None, ageSeconds=None, withheld=True, conflict=False, failure="no answer"),
+        peer("home.tv", epoch=2, ageSeconds=5, withheld=False, conflict=True, failure="too late"),
+    ]
+    header, *rows = render.status_text(
+        parse_status({"mesh": "home", "peers": peers}), color=False
+    ).splitlines()[-4:]
+    at = header.index("POST-QUANTUM KEY")
+    assert [row[at:].partition("  ")[0] for row in rows] == [
+        "#7 for 34m",
+        "none (no traffic without a key: no answer)",
+        "#2 for 5s (another program replaces it)",
+    ]
+
+
+def test_a_mesh_without_keys_has_no_column_for_them() -> None:
+    none = {"epoch": None, "ageSeconds": None, "withheld": False, "conflict": False, "failure": ""}
+    peers = [{"name": "home.nas", "path": "Direct", "psk": none}]
+    text = render.status_text(parse_status({"mesh": "home", "peers": peers}), color=False)
+    assert "QUANTUM" not in text

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 from scope_agent.inputs import DiskState
+from scope_agent.psk.exchange import Keys
+from scope_agent.psk.provider import CryptographyProvider
+from scope_agent.psk.slots import Record
 from scope_agent.relay.asking import HeldGrant
 from scope_agent.state import Enrolment, StateDir, enrolled_meshes, make_identity
 
@@ -23,6 +26,7 @@ from scope.model import (
     CandidateKind,
     ConfigError,
     Endpoint,
+    Fingerprint,
     Mesh,
     MeshSpec,
     Meta,
@@ -31,6 +35,7 @@ from scope.model import (
     PeerSpec,
     PublicKey,
     Revision,
+    Secret,
     Snapshot,
 )
 from scope.tombstones import sign_tombstone
@@ -243,3 +248,31 @@ def test_leaving_forgets_everything(directory: StateDir, enrolment: Enrolment, s
     directory.save(state)
     directory.remove()
     assert not directory.path.exists()
+
+
+def test_keys_of_pairs_come_back_from_the_disk_and_a_damaged_file_is_put_aside(directory: StateDir) -> None:
+    keys = Keys(7, bytes([1] * 32), *(Secret(bytes([number] * 32)) for number in (2, 3, 4, 5)))
+    record = Record(Fingerprint(bytes(32)), counter=8, current=keys, next=keys, active=True, confirmed=12.5)
+    one, other = PublicKey(bytes([1] * 32)), PublicKey(bytes([2] * 32))
+    directory.save_psk(one, record)
+    directory.save_psk(other, Record(counter=3))
+    assert directory.load_psk() == ({one: record, other: Record(counter=3)}, [])
+    files = sorted(directory.psk_dir.iterdir())
+    assert [stat.S_IMODE(file.stat().st_mode) for file in files] == [0o600, 0o600]
+    files[0].write_text("{")
+    files[0].chmod(0o600)
+    loaded, (trouble,) = directory.load_psk()
+    assert loaded == {other: Record(counter=3)} and "agrees on a new key" in trouble
+    directory.save_psk(other, None)
+    assert directory.load_psk() == ({}, [])
+
+
+def test_an_identity_is_made_once_and_refused_where_others_can_read_it(directory: StateDir) -> None:
+    provider = CryptographyProvider()
+    made = directory.hybrid_identity(numbers(), provider)  # type: ignore[arg-type]
+    assert directory.hybrid_identity(numbers(5), provider) == made  # type: ignore[arg-type]
+    directory.identity_file.chmod(0o644)
+    with pytest.raises(ConfigError, match="can be read by others"):
+        directory.hybrid_identity(numbers(), provider)  # type: ignore[arg-type]
+    directory.remove()
+    assert not directory.identity_file.exists() and not directory.psk_dir.exists()

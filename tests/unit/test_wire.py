@@ -27,6 +27,7 @@ from scope.wire import (
     Guess,
     Guesses,
     Guessing,
+    KeyPart,
     Message,
     Nominate,
     Nominated,
@@ -96,6 +97,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Attached, attachments),
     st.builds(Guess, u32, endpoints, endpoints),
     st.builds(Guessing, u32, st.sampled_from(Guesses)),
+    st.builds(KeyPart, u32, st.integers(0, 2), st.integers(3, 8), st.binary(min_size=1, max_size=1100)),
 )
 
 
@@ -321,3 +323,19 @@ def test_a_call_of_an_earlier_release_says_nothing_of_what_it_opened() -> None:
     body = encode_message(CallMeMaybe((Candidate(HERE, CandidateKind.HOST),), opened=(THERE,)))
     older = body[: -1 - 18]
     assert decode_message(older) == CallMeMaybe((Candidate(HERE, CandidateKind.HOST),))
+
+
+@pytest.mark.parametrize(("index", "count"), [(3, 3), (0, 0), (0, 9), (8, 8)])
+def test_parts_of_a_key_message_that_cannot_be_are_refused_on_both_sides(index: int, count: int) -> None:
+    with pytest.raises(ValueError, match="no part"):
+        encode_message(KeyPart(1, index, count, b"a"))
+    with pytest.raises(WireError, match="out of bounds"):
+        decode_message(bytes((16, 0, 0, 0, 1, index, count, 0, 1)) + b"a")
+
+
+@pytest.mark.parametrize("length", [0, 1101])
+def test_a_part_of_a_key_message_has_a_bounded_length(length: int) -> None:
+    with pytest.raises(ValueError, match="1 to 1100 bytes"):
+        encode_message(KeyPart(1, 0, 1, bytes(length)))
+    with pytest.raises(WireError, match="out of bounds"):
+        decode_message(bytes((16, 0, 0, 0, 1, 0, 1)) + length.to_bytes(2, "big") + bytes(length))

@@ -1,0 +1,222 @@
+"""Where the pairs' post-quantum keys meet the rest of the agent: what goes in, what comes out, what is shown.
+
+`psk` knows neither paths nor the channel. Here its parts are sealed and sent where the peer is reached, its
+records go to the disk, and its view becomes what the device is to hold. An agent whose library makes no such
+keys has no room at all: its peers stay without, and say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import assert_never
+
+from scope.model import (
+    ConfigError,
+    Fingerprint,
+    PathKind,
+    PostQuantum,
+    PostQuantumMode,
+    PublicKey,
+    Snapshot,
+)
+from scope.wire import KeyPart
+from scope_agent.carrying import Carrying
+from scope_agent.inputs import NudgeTunnel, Output, SavePsk, Socket
+from scope_agent.paths.core import Paths
+from scope_agent.psk.core import NudgePeer, Psk, SayPart, WriteRecord
+from scope_agent.psk.exchange import RandomBytes
+from scope_agent.psk.identity import HybridIdentity
+from scope_agent.psk.pair import PskPair, Reading
+from scope_agent.psk.provider import Provider
+from scope_agent.psk.slots import Record
+from scope_agent.wireguard.device import ObservedDevice
+
+_UNKEYED = PskPair()
+
+
+@dataclass(frozen=True, slots=True)
+class KeySetup:
+    """What an agent makes keys with, and the records of earlier runs."""
+
+    identity: HybridIdentity
+    provider: Provider
+    random_bytes: RandomBytes
+    records: Mapping[PublicKey, Record]
+
+
+class Keying:
+    """`setup` is a reason in words where no keys can be made; `offset` is wall clock less monotonic clock."""
+
+    def __init__(
+        self,
+        setup: KeySetup | str,
+        *,
+        own: PublicKey,
+        random: Callable[[], float],
+        offset: float,
+        carrying: Carrying,
+        paths: Paths,
+    ) -> None:
+        self._carrying, self._paths = carrying, paths
+        self._policy = PostQuantum()
+        self._snapshot = Snapshot()
+        self._trouble = setup if isinstance(setup, str) else ""
+        self._psk = (
+            None
+            if isinstance(setup, str)
+            else Psk(
+                own=own,
+                identity=setup.identity,
+                provider=setup.provider,
+                random=random,
+                random_bytes=setup.random_bytes,
+                records=setup.records,
+                offset=offset,
+            )
+        )
+
+    # --- what is known -------------------------------------------------------------------------------------
+
+    def set_snapshot(self, snapshot: Snapshot, *, is_complete: bool, now: float) -> None:
+        """Take the mesh and its members."""
+        before, self._snapshot = self._snapshot, snapshot
+        if snapshot.mesh is None:
+            return
+        self._policy = snapshot.mesh.spec.post_quantum
+        if self._psk is None or (self._psk.is_idle and self._policy.mode is PostQuantumMode.OFF):
+            return
+        new = self._psk.configure(
+            self._policy,
+            mesh_uid=snapshot.mesh.meta.uid,
+            members=snapshot.peers.keys(),
+            is_complete=is_complete,
+            now=now,
+        )
+        for key, peer in snapshot.peers.items():
+            if key in new or before.peers.get(key) is not peer:
+                identity = peer.report.identity if peer.report is not None else None
+                self._psk.identify(key, identity, now)
+        for key in sorted(new):
+            self.stand(key, now)
+
+    def stand(self, key: PublicKey, now: float) -> None:
+        """Look how the pair's path stands."""
+        if self._psk is not None:
+            view = self._paths.view(now).pairs.get(key)
+            is_reached = view is not None and view.path is not PathKind.NONE
+            self._psk.reach(key, now, is_reached=is_reached)
+
+    def observe(
+        self, device: ObservedDevice, sessions: Mapping[PublicKey, tuple[float, float]], now: float
+    ) -> None:
+        """Take what the device says; `sessions` are (last handshake, since when, ours) by peer."""
+        if self._psk is None or self._psk.is_idle:
+            return
+        readings = {}
+        for key, peer in device.peers.items():
+            stamp, since = sessions[key]
+            readings[key] = Reading(peer.psk, stamp, since if stamp > 0.0 else None)
+        self._psk.observe(readings, now)
+
+    def receive(self, key: PublicKey, part: KeyPart, now: float) -> None:
+        """Take a part of a message of a peer."""
+        if self._psk is not None:
+            self._psk.receive(key, part, now)
+
+    def saved(self, key: PublicKey, error: str, now: float) -> None:
+        """A record is on disk, or why not."""
+        if self._psk is not None:
+            self._psk.written(key, error, now)
+
+    def rotate(self, name: str, now: float) -> int:
+        """Make a new key with the peer of that name, "" for all; how many. Raises ConfigError."""
+        if self._policy.mode is PostQuantumMode.OFF:
+            raise ConfigError("the mesh makes no post-quantum keys: set spec.postQuantum.mode to Preferred")
+        if self._psk is None:
+            raise ConfigError(self._trouble)
+        keys = [k for k, peer in sorted(self._snapshot.peers.items()) if name in ("", peer.meta.name)]
+        if not keys and name:
+            raise ConfigError(f"no peer {name!r} in the mesh: `scopectl status` names them")
+        for key in keys:
+            self._psk.rotate(key, now)
+        return len(keys)
+
+    # --- what is shown -------------------------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """What our report says of our identity."""
+        is_off = self._policy.mode is PostQuantumMode.OFF
+        return None if self._psk is None or is_off else self._psk.fingerprint
+
+    @property
+    def trouble(self) -> str:
+        """Why this agent makes no keys though the mesh asks for them."""
+        return "" if self._policy.mode is PostQuantumMode.OFF else self._trouble
+
+    @property
+    def dropped(self) -> int:
+        """Messages that were not what they should be."""
+        return self._psk.dropped if self._psk is not None else 0
+
+    @property
+    def wants_look(self) -> bool:
+        """Whether the device is to be read often."""
+        return self._psk is not None and self._psk.wants_look
+
+    def pairs(self) -> Mapping[PublicKey, PskPair]:
+        """How each pair is keyed."""
+        return self._psk.view() if self._psk is not None else {}
+
+    def pair(self, key: PublicKey) -> PskPair:
+        """How one pair is keyed."""
+        found = self.pairs().get(key)
+        if found is not None:
+            return found
+        if self._policy.mode is not PostQuantumMode.REQUIRED:
+            return _UNKEYED
+        return PskPair(is_withheld=True, is_silent=True, failure=self.trouble)
+
+    def take_changes(self) -> set[PublicKey]:
+        """Pairs that are keyed otherwise than before; asked again, none."""
+        return self._psk.take_changes() if self._psk is not None else set()
+
+    # --- time ----------------------------------------------------------------------------------------------
+
+    def get_timer(self) -> float | None:
+        """When `handle_timer` wants to run next."""
+        return self._psk.get_timer() if self._psk is not None else None
+
+    def handle_timer(self, now: float) -> None:
+        """Do what is due."""
+        if self._psk is not None:
+            self._psk.handle_timer(now)
+
+    def outputs(self, now: float) -> list[Output]:
+        """What is to be performed now, in order."""
+        out: list[Output] = []
+        for output in self._psk.outputs() if self._psk is not None else ():
+            match output:
+                case SayPart(key, part):
+                    out += self._say(key, part, now)
+                case WriteRecord(key, record):
+                    out.append(SavePsk(key, record))
+                case NudgePeer(key):
+                    peer = self._snapshot.peers.get(key)
+                    if peer is not None and peer.assignment.addresses:
+                        out.append(NudgeTunnel(key, peer.assignment.addresses[0].ip))
+                case _:
+                    assert_never(output)
+        return out
+
+    def _say(self, key: PublicKey, part: KeyPart, now: float) -> list[Output]:
+        """Straight to the peer or by a hub, never through the tunnel: so a dead one is keyed again."""
+        peer = self._snapshot.peers.get(key)
+        if peer is None or peer.report is None:
+            return []
+        probe = peer.report.keys.probe
+        endpoint = self._paths.endpoint_of(probe, now)
+        if endpoint is None:
+            return []
+        return [*self._carrying.seal(probe, part, Socket(endpoint), now)]

@@ -1,0 +1,261 @@
+"""One exchange: an Offer, its Answer, and the key that both sides then have. Pure functions.
+
+The decapsulator D is the side with the larger WireGuard key (raw bytes); it makes the Offer with an ephemeral
+ML-KEM-1024 key and an ephemeral X448 key. The encapsulator E answers with a ciphertext and its own X448 key.
+Both messages name the suite, the mesh, both identities, both WireGuard keys, the epoch and what it builds on,
+and are signed by Ed448 and by ML-DSA-65; the keys are derived from both secrets and the whole transcript:
+
+    th  = SHA3-512(lp(Offer's body, Answer's body))
+    PRK = HKDF-Extract(the base epoch's chain value, or zeros;
+                       ML-KEM secret | X448 secret | ciphertext | X448 of E | KEM key | X448 of D | label)
+    psk, chain, confirm D, confirm E, id = HKDF-Expand(PRK, lp(label, name, th)), 32 bytes each
+
+`lp` puts a length of four bytes before each part; HKDF is that of RFC 5869 with SHA3-256. The key holds while
+either secret does, and no worse than the base epoch's. Implicit rejection makes the ML-KEM secret of a
+tampered ciphertext another one, silently: the Answer's MAC under E's confirmation key shows it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from scope.model import Fingerprint, PublicKey, Secret
+from scope_agent.psk.identity import HybridIdentity, PublicIdentity
+from scope_agent.psk.messages import (
+    MAC_BYTES,
+    NO_ID,
+    NONCE_BYTES,
+    SIGNATURES_BYTES,
+    Answer,
+    Control,
+    Header,
+    Offer,
+    What,
+)
+from scope_agent.psk.provider import DH_BYTES, KEM_SEED_BYTES, Provider, ProviderError
+
+SUITE = 1  # ML-KEM-1024 + X448, SHA3, Ed448 + ML-DSA-65: local policy, never negotiated
+RandomBytes: TypeAlias = Callable[[int], bytes]
+
+_LABEL = b"scope psk 1"
+_SIGN_PREFIX = b"scope psk signature 1"
+_NO_CHAIN = Secret(bytes(32))
+
+
+class ExchangeError(Exception):
+    """A message that is not what it should be, of a peer that is who it says: the old key stays."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parties:
+    """Who exchanges, in which mesh. D and E are told apart by the WireGuard keys alone."""
+
+    mesh_uid: str
+    own: PublicKey
+    own_fingerprint: Fingerprint
+    peer: PublicKey
+    peer_fingerprint: Fingerprint
+
+    @property
+    def is_decapsulator(self) -> bool:
+        """Whether we start exchanges."""
+        return self.own.raw > self.peer.raw
+
+    def header(self, *, epoch: int, base: bytes, nonce: bytes) -> Header:
+        """The header of an exchange of ours."""
+        own, peer = (self.own_fingerprint, self.own), (self.peer_fingerprint, self.peer)
+        (fingerprint_d, key_d), (fingerprint_e, key_e) = (own, peer) if self.is_decapsulator else (peer, own)
+        return Header(
+            SUITE,
+            self.mesh_uid,
+            fingerprint_d=fingerprint_d,
+            fingerprint_e=fingerprint_e,
+            key_d=key_d,
+            key_e=key_e,
+            epoch=epoch,
+            base=base,
+            nonce=nonce,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What one exchange gives: a pre-shared key, and what the two holders need to speak of it."""
+
+    epoch: int
+    id: bytes  # names the key, and says nothing of it
+    psk: Secret
+    chain: Secret  # goes into the next exchange
+    confirm_d: Secret
+    confirm_e: Secret
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """An Offer of ours with the private halves that its Answer needs."""
+
+    offer: Offer
+    kem_seed: Secret
+    dh_private: Secret
+
+
+def make_offer(
+    parties: Parties,
+    identity: HybridIdentity,
+    *,
+    epoch: int,
+    base: Keys | None,
+    provider: Provider,
+    random_bytes: RandomBytes,
+) -> Offered:
+    """D's part: a signed Offer for `epoch`, on top of `base`."""
+    kem_seed, dh_private = Secret(random_bytes(KEM_SEED_BYTES)), Secret(random_bytes(DH_BYTES))
+    header = parties.header(
+        epoch=epoch, base=base.id if base is not None else NO_ID, nonce=random_bytes(NONCE_BYTES)
+    )
+    unsigned = Offer(header, provider.kem_public(kem_seed), provider.dh_public(dh_private), b"")
+    signatures = _sign(b"offer", unsigned.body(), identity, provider)
+    return Offered(replace(unsigned, signatures=signatures), kem_seed, dh_private)
+
+
+def make_answer(
+    parties: Parties,
+    identity: HybridIdentity,
+    offer: Offer,
+    *,
+    theirs: PublicIdentity,
+    base: Keys | None,
+    provider: Provider,
+    random_bytes: RandomBytes,
+) -> tuple[Answer, Keys]:
+    """E's part, and the keys. Raises ExchangeError; the epoch is the caller's to judge."""
+    header = parties.header(
+        epoch=offer.header.epoch, base=base.id if base is not None else NO_ID, nonce=offer.header.nonce
+    )
+    if parties.is_decapsulator or offer.header != header:
+        raise ExchangeError("an offer for another pair, mesh, suite or base")
+    _verify(b"offer", offer.body(), offer.signatures, theirs, provider)
+    dh_private = Secret(random_bytes(DH_BYTES))
+    try:
+        kem_secret, ciphertext = provider.encapsulate(offer.kem_public)
+        dh_secret = provider.dh(dh_private, offer.dh_public)
+    except ProviderError as error:
+        raise ExchangeError(str(error)) from None
+    unsigned = Answer(
+        header,
+        offer_hash=hashlib.sha3_512(offer.body()).digest(),
+        ciphertext=ciphertext,
+        dh_public=provider.dh_public(dh_private),
+        mac=bytes(MAC_BYTES),
+        signatures=bytes(SIGNATURES_BYTES),
+    )
+    keys = _derive(offer, unsigned, kem_secret=kem_secret, dh_secret=dh_secret, base=base)
+    mac = _answer_mac(keys, unsigned)
+    signatures = _sign(b"answer", unsigned.body(), identity, provider)
+    return replace(unsigned, mac=mac, signatures=signatures), keys
+
+
+def take_answer(
+    offered: Offered, answer: Answer, *, theirs: PublicIdentity, base: Keys | None, provider: Provider
+) -> Keys:
+    """D's end of it. Raises ExchangeError."""
+    offer = offered.offer
+    if answer.header != offer.header or answer.offer_hash != hashlib.sha3_512(offer.body()).digest():
+        raise ExchangeError("an answer to another offer")
+    _verify(b"answer", answer.body(), answer.signatures, theirs, provider)
+    try:
+        kem_secret = provider.decapsulate(offered.kem_seed, answer.ciphertext)
+        dh_secret = provider.dh(offered.dh_private, answer.dh_public)
+    except ProviderError as error:
+        raise ExchangeError(str(error)) from None
+    keys = _derive(offer, answer, kem_secret=kem_secret, dh_secret=dh_secret, base=base)
+    if not hmac.compare_digest(_answer_mac(keys, answer), answer.mac):
+        raise ExchangeError("the two sides derived different keys")
+    return keys
+
+
+def control(what: What, keys: Keys, *, by_decapsulator: bool) -> Control:
+    """A word about an epoch, under the speaker's confirmation key."""
+    mac = _control_mac(what, keys, by_decapsulator=by_decapsulator)
+    return Control(what, keys.epoch, keys.id, mac)
+
+
+def is_genuine(word: Control, keys: Keys, *, by_decapsulator: bool) -> bool:
+    """Whether a word about `keys` comes from their other holder, in its role."""
+    if (word.epoch, word.id) != (keys.epoch, keys.id):
+        return False
+    mac = _control_mac(word.what, keys, by_decapsulator=by_decapsulator)
+    return hmac.compare_digest(mac, word.mac)
+
+
+# --- derivation ---------------------------------------------------------------------------------------------
+
+
+def _derive(
+    offer: Offer, answer: Answer, *, kem_secret: Secret, dh_secret: Secret, base: Keys | None
+) -> Keys:
+    transcript = hashlib.sha3_512(_lp(offer.body(), answer.body())).digest()
+    material = b"".join(
+        (
+            kem_secret.raw,
+            dh_secret.raw,
+            answer.ciphertext,
+            answer.dh_public,
+            offer.kem_public,
+            offer.dh_public,
+            _LABEL,
+        )
+    )
+    salt = base.chain if base is not None else _NO_CHAIN
+    prk = _hmac(salt.raw, material)
+
+    def expand(name: bytes) -> bytes:
+        return _hmac(prk, _lp(_LABEL, name, transcript) + b"\x01")  # one block of RFC 5869, section 2.3
+
+    return Keys(
+        epoch=offer.header.epoch,
+        id=expand(b"id"),
+        psk=Secret(expand(b"psk")),
+        chain=Secret(expand(b"chain")),
+        confirm_d=Secret(expand(b"confirm D")),
+        confirm_e=Secret(expand(b"confirm E")),
+    )
+
+
+def _answer_mac(keys: Keys, answer: Answer) -> bytes:
+    return _hmac(keys.confirm_e.raw, _lp(b"answer", answer.body()))
+
+
+def _control_mac(what: What, keys: Keys, *, by_decapsulator: bool) -> bytes:
+    key = keys.confirm_d if by_decapsulator else keys.confirm_e
+    return _hmac(key.raw, _lp(b"control", bytes((what,)), keys.epoch.to_bytes(8, "big"), keys.id))
+
+
+def _sign(context: bytes, body: bytes, identity: HybridIdentity, provider: Provider) -> bytes:
+    return provider.sign(identity.ed448, identity.mldsa, _signed(context, body), context)
+
+
+def _verify(
+    context: bytes, body: bytes, signatures: bytes, theirs: PublicIdentity, provider: Provider
+) -> None:
+    message = _signed(context, body)
+    if not provider.verify(
+        theirs.ed448, theirs.mldsa, signatures=signatures, message=message, context=context
+    ):
+        raise ExchangeError("a signature does not hold")
+
+
+def _signed(context: bytes, body: bytes) -> bytes:
+    return _lp(_SIGN_PREFIX, context) + hashlib.sha3_512(body).digest()
+
+
+def _lp(*parts: bytes) -> bytes:
+    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
+def _hmac(key: bytes, message: bytes) -> bytes:
+    return hmac.new(key, message, hashlib.sha3_256).digest()

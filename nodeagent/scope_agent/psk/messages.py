@@ -1,0 +1,303 @@
+"""What two agents say to each other about their pre-shared key: values to bytes and back.
+
+All numbers are big endian. The first byte is the type:
+
+     1 Who        nothing: send me your Identity
+     2 Identity   Ed448 57, ML-DSA 1952
+     3 Wanted     the epoch that I use u64, its id 32 (zeros: none)
+     4 Offer      header, KEM key 1568, X448 56; signatures 3423
+     5 Answer     header, SHA3-512 of the Offer's body 64, ciphertext 1568, X448 56; MAC 32, signatures 3423
+     6 Control    what u8, epoch u64, id 32, MAC 32
+     7 Refusal    reason u8, highest epoch u64
+
+    header        suite u8, mesh uid (length u8, UTF-8), fingerprint of the decapsulator 32, of the
+                  encapsulator 32, their WireGuard keys 32 each, epoch u64, id of the base epoch 32
+                  (zeros: none), nonce 32
+
+The *body* of an Offer or Answer is all before its MAC and signatures: what is hashed and signed. Nothing may
+follow the last field: two readings of one message would be two transcripts.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TypeAlias, TypeVar, assert_never
+
+from scope.model import KEY_BYTES, Fingerprint, PublicKey
+from scope.wire import MAX_UID_BYTES, WireError
+from scope_agent.psk.identity import PublicIdentity
+from scope_agent.psk.provider import (
+    DH_BYTES,
+    ED448_BYTES,
+    ED448_SIGNATURE_BYTES,
+    KEM_CIPHERTEXT_BYTES,
+    KEM_PUBLIC_BYTES,
+    MLDSA_PUBLIC_BYTES,
+    MLDSA_SIGNATURE_BYTES,
+)
+
+ID_BYTES = MAC_BYTES = NONCE_BYTES = 32
+HASH_BYTES = 64
+SIGNATURES_BYTES = ED448_SIGNATURE_BYTES + MLDSA_SIGNATURE_BYTES
+NO_ID = bytes(ID_BYTES)
+EPOCH_BYTES = 8
+
+_Number = TypeVar("_Number", bound=enum.IntEnum)
+
+
+class What(enum.IntEnum):
+    """What is said about one epoch, by D, the decapsulator, or E, the encapsulator. Numbers stay."""
+
+    COMMIT = 1  # D: I hold it on disk; do so, too
+    READY = 2  # E: I do
+    ACTIVATE = 3  # D: give it to your device now
+    ACTIVE = 4  # E: my device has it
+    ABORT = 5  # D: take it out of your device, unless a handshake has proved it
+    REVERTED = 6  # E: I took it out of my device: no handshake proved it in time
+    CONFIRM = 7  # either: a handshake proved it, and nothing else is used any more
+    CONFIRMED = 8  # either: so it is with me, in answer to CONFIRM
+
+
+class RefusedFor(enum.IntEnum):
+    """Why an Offer gets no Answer. Numbers are never used again for another reason."""
+
+    EPOCH = 1  # it is not above the highest one that I know, which stands beside
+    BASE = 2  # I do not hold the epoch that it builds on
+    SUITE = 3  # my policy knows no such suite
+    OFF = 4  # my mesh asks for no post-quantum keys
+    IDENTITY = 5  # the fingerprints are not those that I expect
+
+
+@dataclass(frozen=True, slots=True)
+class Who:
+    """Send me your Identity."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """The sender's public keys."""
+
+    keys: PublicIdentity
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The encapsulator asks for an Offer, and says what it uses now."""
+
+    epoch: int
+    id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What both messages of one exchange say alike."""
+
+    suite: int
+    mesh_uid: str
+    fingerprint_d: Fingerprint
+    fingerprint_e: Fingerprint
+    key_d: PublicKey
+    key_e: PublicKey
+    epoch: int
+    base: bytes  # id of the epoch whose chain value is mixed in
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """The decapsulator's part."""
+
+    header: Header
+    kem_public: bytes = field(repr=False)
+    dh_public: bytes = field(repr=False)
+    signatures: bytes = field(repr=False)
+
+    def body(self) -> bytes:
+        """What is hashed and signed."""
+        return bytes((_Type.OFFER,)) + _encode_header(self.header) + self.kem_public + self.dh_public
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The encapsulator's part."""
+
+    header: Header
+    offer_hash: bytes
+    ciphertext: bytes = field(repr=False)
+    dh_public: bytes = field(repr=False)
+    mac: bytes = field(repr=False)
+    signatures: bytes = field(repr=False)
+
+    def body(self) -> bytes:
+        """What is hashed and signed."""
+        header = bytes((_Type.ANSWER,)) + _encode_header(self.header)
+        return header + self.offer_hash + self.ciphertext + self.dh_public
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A word about one epoch, under a key that only its two holders have."""
+
+    what: What
+    epoch: int
+    id: bytes
+    mac: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """No Answer to the last Offer."""
+
+    reason: RefusedFor
+    epoch: int  # the highest that the sender knows
+
+
+PskMessage: TypeAlias = Who | Identity | Wanted | Offer | Answer | Control | Refusal
+
+
+class _Type(enum.IntEnum):
+    WHO = 1
+    IDENTITY = 2
+    WANTED = 3
+    OFFER = 4
+    ANSWER = 5
+    CONTROL = 6
+    REFUSAL = 7
+
+
+def encode(message: PskMessage) -> bytes:
+    """A message as bytes."""
+    match message:
+        case Who():
+            return bytes((_Type.WHO,))
+        case Identity(keys):
+            return bytes((_Type.IDENTITY,)) + keys.ed448 + keys.mldsa
+        case Wanted(epoch, id_):
+            return bytes((_Type.WANTED,)) + _epoch(epoch) + id_
+        case Offer():
+            return message.body() + message.signatures
+        case Answer():
+            return message.body() + message.mac + message.signatures
+        case Control(what, epoch, id_, mac):
+            return bytes((_Type.CONTROL, what)) + _epoch(epoch) + id_ + mac
+        case Refusal(reason, epoch):
+            return bytes((_Type.REFUSAL, reason)) + _epoch(epoch)
+        case _:
+            assert_never(message)
+
+
+def decode(data: bytes) -> PskMessage:
+    """The message in bytes. Raises WireError, and nothing else, for any bytes."""
+    reader = _Reader(data)
+    number = reader.u8()
+    message: PskMessage
+    match number:
+        case _Type.WHO:
+            message = Who()
+        case _Type.IDENTITY:
+            message = Identity(PublicIdentity(reader.take(ED448_BYTES), reader.take(MLDSA_PUBLIC_BYTES)))
+        case _Type.WANTED:
+            message = Wanted(reader.epoch(), reader.take(ID_BYTES))
+        case _Type.OFFER:
+            message = Offer(
+                reader.header(),
+                kem_public=reader.take(KEM_PUBLIC_BYTES),
+                dh_public=reader.take(DH_BYTES),
+                signatures=reader.take(SIGNATURES_BYTES),
+            )
+        case _Type.ANSWER:
+            message = Answer(
+                reader.header(),
+                offer_hash=reader.take(HASH_BYTES),
+                ciphertext=reader.take(KEM_CIPHERTEXT_BYTES),
+                dh_public=reader.take(DH_BYTES),
+                mac=reader.take(MAC_BYTES),
+                signatures=reader.take(SIGNATURES_BYTES),
+            )
+        case _Type.CONTROL:
+            what = _member(What, reader.u8())
+            message = Control(what, reader.epoch(), reader.take(ID_BYTES), reader.take(MAC_BYTES))
+        case _Type.REFUSAL:
+            message = Refusal(_member(RefusedFor, reader.u8()), reader.epoch())
+        case _:
+            raise WireError(f"no such message about keys: {number}")
+    reader.end()
+    return message
+
+
+def _member(of: type[_Number], number: int) -> _Number:
+    try:
+        return of(number)
+    except ValueError:
+        raise WireError(f"no such {of.__name__}: {number}") from None
+
+
+def _epoch(epoch: int) -> bytes:
+    return epoch.to_bytes(EPOCH_BYTES, "big")
+
+
+def _encode_header(header: Header) -> bytes:
+    uid = header.mesh_uid.encode()
+    return b"".join(
+        (
+            bytes((header.suite, len(uid))),
+            uid,
+            header.fingerprint_d.raw,
+            header.fingerprint_e.raw,
+            header.key_d.raw,
+            header.key_e.raw,
+            _epoch(header.epoch),
+            header.base,
+            header.nonce,
+        )
+    )
+
+
+class _Reader:
+    """Takes fields off the front; what is missing or left over raises WireError."""
+
+    __slots__ = ("_data", "_offset")
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self._offset = data, 0
+
+    def take(self, count: int) -> bytes:
+        end = self._offset + count
+        if end > len(self._data):
+            raise WireError(f"a message about keys ends at byte {len(self._data)}, inside a field")
+        taken = self._data[self._offset : end]
+        self._offset = end
+        return taken
+
+    def end(self) -> None:
+        if self._offset != len(self._data):
+            raise WireError(f"{len(self._data) - self._offset} bytes too many in a message about keys")
+
+    def u8(self) -> int:
+        return self.take(1)[0]
+
+    def epoch(self) -> int:
+        return int.from_bytes(self.take(EPOCH_BYTES), "big")
+
+    def header(self) -> Header:
+        return Header(
+            suite=self.u8(),
+            mesh_uid=self._uid(),
+            fingerprint_d=Fingerprint(self.take(KEY_BYTES)),
+            fingerprint_e=Fingerprint(self.take(KEY_BYTES)),
+            key_d=PublicKey(self.take(KEY_BYTES)),
+            key_e=PublicKey(self.take(KEY_BYTES)),
+            epoch=self.epoch(),
+            base=self.take(ID_BYTES),
+            nonce=self.take(NONCE_BYTES),
+        )
+
+    def _uid(self) -> str:
+        count = self.u8()
+        if not 1 <= count <= MAX_UID_BYTES:
+            raise WireError(f"a UID is 1 to {MAX_UID_BYTES} bytes, not {count}")
+        try:
+            return self.take(count).decode()
+        except UnicodeDecodeError:
+            raise WireError("a UID is not UTF-8") from None

@@ -1,0 +1,881 @@
+"""One pair's pre-shared key: agreed, written down, given to the device, proved by a handshake, or taken back.
+
+WireGuard mixes the key in at the next handshake only, and nothing forces one: a session lives on whatever the
+device is given, for 180 s, and dies then if the two sides hold different keys. So a new key is laid in early
+in a session's life, and is proved when the device's handshake time moves: that happens only where both sides
+hold the same key. Where it did not move until the session is 145 s old, both put the old key back, and the
+rekey that is due then succeeds with that one.
+
+    D (larger key)                    E
+    OFFER n               ----->
+                          <-----      ANSWER n
+    writes n down
+    COMMIT n              ----->      writes n down
+                          <-----      READY n
+    waits for a young session
+    ACTIVATE n            ----->      writes "active", device has n
+                          <-----      ACTIVE n
+    writes "active", device has n
+              a handshake: each side sees it in its own device
+    n is current, the old key is gone; CONFIRM n, answered by CONFIRMED n
+
+What keeps the two together, whatever is lost and whoever dies:
+
+- A side that proved n knows that the other wrote n down before its device got it. So "n is current", from
+  either side (CONFIRM, or an offer that builds on n), makes n current on the other, too.
+- Nothing else moves a key forward. A side that is not told goes by its own device: proved, or reverted.
+- A side that reverts says so, and the other reverts with it unless it has the proof.
+- After a crash the device is read before anything is decided: it says which slot it holds.
+- A side without any key, or one whose base the other does not know, is given a new key that builds on none:
+  the exchange is signed, so that is no weaker against anybody but who broke both signature schemes.
+- E asks for an offer while it holds no key; D offers by itself, and again, ever more rarely, what failed.
+
+Sans-IO. Time is monotonic seconds; `offset` makes it the wall clock, which is for people.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias, assert_never
+
+from scope.model import Fingerprint, PostQuantum, PostQuantumMode, PublicKey, Secret
+from scope_agent.psk.exchange import (
+    ExchangeError,
+    Keys,
+    Offered,
+    Parties,
+    RandomBytes,
+    control,
+    is_genuine,
+    make_answer,
+    make_offer,
+    take_answer,
+)
+from scope_agent.psk.identity import HybridIdentity, PublicIdentity
+from scope_agent.psk.messages import (
+    NO_ID,
+    Answer,
+    Control,
+    Identity,
+    Offer,
+    PskMessage,
+    Refusal,
+    RefusedFor,
+    Wanted,
+    What,
+    Who,
+    decode,
+    encode,
+)
+from scope_agent.psk.provider import Provider
+from scope_agent.psk.slots import Record, find
+from scope_agent.wireguard.device import NO_PSK
+
+SESSION_VALID = 180.0  # WireGuard's REJECT_AFTER_TIME
+YOUNGEST, OLDEST = 1.0, 60.0  # the age of a session at which a key is laid in
+LATEST = 75.0  # the side that hears of it later follows up to here
+UNSET = 90.0  # a key that is not in the device by then is not laid in any more
+NUDGE_FROM, NUDGE_EVERY = 120.0, 1.0  # WireGuard rekeys at 120 s when it sends: four tries before the revert
+REVERT_AT = 145.0  # at 180 s the session ends; the rekey with the old key takes its time, too
+IN_FLIGHT = 5.0  # a handshake that began before the key was laid in may end so much later
+QUIET = 10.0  # without a session for so long: no handshake is under way that a new key would spoil
+NO_SESSION = 20.0  # a living path, and no session for so long: perhaps the two sides hold different keys
+SAY_FIRST, SAY_LONGEST = 1.0, 16.0  # what is not answered is said again
+ACTIVATE_EVERY, REMIND_EVERY = 1.0, 5.0
+ATTEMPT = 60.0  # an exchange without an answer for so long has failed
+WAIT_READY = 400.0  # for a young session: two rekeys
+AGAIN_FIRST, AGAIN_LONGEST = 30.0, 600.0  # after a failure
+AT_ONCE = 1.0  # after a refusal that says what to do better
+CONFIRM_TRIES = 6
+ANSWER_EVERY = 1.0  # an answer costs two milliseconds of a processor: one peer gets so much of it
+DISK_AGAIN = 30.0
+FOREIGN_MAX, FOREIGN_WINDOW = 3, 3600.0  # a key that another program replaced is put back so often
+SPREAD = 600.0  # after a restart overdue keys are rotated over so many seconds, not at once
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What all pairs of an agent share. `may_begin` gives the time from which an exchange may start."""
+
+    identity: HybridIdentity
+    provider: Provider
+    random: Callable[[], float]
+    random_bytes: RandomBytes
+    may_begin: Callable[[float], float]
+    offset: float  # wall clock less monotonic clock
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the device says of the peer. `stamp` only compares; `since` is when the session began, ours."""
+
+    psk: Secret | None
+    stamp: float
+    since: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class PskPair:
+    """What the rest of the agent may know. `psk` None: leave what the device has."""
+
+    psk: Secret | None = None
+    is_withheld: bool = False  # no traffic before a key is proved
+    is_silent: bool = False  # nor a handshake before the device has one
+    epoch: int = 0  # of the proved key; 0: none
+    confirmed: float = 0.0  # wall clock
+    failure: str = ""
+    conflict: bool = False  # another program replaces the key again and again
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """Send a message to the peer."""
+
+    message: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Replace the pair's record on disk; answered by `written`."""
+
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Nudge:
+    """Send an empty packet through the tunnel: WireGuard rekeys when it sends."""
+
+
+PairOutput: TypeAlias = Say | Write | Nudge
+
+
+class _Step(enum.Enum):
+    """Where D stands with an exchange that is not active yet."""
+
+    IDLE = enum.auto()
+    OFFERED = enum.auto()
+    COMMITTED = enum.auto()
+    READY = enum.auto()
+
+
+@dataclass(slots=True)
+class _Repeat:
+    """When something is said again, ever more rarely."""
+
+    at: float
+    delay: float = SAY_FIRST
+
+    def due(self, now: float) -> bool:
+        """Whether it is time, and if so, when the next time is."""
+        if now < self.at:
+            return False
+        self.at = now + self.delay
+        self.delay = min(2 * self.delay, SAY_LONGEST)
+        return True
+
+
+class Pair:
+    """The key between us and one peer."""
+
+    def __init__(self, *, own: PublicKey, peer: PublicKey, tools: Tools, record: Record, now: float) -> None:
+        self._own, self._peer, self._tools = own, peer, tools
+        self.is_decapsulator = own.raw > peer.raw
+        self._record = record
+        self._writing: Record | None = None  # in flight
+        self._pending: tuple[Record, Callable[[float], None] | None] | None = None
+        self._write_at = now
+        self._policy = PostQuantum()
+        self._mesh_uid = ""
+        self._named: Fingerprint | None = None
+        self._parties: Parties | None = None
+        self._theirs: PublicIdentity | None = None
+        self._is_reached = False
+        self._reading: Reading | None = None
+        self._unsessioned_since: float | None = None
+        self._out: list[PairOutput] = []
+        self._failure = self._identity_failure = ""
+        # D
+        self._step = _Step.COMMITTED if record.next is not None and not record.active else _Step.IDLE
+        self._offered: Offered | None = None
+        self._offered_base: Keys | None = None
+        self._builds_on_none = False
+        self._begin_at = now
+        self._failures = 0
+        self._deadline = now + ATTEMPT
+        self._repeat = _Repeat(now)
+        # E
+        self._answered: tuple[bytes, Answer, Keys] | None = None
+        self._answer_at = now
+        self._is_wanted = False
+        # either
+        self._ask = _Repeat(now)
+        self._confirm: _Repeat | None = None
+        self._confirm_tries = 0
+        self._set_at: float | None = None  # since when the device has `next`
+        self._base_stamp = 0.0
+        self._is_fresh = False  # there was no handshake before the key: the first one is its proof
+        self._look_until = now
+        self._nudge_at = now
+        self._foreign: list[float] = []
+        self._schedule_first(now)
+
+    def _schedule_first(self, now: float) -> None:
+        """After a start: by the age of the key, or soon where that cannot be told."""
+        self._interval_left: float | None = None
+        if self._record.current is not None:
+            self._interval_left = now + self._tools.offset - self._record.confirmed
+
+    # --- what is known -------------------------------------------------------------------------------------
+
+    def configure(self, policy: PostQuantum, *, mesh_uid: str, now: float) -> None:
+        """Take what the mesh asks."""
+        self._mesh_uid = mesh_uid
+        if policy != self._policy:
+            self._policy = policy
+            self._begin_at = min(self._begin_at, self._next_rotation(now))
+        self._set_parties()
+        self._drive(now)
+
+    def identify(self, fingerprint: Fingerprint | None, now: float) -> None:
+        """Take what the peer's ScopePeer says of its identity."""
+        self._named = fingerprint
+        self._set_parties()
+        self._drive(now)
+
+    def _set_parties(self) -> None:
+        named, pinned = self._named, self._record.pinned
+        parties = None
+        if named is None:
+            self._identity_failure = "its agent publishes no identity for post-quantum keys"
+        elif pinned is not None and pinned != named:
+            self._identity_failure = (
+                "its identity is another one than before: the key in use stays; remove and join the peer "
+                "anew if that is meant"
+            )
+        else:
+            self._identity_failure = ""
+            own = self._tools.identity.public.fingerprint()
+            parties = Parties(self._mesh_uid, self._own, own, self._peer, named)
+        if parties != self._parties:
+            self._parties, self._theirs = parties, None
+
+    def _next_rotation(self, now: float) -> float:
+        interval = self._policy.rotation_interval
+        if self._record.current is None:
+            return now
+        age, self._interval_left = self._interval_left, None
+        if age is None:
+            return now + interval * (0.9 + 0.2 * self._tools.random())
+        if not 0.0 <= age < interval:
+            return now + min(interval, SPREAD) * self._tools.random()
+        return now + (interval - age) * (0.9 + 0.2 * self._tools.random())
+
+    def reach(self, now: float, *, is_reached: bool) -> None:
+        """Whether what is said now arrives, as far as is known."""
+        if is_reached == self._is_reached:
+            return
+        self._is_reached = is_reached
+        if is_reached:
+            self._ask = _Repeat(now)
+            self._repeat = _Repeat(now)
+            self._deadline = max(self._deadline, now + ATTEMPT)
+            if self._record.current is not None:
+                self._confirm, self._confirm_tries = _Repeat(now), 0
+        self._drive(now)
+
+    def observe(self, reading: Reading, now: float) -> None:
+        """Take what the device says."""
+        before, self._reading = self._reading, reading
+        if self._age(now) is not None:
+            self._unsessioned_since = None
+        elif self._unsessioned_since is None:
+            self._unsessioned_since = now
+        wanted = self._psk()
+        if (
+            before is not None
+            and wanted is not None
+            and before.psk == wanted
+            and reading.psk != wanted
+            and self._record.current is not None
+        ):
+            self._foreign.append(now)
+        self._drive(now)
+
+    def rotate(self, now: float) -> None:
+        """Make a new key now."""
+        self._begin_at = now
+        self._failures = 0
+        self._is_wanted = not self.is_decapsulator
+        self._ask = _Repeat(now)
+        self._drive(now)
+
+    def written(self, error: str, now: float) -> None:
+        """The record in flight is on disk, or why not."""
+        record, self._writing = self._writing, None
+        pending = self._pending
+        if record is not None and pending is not None and pending[0] is record:
+            self._pending = None
+            if not error:
+                self._record = record
+                if pending[1] is not None:
+                    pending[1](now)
+            elif pending[1] is not None:
+                self._fail(f"the disk: {error}", now)
+            else:
+                self._pending = pending
+                self._write_at = now + DISK_AGAIN
+        self._drive(now)
+
+    # --- messages ------------------------------------------------------------------------------------------
+
+    def receive(self, data: bytes, now: float) -> None:
+        """Take a message of the peer. Raises WireError, ExchangeError: dropped, and nothing changed."""
+        message = decode(data)
+        if self._pending is not None and self._pending[1] is not None:
+            return  # what is being written decides; it is said again
+        match message:
+            case Who():
+                self._say(Identity(self._tools.identity.public))
+            case Identity(keys):
+                self._take_identity(keys)
+            case Wanted(epoch, id_):
+                self._take_wanted(epoch, id_, now)
+            case Offer():
+                self._take_offer(message, now)
+            case Answer():
+                self._take_answer(message)
+            case Control():
+                self._take_control(message, now)
+            case Refusal(reason, epoch):
+                self._take_refusal(reason, epoch, now)
+            case _:
+                assert_never(message)
+        self._drive(now)
+
+    def _take_identity(self, keys: PublicIdentity) -> None:
+        if self._parties is None or self._theirs is not None:
+            return
+        if keys.fingerprint() != self._parties.peer_fingerprint:
+            raise ExchangeError("an identity with another fingerprint than the expected one")
+        self._theirs = keys
+
+    def _take_wanted(self, epoch: int, id_: bytes, now: float) -> None:
+        if not self.is_decapsulator or self._step is not _Step.IDLE or self._record.active:
+            return
+        current = self._record.current
+        if epoch and current is not None and (epoch, id_) != (current.epoch, current.id):
+            self._builds_on_none = True
+        if self._failures == 0:
+            self._begin_at = min(self._begin_at, now)
+
+    def _take_offer(self, offer: Offer, now: float) -> None:
+        parties, theirs, header = self._parties, self._theirs, offer.header
+        if self.is_decapsulator or parties is None or theirs is None:
+            return
+        digest = hashlib.sha3_256(encode(offer)).digest()
+        if self._answered is not None and self._answered[0] == digest:
+            self._say(self._answered[1])
+            return
+        if now < self._answer_at:
+            return
+        self._answer_at = now + ANSWER_EVERY
+        if self._is_off:
+            self._say(Refusal(RefusedFor.OFF, self._record.counter))
+            return
+        expected = parties.header(epoch=header.epoch, base=header.base, nonce=header.nonce)
+        if header != expected:
+            reason = RefusedFor.SUITE if header.suite != expected.suite else RefusedFor.IDENTITY
+            self._say(Refusal(reason, self._record.counter))
+            return
+        if header.epoch <= self._record.counter:
+            self._say(Refusal(RefusedFor.EPOCH, self._record.counter))
+            return
+        base = find(self._record, header.base) if header.base != NO_ID else None
+        if header.base != NO_ID and base is None:
+            self._say_current()
+            self._say(Refusal(RefusedFor.BASE, self._record.counter))
+            return
+        answer, keys = make_answer(
+            parties,
+            self._tools.identity,
+            offer,
+            theirs=theirs,
+            base=base,
+            provider=self._tools.provider,
+            random_bytes=self._tools.random_bytes,
+        )
+        self._is_wanted = False
+        if base is not None and base is self._record.next:
+            self._promote(now)  # it is signed that D builds on it
+        self._answered = (digest, answer, keys)
+        self._say(answer)
+
+    def _take_answer(self, answer: Answer) -> None:
+        offered, theirs = self._offered, self._theirs
+        if self._step is not _Step.OFFERED or offered is None or theirs is None:
+            return
+        keys = take_answer(
+            offered, answer, theirs=theirs, base=self._offered_base, provider=self._tools.provider
+        )
+        self._offered = self._offered_base = None
+        pinned = self._parties.peer_fingerprint if self._parties is not None else self._record.pinned
+        self._write(
+            replace(self._record, next=keys, active=False, pinned=pinned),
+            lambda now: self._enter(_Step.COMMITTED, now, within=ATTEMPT),
+        )
+
+    def _take_refusal(self, reason: RefusedFor, epoch: int, now: float) -> None:
+        if not self.is_decapsulator:
+            return
+        if self._record.active and reason is RefusedFor.EPOCH and self._age(now) is None:
+            self._revert("the peer holds the key no longer", now, tell=False)
+            self._give_up(now + AT_ONCE)
+            return
+        if self._record.active or self._step is _Step.IDLE:
+            return
+        match reason:
+            case RefusedFor.EPOCH:
+                if self._record.counter < epoch < 2**63:
+                    self._note(replace(self._record, counter=epoch))
+                self._give_up(now + AT_ONCE)
+            case RefusedFor.BASE:
+                self._builds_on_none = True
+                self._give_up(now + AT_ONCE)
+            case RefusedFor.OFF:
+                self._fail("the peer's mesh asks for no post-quantum keys yet", now)
+            case RefusedFor.SUITE:
+                self._fail("the peer's release knows no suite that this one allows", now)
+            case RefusedFor.IDENTITY:
+                self._fail("the peer expects another identity of ours, or of itself", now)
+            case _:
+                assert_never(reason)
+
+    # --- words about an epoch ------------------------------------------------------------------------------
+
+    def _take_control(self, word: Control, now: float) -> None:
+        keys = find(self._record, word.id)
+        if keys is None and self._answered is not None and self._answered[2].id == word.id:
+            keys = self._answered[2]
+        if keys is None:
+            if word.what in (What.COMMIT, What.ACTIVATE) and not self.is_decapsulator:
+                self._say(Refusal(RefusedFor.EPOCH, self._record.counter))
+            return
+        if not is_genuine(word, keys, by_decapsulator=not self.is_decapsulator):
+            raise ExchangeError("a word about an epoch that its holder did not say")
+        is_for_e = word.what in (What.COMMIT, What.ACTIVATE, What.ABORT)
+        is_for_d = word.what in (What.READY, What.ACTIVE, What.REVERTED)
+        if (is_for_e and self.is_decapsulator) or (is_for_d and not self.is_decapsulator):
+            raise ExchangeError("a word of the other role")
+        if keys is self._record.current:
+            self._about_current(word.what, keys)
+            return
+        match word.what:
+            case What.COMMIT:
+                self._committed(keys, now)
+            case What.READY:
+                if self._step is _Step.COMMITTED:
+                    self._enter(_Step.READY, now, within=WAIT_READY)
+            case What.ACTIVATE:
+                self._activate(keys, now)
+            case What.ACTIVE:
+                self._follow(keys, now)
+            case What.ABORT:
+                if self._record.active:
+                    self._revert("the other side could not follow in time", now, tell=False)
+                self._say_of(What.READY, keys)
+            case What.REVERTED:
+                if self._record.active:
+                    self._revert("no handshake proved the key in time", now, tell=False)
+            case What.CONFIRM | What.CONFIRMED:
+                if keys is self._record.next:
+                    self._promote(now)
+                    if word.what is What.CONFIRM:
+                        self._say_of(What.CONFIRMED, keys)
+                    self._confirm = None
+            case _:
+                assert_never(word.what)
+
+    def _about_current(self, what: What, keys: Keys) -> None:
+        """The other side speaks of a key that is proved here: it is to know."""
+        match what:
+            case What.CONFIRM:
+                self._confirm = None
+                self._say_of(What.CONFIRMED, keys)
+            case What.CONFIRMED:
+                self._confirm = None
+            case _:
+                self._say_of(What.CONFIRM, keys)
+
+    def _committed(self, keys: Keys, now: float) -> None:
+        if keys is self._record.next:
+            self._say_of(What.ACTIVE if self._is_set else What.READY, keys)
+            return
+        if self._record.active:
+            self._revert("the other side gave the key up", now, tell=False)
+        if self._is_left:
+            return  # the device first gives back the key that is replaced; COMMIT is said again
+        pinned = self._parties.peer_fingerprint if self._parties is not None else self._record.pinned
+        record = replace(self._record, next=keys, active=False, pinned=pinned, counter=keys.epoch)
+
+        def ready(now: float) -> None:
+            self._answered = None
+            self._look_until = now + WAIT_READY
+            self._say_of(What.READY, keys)
+
+        self._write(record, ready)
+
+    def _activate(self, keys: Keys, now: float) -> None:
+        if keys is not self._record.next:
+            return
+        if self._record.active:
+            if self._is_set:
+                self._say_of(What.ACTIVE, keys)
+        elif self._is_young_enough(now):
+            self._lay_in(now)
+        else:
+            self._say_of(What.READY, keys)
+
+    def _follow(self, keys: Keys, now: float) -> None:
+        """E's device has the key: ours gets it, too, or E's gives it back."""
+        if keys is not self._record.next or self._record.active:
+            return
+        if self._is_young_enough(now):
+            self._lay_in(now)
+        else:
+            self._say_of(What.ABORT, keys)
+
+    def _is_young_enough(self, now: float) -> bool:
+        age = self._age(now)
+        return self._reading is not None and (age is None or age <= LATEST)
+
+    def _lay_in(self, now: float) -> None:
+        self._is_fresh = self._is_withheld and self._age(now) is None
+        self._base_stamp = self._reading.stamp if self._reading is not None else 0.0
+        self._write(replace(self._record, active=True), lambda _: None)
+
+    # --- moving forward and back ---------------------------------------------------------------------------
+
+    def _promote(self, now: float) -> None:
+        """`next` is proved. The device has it already, or gets it now."""
+        record = self._record
+        self._note(
+            replace(record, current=record.next, next=None, active=False, confirmed=now + self._tools.offset)
+        )
+        self._set_at, self._is_fresh = None, False
+        self._failure, self._failures, self._builds_on_none = "", 0, False
+        self._step, self._offered = _Step.IDLE, None
+        self._begin_at = self._next_rotation(now)
+        self._confirm, self._confirm_tries = _Repeat(now), 0
+
+    def _revert(self, why: str, now: float, *, tell: bool) -> None:
+        """Put the old key back; `next` is kept, in case the other side has the proof."""
+        keys = self._record.next
+        self._note(replace(self._record, active=False))
+        self._set_at, self._is_fresh = None, False
+        self._fail(why, now)
+        if tell and keys is not None:
+            self._say_of(What.ABORT if self.is_decapsulator else What.REVERTED, keys)
+
+    def _fail(self, why: str, now: float) -> None:
+        self._failure = why
+        delay = min(AGAIN_FIRST * 2**self._failures, AGAIN_LONGEST)
+        self._failures = min(self._failures + 1, 16)
+        self._give_up(now + delay * (0.9 + 0.2 * self._tools.random()))
+
+    def _give_up(self, again: float) -> None:
+        self._step, self._offered, self._offered_base = _Step.IDLE, None, None
+        self._begin_at = again
+
+    # --- what is due ---------------------------------------------------------------------------------------
+
+    def handle_timer(self, now: float) -> None:
+        """Do what is due."""
+        self._drive(now)
+
+    def _drive(self, now: float) -> None:
+        self._foreign = [at for at in self._foreign if now < at + FOREIGN_WINDOW]
+        if self._pending is None or self._pending[1] is None:
+            self._decide(now)
+        if self._pending is not None and self._writing is None and now >= self._write_at:
+            self._writing = self._pending[0]
+            self._out.append(Write(self._writing))
+
+    def _decide(self, now: float) -> None:
+        if self._record.active:
+            self._prove(now)
+        elif self.is_decapsulator and self._is_reached:
+            self._lead(now)
+        if not self._is_reached:
+            return
+        if (
+            self._parties is not None
+            and self._theirs is None
+            and self._policy.mode is not PostQuantumMode.OFF
+        ):
+            if self._ask.due(now):
+                self._say(Who())
+        elif self._wants_offer() and self._ask.due(now):
+            current = self._record.current
+            self._say(Wanted(current.epoch, current.id) if current is not None else Wanted(0, NO_ID))
+        if self._confirm is not None and self._confirm.due(now):
+            self._confirm_tries += 1
+            self._say_current()
+            if self._confirm_tries >= CONFIRM_TRIES:
+                self._confirm = None
+
+    def _wants_offer(self) -> bool:
+        if self.is_decapsulator or self._parties is None or self._is_off:
+            return False
+        return self._is_wanted or (self._record.current is None and self._record.next is None)
+
+    def _lead(self, now: float) -> None:
+        """D's part, before the key is in a device."""
+        match self._step:
+            case _Step.IDLE:
+                self._begin(now)
+            case _Step.OFFERED:
+                if now >= self._deadline:
+                    self._fail("the peer does not answer", now)
+                elif self._offered is not None and self._repeat.due(now):
+                    self._say(self._offered.offer)
+            case _Step.COMMITTED:
+                if now >= self._deadline:
+                    self._fail("the peer does not answer", now)
+                elif self._record.next is not None and self._repeat.due(now):
+                    self._say_of(What.COMMIT, self._record.next)
+            case _Step.READY:
+                if now >= self._deadline:
+                    self._fail("no young session to lay the key into", now)
+                elif self._record.next is not None and self._may_activate(now) and now >= self._repeat.at:
+                    self._repeat.at = now + ACTIVATE_EVERY
+                    self._say_of(What.ACTIVATE, self._record.next)
+            case _:
+                assert_never(self._step)
+
+    def _begin(self, now: float) -> None:
+        parties = self._parties
+        if (
+            parties is None
+            or self._theirs is None
+            or self._policy.mode is PostQuantumMode.OFF
+            or self._is_left
+        ):
+            return
+        quiet = self._unsessioned_since
+        if self._record.current is not None and quiet is not None and self._failures == 0:
+            self._begin_at = min(self._begin_at, quiet + NO_SESSION)
+        if now < self._begin_at:
+            return
+        self._begin_at = self._tools.may_begin(now)
+        if now < self._begin_at:
+            return
+        epoch = self._record.counter + 1
+        base = None if self._builds_on_none else self._record.current
+
+        def offer(now: float) -> None:
+            self._offered_base = base
+            self._offered = make_offer(
+                parties,
+                self._tools.identity,
+                epoch=epoch,
+                base=base,
+                provider=self._tools.provider,
+                random_bytes=self._tools.random_bytes,
+            )
+            self._enter(_Step.OFFERED, now, within=ATTEMPT)
+
+        self._write(replace(self._record, counter=epoch), offer)
+
+    def _enter(self, step: _Step, now: float, *, within: float) -> None:
+        self._step, self._deadline, self._repeat = step, now + within, _Repeat(now)
+
+    def _may_activate(self, now: float) -> bool:
+        if self._reading is None:
+            return False
+        age = self._age(now)
+        if age is not None:
+            return YOUNGEST <= age <= OLDEST
+        if self._is_withheld:
+            return True  # nobody tries a handshake before there is a key
+        return self._unsessioned_since is not None and now - self._unsessioned_since >= QUIET
+
+    def _prove(self, now: float) -> None:
+        """The key is in the device, or on its way there: wait for a handshake, or revert in time."""
+        keys, reading = self._record.next, self._reading
+        if keys is None or reading is None:
+            return
+        # A session's age is compared as its timer is computed, or rounding would make them disagree.
+        since = reading.since if self._age(now) is not None else None
+        if self._set_at is None:
+            if reading.psk == keys.psk:
+                self._set_at = self._nudge_at = now
+                self._repeat = _Repeat(now + REMIND_EVERY)
+                if not self.is_decapsulator:
+                    self._say_of(What.ACTIVE, keys)
+                if not self._is_fresh:
+                    self._base_stamp = reading.stamp
+            elif since is not None and now >= since + UNSET:
+                self._revert("the key did not get into the device in time", now, tell=True)
+            return
+        if now < self._set_at + IN_FLIGHT and not self._is_fresh:
+            self._base_stamp = reading.stamp
+        elif reading.stamp != self._base_stamp:
+            self._promote(now)
+            return
+        if since is not None and now >= since + REVERT_AT:
+            self._revert("no handshake proved the key in time", now, tell=True)
+            return
+        if since is not None and now >= max(self._nudge_at, since + NUDGE_FROM):
+            self._nudge_at = now + NUDGE_EVERY
+            self._out.append(Nudge())
+        if since is None and self.is_decapsulator and self._is_reached and now >= self._repeat.at:
+            self._repeat.at = now + REMIND_EVERY
+            self._say_of(What.ACTIVATE, keys)
+
+    # --- what is shown -------------------------------------------------------------------------------------
+
+    @property
+    def _is_off(self) -> bool:
+        return self._policy.mode is PostQuantumMode.OFF
+
+    @property
+    def _needs_identity(self) -> bool:
+        return self._parties is not None and self._theirs is None and not self._is_off
+
+    @property
+    def _is_withheld(self) -> bool:
+        return self._policy.mode is PostQuantumMode.REQUIRED and self._record.current is None
+
+    @property
+    def _is_left(self) -> bool:
+        """Whether the device still has the first key ever, which was reverted."""
+        record, reading = self._record, self._reading
+        return (
+            record.current is None
+            and record.next is not None
+            and not record.active
+            and reading is not None
+            and reading.psk == record.next.psk
+        )
+
+    @property
+    def _is_set(self) -> bool:
+        return self._set_at is not None
+
+    def _age(self, now: float) -> float | None:
+        """Of the session; None without one."""
+        if self._reading is None or self._reading.since is None:
+            return None
+        return now - self._reading.since if now < self._reading.since + SESSION_VALID else None
+
+    def _psk(self) -> Secret | None:
+        """What the device is to hold; None until it was read, and where we have no say."""
+        record, reading = self._record, self._reading
+        if reading is None:
+            return None
+        if record.active and record.next is not None:
+            return record.next.psk
+        if record.current is not None:
+            return record.current.psk
+        return NO_PSK if self._is_left else None
+
+    def view(self) -> PskPair:
+        """What the rest of the agent may know."""
+        record = self._record
+        conflict = len(self._foreign) > FOREIGN_MAX
+        return PskPair(
+            psk=None if conflict else self._psk(),
+            is_withheld=self._is_withheld,
+            is_silent=self._is_withheld and not self._is_set,
+            epoch=record.current.epoch if record.current is not None else 0,
+            confirmed=record.confirmed,
+            failure="" if self._is_off else self._identity_failure or self._failure,
+            conflict=conflict,
+        )
+
+    def wants_look(self, now: float) -> bool:
+        """Whether the device is to be read often: a key waits for its time, or for its proof."""
+        if self._record.active:
+            return self._is_reached or self._age(now) is not None
+        return self._step is _Step.READY or now < self._look_until
+
+    def get_timer(self, now: float) -> float | None:
+        """When `handle_timer` wants to run next."""
+        times: list[float] = []
+        if len(self._foreign) > FOREIGN_MAX:
+            times.append(self._foreign[0] + FOREIGN_WINDOW)
+        if self._pending is not None:
+            if self._writing is None:
+                times.append(self._write_at)
+            if self._pending[1] is not None:
+                return min(times, default=None)
+        if self._record.active:
+            times += self._prove_times(now)
+        elif self.is_decapsulator and self._is_reached:
+            times += self._lead_times(now)
+        if now < self._look_until:
+            times.append(self._look_until)
+        if self._is_reached:
+            asks = (
+                self._parties is not None
+                and self._theirs is None
+                and self._policy.mode is not PostQuantumMode.OFF
+            )
+            if asks or self._wants_offer():
+                times.append(self._ask.at)
+            if self._confirm is not None:
+                times.append(self._confirm.at)
+        return min(times, default=None)
+
+    def _lead_times(self, now: float) -> list[float]:
+        match self._step:
+            case _Step.IDLE:
+                if self._parties is None or self._theirs is None or self._is_off or self._is_left:
+                    return []
+                quiet = self._unsessioned_since
+                if self._record.current is not None and quiet is not None and self._failures == 0:
+                    return [min(self._begin_at, quiet + NO_SESSION)]
+                return [self._begin_at]
+            case _Step.READY:
+                return [self._deadline, *([self._repeat.at] if self._may_activate(now) else [])]
+            case _Step.OFFERED | _Step.COMMITTED:
+                return [self._deadline, self._repeat.at]
+            case _:
+                assert_never(self._step)
+
+    def _prove_times(self, now: float) -> list[float]:
+        since = self._reading.since if self._reading is not None else None
+        if self._set_at is None:
+            return [since + UNSET] if since is not None and self._age(now) is not None else []
+        if since is None or self._age(now) is None:
+            return [self._repeat.at] if self.is_decapsulator and self._is_reached else []
+        return [since + REVERT_AT, max(self._nudge_at, since + NUDGE_FROM)]
+
+    def outputs(self) -> list[PairOutput]:
+        """What is to be done now, in order."""
+        out, self._out = self._out, []
+        return out
+
+    # --- saying and writing --------------------------------------------------------------------------------
+
+    def _say(self, message: PskMessage) -> None:
+        self._out.append(Say(encode(message)))
+
+    def _say_of(self, what: What, keys: Keys) -> None:
+        self._say(control(what, keys, by_decapsulator=self.is_decapsulator))
+
+    def _say_current(self) -> None:
+        if self._record.current is not None:
+            self._say_of(What.CONFIRM, self._record.current)
+
+    def _write(self, record: Record, then: Callable[[float], None]) -> None:
+        """Write down first: nothing holds before the disk has it."""
+        self._pending = (record, then)
+
+    def _note(self, record: Record) -> None:
+        """What is so already: the disk hears of it as soon as it can."""
+        self._record = record
+        self._pending = (record, None)

@@ -1,0 +1,33 @@
+"""What of a pair's keys outlives the agent: two slots, written before they are used.
+
+`next` is a key that both sides have agreed on; `active` says that the device has it, or is about to.
+`current` is one that a handshake has proved. There is no third: once a key is proved, the one before
+it is of use to nobody but a thief.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scope.model import Fingerprint
+from scope_agent.psk.exchange import Keys
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One pair's keys. `active` only where there is a `next`."""
+
+    pinned: Fingerprint | None = None  # of the peer's identity, from the first agreed key on
+    counter: int = 0  # the highest epoch that was ever offered or taken
+    current: Keys | None = None
+    next: Keys | None = None
+    active: bool = False
+    confirmed: float = 0.0  # wall clock of `current`'s proof: for people, and the first rotation of a run
+
+
+def find(record: Record, id_: bytes) -> Keys | None:
+    """The slot with this id."""
+    for keys in (record.current, record.next):
+        if keys is not None and keys.id == id_:
+            return keys
+    return None

@@ -1,0 +1,74 @@
+"""Post-quantum keys between two real agents: real primitives, real WireGuard, real packets."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lab import Lab, Nat
+from meshlab import PRIVATE, Member, Pinger, Registry, Watch, mesh_document
+from meshlab.programs import program
+
+pytestmark = pytest.mark.timeout(240)
+MESH = "keys"
+CONVERGED_S = 90.0
+
+
+def _files(member: Member) -> list[Path]:
+    root = Path("/proc", str(member.machine.holder_pid), "root/var/lib/scope", MESH)
+    return [path for path in sorted(root.rglob("*")) if path.is_file()]
+
+
+def _records(member: Member) -> list[dict[str, object]]:
+    return [json.loads(path.read_text()) for path in _files(member) if path.parent.name == "psk"]
+
+
+def _current(member: Member) -> dict[str, Any]:
+    (record,) = _records(member)
+    current = record["current"]
+    assert isinstance(current, dict)
+    return current
+
+
+def test_a_pair_that_requires_a_key_talks_once_a_handshake_has_proved_it() -> None:
+    with Lab(delay_ms=10, private=PRIVATE) as lab, Pinger() as pinger:
+        registry = Registry(lab.server("registry"))
+        registry.apply(mesh_document(MESH, postQuantum={"mode": "Required"}))
+        token = registry.token(MESH)
+        members = [
+            Member(lab.site(site, nat=Nat.PORT_RESTRICTED).machine(name), mesh=MESH, registry=registry)
+            for site, name in (("berlin", "anna"), ("lyon", "bert"))
+        ]
+        for member in members:
+            member.join(token, wait=True)
+        with Watch(members, pinger) as watch:
+            watch.until(watch.is_complete, within_s=CONVERGED_S, missing=watch.describe_unfinished)
+        deadline = time.monotonic() + CONVERGED_S
+        tables = []
+        for member in members:
+            while "#1" not in (table := member.machine.run([program("scopectl"), "status"]).stdout):
+                assert time.monotonic() < deadline, table
+                time.sleep(0.2)
+            tables.append(table)
+        assert all("POST-QUANTUM KEY" in table for table in tables)
+        first, second = (_current(member) for member in members)
+        assert first == second and first["epoch"] == 1
+        for member in members:
+            assert all(path.stat().st_mode & 0o077 == 0 for path in _files(member))
+            log = member.log.read_text()
+            for name in ("psk", "chain", "confirm_d", "confirm_e"):
+                assert first[name] not in log
+            assert not re.search(r"Secret\((?!\.\.\.)", log)
+        said = members[0].machine.run([program("scopectl"), "rotate", "--all"]).stdout
+        assert "new keys with 1 peers" in said
+        members[0].kill()
+        members[0].run_again()
+        with Watch(members, pinger) as watch:
+            watch.until(watch.is_complete, within_s=CONVERGED_S, missing=watch.describe_unfinished)
+        for member in members:
+            member.leave()
+            assert not [path for path in _files(member) if path.suffix == ".json"]

@@ -1,0 +1,291 @@
+"""One exchange: both sides derive the same keys, and nothing that was touched on the way passes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.hashes import SHA3_256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scope_agent.psk import exchange
+from scope_agent.psk.exchange import (
+    ExchangeError,
+    Keys,
+    Offered,
+    Parties,
+    control,
+    is_genuine,
+    make_answer,
+    make_offer,
+    take_answer,
+)
+from scope_agent.psk.identity import HybridIdentity, PublicIdentity, make_hybrid_identity
+from scope_agent.psk.messages import NO_ID, Answer, Offer, PskMessage, What, decode, encode
+from scope_agent.psk.provider import (
+    ED448_SIGNATURE_BYTES,
+    CryptographyProvider,
+    ProviderError,
+    self_test,
+)
+
+from scope.model import ConfigError, PublicKey, Secret
+from scope.wire import WireError
+
+PROVIDER = CryptographyProvider()
+RANDOM = Random(7)
+D_KEY, E_KEY = PublicKey(bytes([9] * 32)), PublicKey(bytes([1] * 32))
+D, E, OTHER = (make_hybrid_identity(RANDOM.randbytes, PROVIDER) for _ in range(3))
+D_PARTIES = Parties("mesh-uid", D_KEY, D.public.fingerprint(), E_KEY, E.public.fingerprint())
+E_PARTIES = Parties("mesh-uid", E_KEY, E.public.fingerprint(), D_KEY, D.public.fingerprint())
+
+
+def _offer(
+    epoch: int = 1, base: Keys | None = None, parties: Parties = D_PARTIES, identity: HybridIdentity = D
+) -> Offered:
+    return make_offer(
+        parties, identity, epoch=epoch, base=base, provider=PROVIDER, random_bytes=RANDOM.randbytes
+    )
+
+
+def _answer(
+    offer: PskMessage, base: Keys | None = None, theirs: PublicIdentity = D.public
+) -> tuple[Answer, Keys]:
+    assert isinstance(offer, Offer)
+    return make_answer(
+        E_PARTIES, E, offer, theirs=theirs, base=base, provider=PROVIDER, random_bytes=RANDOM.randbytes
+    )
+
+
+def _take(
+    offered: Offered, answer: PskMessage, base: Keys | None = None, theirs: PublicIdentity = E.public
+) -> Keys:
+    assert isinstance(answer, Answer)
+    return take_answer(offered, answer, theirs=theirs, base=base, provider=PROVIDER)
+
+
+def test_both_sides_derive_the_same_keys() -> None:
+    offered = _offer()
+    answer, keys = _answer(decode(encode(offered.offer)))
+    assert _take(offered, decode(encode(answer))) == keys
+    secrets = {keys.psk.raw, keys.chain.raw, keys.confirm_d.raw, keys.confirm_e.raw, keys.id}
+    assert len(secrets) == 5 and all(len(secret) == 32 for secret in secrets)
+
+
+def test_the_base_goes_into_the_next_key_and_must_be_the_same_on_both_sides() -> None:
+    first = _offer()
+    _, base = _answer(first.offer)
+    offered = _offer(epoch=2, base=base)
+    assert offered.offer.header.base == base.id
+    answer, keys = _answer(offered.offer, base=base)
+    assert _take(offered, answer, base=base) == keys
+    with pytest.raises(ExchangeError, match="different keys"):
+        _take(offered, answer, base=replace(base, chain=Secret(bytes(32))))
+    with pytest.raises(ExchangeError, match="another pair"):
+        _answer(offered.offer, base=None)
+
+
+def test_what_the_key_is_made_of_is_what_the_description_says() -> None:
+    """The derivation again, by another implementation of HKDF, from what both messages carry."""
+    offered = _offer()
+    answer, keys = _answer(offered.offer)
+    offer = offered.offer
+    kem = PROVIDER.decapsulate(offered.kem_seed, answer.ciphertext)
+    dh = PROVIDER.dh(offered.dh_private, answer.dh_public)
+    label = b"scope psk 1"
+
+    def lp(*parts: bytes) -> bytes:
+        return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+    transcript = hashlib.sha3_512(lp(offer.body(), answer.body())).digest()
+    material = (
+        kem.raw + dh.raw + answer.ciphertext + answer.dh_public + offer.kem_public + offer.dh_public + label
+    )
+    hkdf = HKDF(SHA3_256(), 32, salt=bytes(32), info=lp(label, b"psk", transcript))
+    assert hkdf.derive(material) == keys.psk.raw
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_no_changed_byte_of_an_offer_is_answered(data: st.DataObject) -> None:
+    wire = bytearray(encode(_OFFERED.offer))
+    at = data.draw(st.integers(0, len(wire) - 1))
+    wire[at] ^= data.draw(st.integers(1, 255))
+    try:
+        message = decode(bytes(wire))
+    except WireError:
+        return
+    if isinstance(message, Offer):
+        with pytest.raises(ExchangeError):
+            _answer(message)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_no_changed_byte_of_an_answer_is_taken(data: st.DataObject) -> None:
+    wire = bytearray(encode(_ANSWER))
+    at = data.draw(st.integers(0, len(wire) - 1))
+    wire[at] ^= data.draw(st.integers(1, 255))
+    try:
+        message = decode(bytes(wire))
+    except WireError:
+        return
+    if isinstance(message, Answer):
+        with pytest.raises(ExchangeError):
+            _take(_OFFERED, message)
+
+
+_OFFERED = _offer()
+_ANSWER, _KEYS = _answer(_OFFERED.offer)
+OFFER_FIELDS = ["suite", "mesh_uid", "fingerprint_d", "fingerprint_e", "key_d", "key_e", "base"]
+
+
+@pytest.mark.parametrize("field", OFFER_FIELDS)
+def test_an_offer_for_others_is_refused_though_it_is_signed(field: str) -> None:
+    header = _OFFERED.offer.header
+    other: dict[str, Any] = {
+        "suite": 2,
+        "mesh_uid": "another",
+        "fingerprint_d": OTHER.public.fingerprint(),
+        "fingerprint_e": OTHER.public.fingerprint(),
+        "key_d": PublicKey(bytes([8] * 32)),
+        "key_e": PublicKey(bytes([2] * 32)),
+        "base": bytes([1] * 32),
+    }
+    unsigned = replace(_OFFERED.offer, header=replace(header, **{field: other[field]}))
+    signed = replace(unsigned, signatures=exchange._sign(b"offer", unsigned.body(), D, PROVIDER))
+    with pytest.raises(ExchangeError, match="another pair"):
+        _answer(signed)
+
+
+@pytest.mark.parametrize("which", ["Ed448", "ML-DSA-65"])
+def test_one_signature_of_two_is_not_enough(which: str) -> None:
+    good = _OFFERED.offer.signatures
+    foreign = exchange._sign(b"offer", _OFFERED.offer.body(), OTHER, PROVIDER)
+    cut = ED448_SIGNATURE_BYTES
+    mixed = foreign[:cut] + good[cut:] if which == "Ed448" else good[:cut] + foreign[cut:]
+    with pytest.raises(ExchangeError, match="signature"):
+        _answer(replace(_OFFERED.offer, signatures=mixed))
+
+
+def test_another_identity_does_not_pass_for_the_expected_one() -> None:
+    with pytest.raises(ExchangeError, match="signature"):
+        _answer(_OFFERED.offer, theirs=OTHER.public)
+    with pytest.raises(ExchangeError, match="signature"):
+        _take(_OFFERED, _ANSWER, theirs=OTHER.public)
+
+
+def test_the_smaller_key_makes_no_offers_that_anybody_answers() -> None:
+    offered = _offer(parties=E_PARTIES, identity=E)
+    with pytest.raises(ExchangeError):
+        make_answer(
+            D_PARTIES,
+            D,
+            offered.offer,
+            theirs=E.public,
+            base=None,
+            provider=PROVIDER,
+            random_bytes=RANDOM.randbytes,
+        )
+
+
+def test_an_answer_to_an_earlier_offer_is_refused() -> None:
+    with pytest.raises(ExchangeError, match="another offer"):
+        _take(_offer(), _ANSWER)
+
+
+def test_a_tampered_ciphertext_shows_in_the_confirmation_even_if_it_is_signed() -> None:
+    """Implicit rejection: decapsulation raises nothing."""
+    changed = bytes((_ANSWER.ciphertext[0] ^ 1,)) + _ANSWER.ciphertext[1:]
+    unsigned = replace(_ANSWER, ciphertext=changed)
+    forged = replace(unsigned, signatures=exchange._sign(b"answer", unsigned.body(), E, PROVIDER))
+    with pytest.raises(ExchangeError, match="different keys"):
+        _take(_OFFERED, forged)
+
+
+@pytest.mark.parametrize("point", [bytes(56), b"\x01" + bytes(55)])
+def test_low_order_points_are_refused(point: bytes) -> None:
+    unsigned = replace(_OFFERED.offer, dh_public=point)
+    signed = replace(unsigned, signatures=exchange._sign(b"offer", unsigned.body(), D, PROVIDER))
+    with pytest.raises(ExchangeError, match="low order"):
+        _answer(signed)
+
+
+def test_a_key_with_coefficients_out_of_range_is_refused() -> None:
+    unsigned = replace(_OFFERED.offer, kem_public=b"\xff" * 1568)
+    signed = replace(unsigned, signatures=exchange._sign(b"offer", unsigned.body(), D, PROVIDER))
+    with pytest.raises(ExchangeError, match="out of range"):
+        _answer(signed)
+
+
+def test_a_word_about_an_epoch_counts_from_the_other_holder_in_its_role_alone() -> None:
+    word = control(What.CONFIRM, _KEYS, by_decapsulator=True)
+    assert is_genuine(word, _KEYS, by_decapsulator=True)
+    assert not is_genuine(word, _KEYS, by_decapsulator=False)
+    assert not is_genuine(replace(word, what=What.ABORT), _KEYS, by_decapsulator=True)
+    assert not is_genuine(replace(word, epoch=2), _KEYS, by_decapsulator=True)
+    assert not is_genuine(word, replace(_KEYS, confirm_d=Secret(bytes(32))), by_decapsulator=True)
+
+
+def test_no_secret_has_a_printable_form() -> None:
+    for value in (_KEYS, _OFFERED, D):
+        text = repr(value)
+        for secret in (_KEYS.psk, _KEYS.chain, _OFFERED.kem_seed, _OFFERED.dh_private, D.ed448, D.mldsa):
+            assert secret.raw.hex() not in text and repr(secret.raw) not in text
+
+
+@settings(max_examples=200)
+@given(st.binary(max_size=200) | st.binary(min_size=5000, max_size=6000))
+def test_any_bytes_are_a_message_or_refused(data: bytes) -> None:
+    try:
+        message = decode(data)
+    except WireError:
+        return
+    assert encode(message) == data
+
+
+@given(st.integers(0, 2**64 - 1), st.sampled_from(What))
+def test_words_survive_the_wire(epoch: int, what: What) -> None:
+    word = control(what, replace(_KEYS, epoch=epoch), by_decapsulator=False)
+    assert decode(encode(word)) == word
+
+
+def test_an_offer_without_a_base_says_so() -> None:
+    assert _OFFERED.offer.header.base == NO_ID
+
+
+def test_the_provider_passes_its_test() -> None:
+    self_test(PROVIDER)
+
+
+class _Swapped(CryptographyProvider):
+    def encapsulate(self, public: bytes) -> tuple[Secret, bytes]:
+        secret, ciphertext = super().encapsulate(public)
+        return Secret(ciphertext), secret.raw
+
+
+class _Padding(CryptographyProvider):
+    def kem_public(self, seed: Secret) -> bytes:
+        return super().kem_public(Secret(bytes(64)))
+
+
+class _Lenient(CryptographyProvider):
+    def verify(
+        self, ed448: bytes, mldsa: bytes, *, signatures: bytes, message: bytes, context: bytes
+    ) -> bool:
+        return True
+
+
+class _Absent(CryptographyProvider):
+    def dh_public(self, private: Secret) -> bytes:
+        raise ProviderError("X448 is not supported")
+
+
+@pytest.mark.parametrize("provider", [_Swapped(), _Padding(), _Lenient(), _Absent()])
+def test_a_provider_with_wrong_answers_is_refused(provider: CryptographyProvider) -> None:
+    with pytest.raises(ConfigError, match="post-quantum keys cannot be made here"):
+        self_test(provider)

@@ -1,0 +1,260 @@
+"""A pair's key: agreed, laid in, proved, rotated, and never lost between the two sides."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from scope_agent.psk.core import WriteRecord
+from scope_agent.psk.parts import MAX_OPEN, Joining, cut
+
+from scope.model import PostQuantum, PostQuantumMode, Secret
+from scope.wire import KeyPart, WireError
+from tests.unit.psk_duo import Duo
+
+
+def _agreed(seed: int = 1, **kwargs: object) -> Duo:
+    duo = Duo(seed, **kwargs)  # type: ignore[arg-type]
+    duo.start()
+    duo.until(duo.is_agreed, within=200.0)
+    return duo
+
+
+def test_two_agents_agree_on_a_key_and_a_handshake_proves_it() -> None:
+    duo = _agreed()
+    assert duo.d.view.epoch == duo.e.view.epoch == 1
+    assert duo.deaths == [] and duo.d.view.failure == duo.e.view.failure == ""
+
+
+def test_required_proves_a_key_before_anything_else_and_at_once() -> None:
+    duo = Duo(3, mode=PostQuantumMode.REQUIRED)
+    duo.start()
+    assert duo.d.view.is_withheld and duo.d.view.is_silent
+    took = duo.until(duo.is_agreed, within=60.0)
+    assert took < 30.0  # the model sends every 20 s only
+    assert [side.view.is_withheld for side in duo.sides] == [False, False]
+
+
+def test_a_key_is_rotated_by_the_interval_without_a_session_lost() -> None:
+    duo = _agreed(interval=600.0)
+    duo.until(lambda: duo.is_agreed(5), within=5 * 900.0)
+    assert duo.deaths == []
+
+
+@pytest.mark.parametrize("keepalive", [(True, True), (True, False), (False, True)])
+def test_keepalive_on_either_side_is_enough(keepalive: tuple[bool, bool]) -> None:
+    duo = _agreed(4, keepalive=keepalive)
+    duo.d.rotate()
+    duo.until(lambda: duo.is_agreed(2), within=200.0)
+    assert duo.deaths == []
+
+
+def test_an_idle_link_is_nudged_and_not_reverted() -> None:
+    """No keepalive at all: only the nudge makes the initiator rekey."""
+    duo = _agreed(5)
+    duo.keepalive = (False, False)
+    duo.d.rotate()
+    duo.until(lambda: duo.is_agreed(2), within=200.0)
+    assert duo.deaths == [] and duo.d.nudges > 0
+
+
+def test_the_encapsulator_may_ask_for_a_rotation() -> None:
+    duo = _agreed(6)
+    duo.e.rotate()
+    duo.until(lambda: duo.is_agreed(2), within=200.0)
+
+
+def test_where_one_side_dies_after_the_key_is_laid_in_the_other_reverts_in_time() -> None:
+    duo = _agreed(8)
+    duo.d.rotate()
+    old = duo.d.device_psk
+    duo.until(lambda: duo.e.device_psk != old, within=100.0)
+    duo.d.crash()  # its device keeps the old key
+    duo.until(lambda: duo.e.device_psk == old, within=160.0)
+    assert duo.session is not None and duo.now - duo.session < 150.0
+    duo.run(60.0)
+    assert duo.deaths == []
+    duo.d.start()
+    duo.until(lambda: duo.is_agreed(2), within=900.0)
+    assert duo.deaths == []
+
+
+def test_a_key_that_another_program_replaced_is_put_back_three_times_an_hour() -> None:
+    duo = _agreed(9)
+    for _ in range(3):
+        duo.d.psk = Secret(bytes([7] * 32))
+        duo.until(duo.is_agreed, within=20.0)
+        assert not duo.d.view.conflict
+    duo.d.psk = Secret(bytes([7] * 32))
+    duo.until(lambda: duo.d.view.conflict, within=20.0)
+    duo.run(100.0)
+    assert duo.d.device_psk == Secret(bytes([7] * 32))
+    duo.until(lambda: not duo.d.view.conflict and duo.is_agreed(1), within=3700.0)
+
+
+def test_a_full_disk_keeps_the_old_key_and_is_said() -> None:
+    duo = _agreed(10)
+    duo.e.disk_fails = True
+    duo.d.rotate()
+    old = duo.d.device_psk
+    duo.until(lambda: "no space left" in duo.e.view.failure, within=100.0)
+    duo.run(400.0)
+    assert duo.d.device_psk == duo.e.device_psk == old and duo.deaths == []
+    duo.e.disk_fails = False
+    duo.until(lambda: duo.is_agreed(2), within=900.0)
+
+
+def test_a_side_that_lost_its_keys_is_given_a_new_one() -> None:
+    duo = _agreed(11)
+    duo.e.reboot()
+    duo.e.lose_disk()
+    duo.e.start()
+    duo.until(lambda: duo.is_agreed(2), within=300.0)
+
+
+def test_both_sides_reboot_at_once() -> None:
+    duo = _agreed(12)
+    duo.d.reboot()
+    duo.e.reboot()
+    duo.e.start()
+    duo.d.start()
+    duo.until(lambda: duo.is_agreed(1) and duo.session is not None, within=60.0)
+
+
+def test_an_old_disk_is_noticed_and_healed() -> None:
+    duo = _agreed(13)
+    old = duo.e.disk
+    duo.d.rotate()
+    duo.until(lambda: duo.is_agreed(2), within=200.0)
+    duo.e.reboot()
+    duo.e.disk = old
+    duo.e.start()
+    duo.until(lambda: duo.is_agreed(3), within=400.0)
+
+
+def test_off_makes_no_keys_and_leaves_those_that_are_there() -> None:
+    duo = _agreed(14)
+    duo.policy = PostQuantum(PostQuantumMode.OFF, 600.0)
+    for side in duo.sides:
+        side.configure()
+    duo.run(4000.0)
+    assert duo.is_agreed(1) and duo.d.view.epoch == 1 and duo.deaths == []
+
+
+def test_a_changed_identity_gets_no_new_key_and_the_old_one_stays() -> None:
+    duo = _agreed(15)
+    e = duo.e
+    fresh = Duo(99).e.identity
+    e.crash()
+    e.identity = fresh
+    e.start()
+    duo.d.configure()
+    duo.until(lambda: "another one than before" in duo.d.view.failure, within=5.0)
+    duo.run(600.0)
+    assert duo.d.device_psk == e.device_psk and duo.deaths == []
+
+
+def test_a_clock_moved_by_a_year_changes_nothing() -> None:
+    duo = _agreed(16)
+    duo.e.crash()
+    duo.e.clock_offset = 365 * 86400.0
+    duo.e.start()
+    duo.d.rotate()
+    duo.until(lambda: duo.is_agreed(2), within=200.0)
+    assert duo.deaths == []
+
+
+def test_records_of_those_who_are_gone_are_removed() -> None:
+    duo = _agreed(17)
+    assert duo.d.room is not None
+    duo.d.room.configure(duo.policy, mesh_uid="mesh-uid", members=set(), is_complete=True, now=duo.now)
+    duo.d.generation += 1  # nobody is left to be looked at
+    outputs = duo.d.room.outputs()
+    assert outputs == [WriteRecord(duo.e.key, None)]
+
+
+def _disturb(duo: Duo) -> None:
+    random = duo.random
+    side = random.choice(duo.sides)
+    match random.randrange(8):
+        case 0 | 1:
+            side.crash_after = random.randrange(0, 12)
+        case 2:
+            side.crash()
+            duo.at(duo.now + random.choice((0.1, 2.0, 60.0)), side.start_again)
+        case 3:
+            duo.is_cut = True
+            duo.at(duo.now + random.choice((1.0, 8.0, 30.0)), lambda: setattr(duo, "is_cut", False))
+        case 4:
+            duo.loss = random.choice((0.0, 0.05, 0.2, 0.5))
+        case 5:
+            side.disk_fails = True
+            duo.at(duo.now + random.choice((1.0, 50.0)), lambda: setattr(side, "disk_fails", False))
+        case 6:
+            if side.room is not None:
+                side.rotate()
+        case 7:
+            duo.duplication = random.choice((0.0, 0.3))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_happens_the_two_sides_agree_in_the_end(seed: int) -> None:
+    duo = Duo(seed, interval=400.0)
+    duo.start()
+    duo.run(duo.random.choice((0.0, 0.5, 5.0, 130.0)))
+    for _ in range(12):
+        _disturb(duo)
+        duo.run(duo.random.choice((0.0, 0.1, 1.0, 10.0, 60.0, 100.0)))
+    duo.loss = duo.duplication = 0.0
+    for side in duo.sides:
+        side.crash_after = None
+    duo.run(100.0)
+    epoch = max(side.disk.counter for side in duo.sides)
+    duo.until(lambda: duo.is_agreed(epoch + 1) and duo.session is not None, within=3000.0)
+
+
+@pytest.mark.parametrize("side", ["d", "e"])
+def test_a_crash_at_any_output_of_a_rotation_ends_in_agreement_and_kills_no_session(side: str) -> None:
+    for after in range(24):
+        duo = _agreed(100 + after)
+        assert duo.d.room is not None
+        duo.d.room.rotate(duo.e.key, duo.now)
+        getattr(duo, side).crash_after = after
+        duo.d.perform()
+        duo.run(400.0)
+        getattr(duo, side).crash_after = None
+        duo.until(functools.partial(duo.is_agreed, 2), within=900.0)
+        assert duo.deaths == [], after
+
+
+def test_a_recorded_offer_is_answered_once() -> None:
+    duo = Duo(20)
+    duo.start()
+    duo.until(duo.is_agreed, within=200.0)
+    parts = [part for sender, part in duo.heard if sender is duo.d and part.count > 2]
+    before = duo.e.disk
+    duo.run(5.0)
+    duo.heard.clear()
+    for part in parts:
+        duo.e.receive(part)
+    assert [part.count for sender, part in duo.heard if sender is duo.e] == [1]  # a refusal
+    duo.run(60.0)
+    assert duo.e.disk == before and duo.is_agreed(1)
+
+
+def test_parts_of_a_thousand_messages_hold_a_bounded_memory() -> None:
+    joining = Joining()
+    for number in range(1000):
+        assert joining.add(KeyPart(number, 0, 8, bytes(1100))) is None
+    assert len(joining._open) == len(joining._counts) <= MAX_OPEN
+    whole = bytes(range(256)) * 20
+    parts = cut(5000, whole)
+    joined = [joining.add(part) for part in reversed(parts)]
+    assert joined[-1] == whole and set(joined[:-1]) == {None}
+
+
+def test_parts_that_contradict_each_other_are_refused() -> None:
+    joining = Joining()
+    joining.add(KeyPart(1, 0, 3, b"a"))
+    with pytest.raises(WireError, match="differently"):
+        joining.add(KeyPart(1, 1, 2, b"b"))
