@@ -14,14 +14,16 @@ if (($#)); then
     exec "${pytest[@]}" "$@"
 fi
 
-# Three streams on two cores, and what those beside say is shown at the end. Tests against a real API server mostly wait.
+# Four streams on two cores, and what those beside say is shown at the end. Tests against a real API server mostly wait.
 # The emulated machine of the kernel tests and the simulated lives count no seconds: they take what the others leave.
 declare -A beside=()
 trap 'kill "${beside[@]}" 2>/dev/null || true' EXIT
-nice -n 10 "${pytest[@]}" tests/kernel tests/sim >build/test-kernel-sim.log 2>&1 &
-beside[kernel-sim]=$!
-"${pytest[@]}" tests/kube >build/test-kube.log 2>&1 &
-beside[kube]=$!
+for stream in kernel sim kube; do
+    patience=10
+    [[ $stream != kube ]] || patience=0
+    nice -n "$patience" "${pytest[@]}" "tests/$stream" >"build/test-$stream.log" 2>&1 &
+    beside[$stream]=$!
+done
 failed=0
 "${pytest[@]}" tests/unit tests/netns || failed=$?
 for stream in "${!beside[@]}"; do
