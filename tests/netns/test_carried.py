@@ -6,15 +6,18 @@ again soon when a carrier does.
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from lab import Lab, Nat
+from lab.netns import processes_in
 from meshlab import PRIVATE, Member, Reach, Registry, mesh_document
 
 pytestmark = pytest.mark.timeout(300)
@@ -97,9 +100,17 @@ def _await_carrier(registry: Registry) -> None:
 
 
 def carrier_of(member: Member) -> int:
-    """The pid of its carrier's process, as its own machine counts."""
-    found = member.machine.run(["pgrep", "-f", "scope_dataplane.carrier"]).stdout.split()
-    return int(found[0])
+    """The pid of its carrier's process."""
+    commands = {pid: _command_of(pid) for pid in processes_in([member.machine.namespace])}
+    [found] = [pid for pid, command in commands.items() if b"scope_dataplane.carrier" in command]
+    return found
+
+
+def _command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has ended
+        return b""
 
 
 def test_a_peer_without_udp_is_reached_by_hub_and_peer_and_the_way_is_told(carried: Carried) -> None:
@@ -134,7 +145,7 @@ def test_a_carrier_that_dies_is_back_soon(carried: Carried, name: str) -> None:
     member = carried.members[name]
     pinging = carried.ping("-c", "350", "-i", "0.02")
     time.sleep(1.0)  # some go before
-    member.machine.run(["kill", f"-{signal.SIGKILL:d}", str(carrier_of(member))])
+    os.kill(carrier_of(member), signal.SIGKILL)
     said, _ = pinging.communicate(timeout=60.0)
     lost = 350 - said.count(" bytes from ")
     assert lost * 0.02 < BACK_S + STARTS_S, said[-300:]
