@@ -437,7 +437,7 @@ def encode_message(message: Message) -> bytes:
 
 def decode_message(body: bytes) -> Message:
     """The message in an opened body. Raises WireError (UnknownMessage for a type of a later release)."""
-    reader = _Reader(body)
+    reader = Reader(body)
     number = reader.u8()
     match number:
         case _Type.PING:
@@ -580,8 +580,8 @@ def _encode_tombstone(tombstone: Tombstone) -> bytes:
         raise ValueError(f"a signature is {SIGNATURE_BYTES} bytes, not {len(tombstone.signature)}")
     return b"".join(
         (
-            _encode_uid(tombstone.mesh_uid),
-            _encode_uid(tombstone.peer_uid),
+            encode_uid(tombstone.mesh_uid),
+            encode_uid(tombstone.peer_uid),
             tombstone.key.raw,
             tombstone.signer.raw,
             tombstone.signature,
@@ -602,14 +602,15 @@ def _encode_attachment(attachment: Attachment) -> bytes:
     return _ATTACHMENT.pack(attachment.edge.raw, attachment.hub.raw, attachment.epoch, attachment.signature)
 
 
-def _encode_uid(uid: str) -> bytes:
+def encode_uid(uid: str) -> bytes:
+    """A UID behind its length, as `Reader.uid` takes it. Raises ValueError for one out of bounds."""
     raw = uid.encode()
     if not 1 <= len(raw) <= MAX_UID_BYTES:
         raise ValueError(f"a UID is 1 to {MAX_UID_BYTES} bytes of UTF-8, not {len(raw)}")
     return bytes((len(raw),)) + raw
 
 
-class _Reader:
+class Reader:
     """Takes fields off the front of a body; what is missing or out of bounds raises WireError."""
 
     __slots__ = ("_data", "_offset")

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar, assert_never
 
 from scope.model import KEY_BYTES, Fingerprint, PublicKey
-from scope.wire import MAX_UID_BYTES, WireError
+from scope.wire import Reader, WireError, encode_uid
 from scope_agent.psk.identity import PublicIdentity
 from scope_agent.psk.provider import (
     DH_BYTES,
@@ -238,11 +238,10 @@ def _epoch(epoch: int) -> bytes:
 
 
 def _encode_header(header: Header) -> bytes:
-    uid = header.mesh_uid.encode()
     return b"".join(
         (
-            bytes((header.suite, len(uid))),
-            uid,
+            bytes((header.suite,)),
+            encode_uid(header.mesh_uid),
             header.fingerprint_d.raw,
             header.fingerprint_e.raw,
             header.key_d.raw,
@@ -254,28 +253,14 @@ def _encode_header(header: Header) -> bytes:
     )
 
 
-class _Reader:
-    """Takes fields off the front; what is missing or left over raises WireError."""
+class _Reader(Reader):
+    """Besides, what all messages about keys are made of."""
 
-    __slots__ = ("_data", "_offset")
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._offset = data, 0
-
-    def take(self, count: int) -> bytes:
-        end = self._offset + count
-        if end > len(self._data):
-            raise WireError(f"a message about keys ends at byte {len(self._data)}, inside a field")
-        taken = self._data[self._offset : end]
-        self._offset = end
-        return taken
+    __slots__ = ()
 
     def end(self) -> None:
-        if self._offset != len(self._data):
-            raise WireError(f"{len(self._data) - self._offset} bytes too many in a message about keys")
-
-    def u8(self) -> int:
-        return self.take(1)[0]
+        if self.has_more:
+            raise WireError("bytes too many in a message about keys")
 
     def epoch(self) -> int:
         return int.from_bytes(self.take(EPOCH_BYTES), "big")
@@ -283,21 +268,12 @@ class _Reader:
     def header(self) -> Header:
         return Header(
             suite=self.u8(),
-            mesh_uid=self._uid(),
+            mesh_uid=self.uid(),
             fingerprint_d=Fingerprint(self.take(KEY_BYTES)),
             fingerprint_e=Fingerprint(self.take(KEY_BYTES)),
-            key_d=PublicKey(self.take(KEY_BYTES)),
-            key_e=PublicKey(self.take(KEY_BYTES)),
+            key_d=self.key(),
+            key_e=self.key(),
             epoch=self.epoch(),
             base=self.take(ID_BYTES),
             nonce=self.take(NONCE_BYTES),
         )
-
-    def _uid(self) -> str:
-        count = self.u8()
-        if not 1 <= count <= MAX_UID_BYTES:
-            raise WireError(f"a UID is 1 to {MAX_UID_BYTES} bytes, not {count}")
-        try:
-            return self.take(count).decode()
-        except UnicodeDecodeError:
-            raise WireError("a UID is not UTF-8") from None
