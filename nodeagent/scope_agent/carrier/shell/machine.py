@@ -7,7 +7,6 @@ which waits until the process does what its file says, and for a hub's first cer
 from __future__ import annotations
 
 import hashlib
-import socket
 import time
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -55,7 +54,6 @@ class CarrierMachine:
 
     def __init__(self, file: Path, kept: Path, *, mark: int) -> None:
         self._file, self._kept = file, kept
-        self._socket = file.with_suffix(".sock")
         self._process = DataplaneProcess("carrier", file, "--file", str(file), "--mark", str(mark))
         self._certificate: tuple[str, Secret, bytes] | None = None
         self._told: CarrierReport | None = None
@@ -114,16 +112,10 @@ class CarrierMachine:
             time.sleep(_ASK_INTERVAL)
 
     def _ask(self) -> CarrierReport | None:
-        answer = bytearray()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(ANSWER_TIMEOUT)
-            try:
-                connection.connect(str(self._socket))
-                while len(answer) < _ANSWER_BYTES and (chunk := connection.recv(1 << 16)):
-                    answer += chunk
-                return decode_report(answer.decode())
-            except (OSError, ValueError, KeyError, TypeError):  # it ends, or just started
-                return None
+        try:
+            return decode_report(self._process.ask(ANSWER_TIMEOUT, most=_ANSWER_BYTES))
+        except (OSError, ValueError, KeyError, TypeError):  # it ends, or just started
+            return None
 
     def _why_not(self) -> str:
         return f"scope-carrier does not answer; see {self._process.log}"

@@ -7,7 +7,6 @@ which waits for its end.
 from __future__ import annotations
 
 import json
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +57,6 @@ class ForwarderProcess:
     """The forwarder of one file of grants. `mark`: of the packets that it sends, 0 for none."""
 
     def __init__(self, grants_file: Path, *, mark: int = 0) -> None:
-        self._socket = grants_file.with_suffix(".sock")
         self._process = DataplaneProcess(
             "forwarder", grants_file, "--grants", str(grants_file), "--mark", str(mark)
         )
@@ -78,21 +76,16 @@ class ForwarderProcess:
 
     def counters(self) -> ForwarderCounters | None:
         """What it relayed and dropped; None where none serves. Raises ApplyError."""
-        answer = bytearray()
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(ANSWER_TIMEOUT)
-            try:
-                connection.connect(str(self._socket))
-                while len(answer) < _ANSWER_BYTES and (chunk := connection.recv(1 << 16)):
-                    answer += chunk
-            except (FileNotFoundError, ConnectionError):
-                return None
-            except OSError as error:
-                raise ApplyError(f"Asking {self._socket}: {error}") from None
         try:
-            return parse_counters(answer.decode())
+            return parse_counters(self._process.ask(ANSWER_TIMEOUT, most=_ANSWER_BYTES))
+        except (FileNotFoundError, ConnectionError):
+            return None
+        except OSError as error:
+            raise ApplyError(f"Asking {self._process.socket}: {error}") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise ApplyError(f"{self._socket} answers what is no list of counters: {error!r}") from None
+            raise ApplyError(
+                f"{self._process.socket} answers what is no list of counters: {error!r}"
+            ) from None
 
     def stop(self) -> None:
         """Remove the file, and wait until nobody serves it any more. Raises ApplyError."""

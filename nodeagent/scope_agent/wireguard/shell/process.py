@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,7 @@ class DataplaneProcess:
         self.file = file
         self.lock = file.with_suffix(".lock")
         self.log = file.with_suffix(".log")
+        self.socket = file.with_suffix(".sock")
         self._program = f"scope-{name}"
         self._command = [sys.executable, "-m", f"scope_dataplane.{name}", *arguments]
         self._child: int | None = None  # the pid of the one that we started
@@ -77,6 +79,16 @@ class DataplaneProcess:
             return is_locked(self.lock) and self.lock.stat().st_size > 0
         except FileNotFoundError:
             return False
+
+    def ask(self, timeout: float, *, most: int) -> str:
+        """What it says on the socket beside the file, about `most` bytes. Raises OSError, ValueError."""
+        answer = bytearray()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.settimeout(timeout)
+            connection.connect(str(self.socket))
+            while len(answer) < most and (chunk := connection.recv(1 << 16)):
+                answer += chunk
+        return answer.decode()
 
     def end(self, timeout: float, *, terminate: bool) -> None:
         """Remove the file, and wait until nobody serves it any more. Raises ApplyError.
