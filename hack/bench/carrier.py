@@ -7,7 +7,6 @@ sender, both carriers and the receiver share the machine's processors.
 
 from __future__ import annotations
 
-import datetime
 import errno
 import secrets
 import socket
@@ -17,14 +16,11 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
+from scope_agent.carrier.shell.machine import hub_certificate
 from scope_agent.wireguard.shell.process import DataplaneProcess
 
 from bench.agents import BenchError
@@ -44,7 +40,6 @@ from scope.carrier import (
     encode_carrier,
     sign_ticket,
 )
-from scope.credentials import pin_of
 from scope.model import Endpoint, PublicKey, RelayLimits, Secret
 
 SEGMENT = 1452  # a full WireGuard datagram over IPv4 in an MTU of 1480
@@ -161,7 +156,7 @@ def _start(
     """The peer's carrier and the hub's."""
     seed = Secret(secrets.token_bytes(32))
     signing = Ed25519PrivateKey.from_private_bytes(seed.raw).public_key().public_bytes_raw()
-    certificate, key, pin = _certificate()
+    certificate, key, pin = hub_certificate(folder / "certificate.pem", now=datetime.now(UTC))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = int(free.getsockname()[1])
     at_hub_port = int(at_hub.getsockname()[1])
@@ -195,24 +190,6 @@ def _start(
         process.ensure_running()
         started.append(process)
     return started
-
-
-def _certificate() -> tuple[str, Secret, bytes]:
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "bench")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .sign(key, hashes.SHA256())
-    )
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    return made.public_bytes(Encoding.PEM).decode(), Secret(pem), pin_of(made.public_bytes(Encoding.DER))
 
 
 BENCHMARKS = (

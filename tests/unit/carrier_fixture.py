@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
 import functools
 import os
 import socket
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
+from scope_agent.carrier.shell.machine import hub_certificate
 from scope_dataplane.carrier_hub import HubCarrier
 from scope_dataplane.carrier_peer import PeerCarrier
 
@@ -35,7 +33,6 @@ from scope.carrier import (
     assign_loopbacks,
     sign_ticket,
 )
-from scope.credentials import pin_of
 from scope.model import Endpoint, PublicKey, RelayLimits, Secret
 
 MESH = "5f2c9a52-0000-4000-8000-00000000c0de"
@@ -47,25 +44,8 @@ PATIENCE = 30.0  # seconds for what takes milliseconds on a machine that does no
 def certificate(number: int = 0) -> tuple[str, Secret, bytes]:
     """A self-made certificate (PEM), its key (PEM) and its pin."""
     del number
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "hub")])
-    now = datetime.datetime.now(datetime.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(days=1))
-        .not_valid_after(now + datetime.timedelta(days=2))
-        .sign(key, hashes.SHA256())
-    )
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    return (
-        made.public_bytes(Encoding.PEM).decode(),
-        Secret(pem),
-        pin_of(made.public_bytes(Encoding.DER)),
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        return hub_certificate(Path(folder, "certificate.pem"), now=datetime.now(UTC))
 
 
 def udp() -> socket.socket:
