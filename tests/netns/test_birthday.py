@@ -12,13 +12,15 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
 from lab import Lab, Nat
-from meshlab import PRIVATE, Member, Reach, Registry, mesh_document
+from meshlab import PRIVATE, Member, Registry, mesh_document
+
+from tests.netns.members_fixture import Members
 
 pytestmark = pytest.mark.timeout(240)
 MESH = "birthday"
@@ -33,23 +35,8 @@ TABLE = "scope_ports_scope0"
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(Members):
     """The mesh of this file."""
-
-    lab: Lab
-    members: dict[str, Member]
-
-    def reach(self, name: str, other: str) -> Reach | None:
-        status = self.members[name].status()
-        return status.peers.get(f"{MESH}.external.{other}") if status is not None else None
-
-    def until(self, done: Callable[[], bool], what: str, *, within_s: float) -> None:
-        end = time.monotonic() + within_s
-        while not done():
-            for member in self.members.values():
-                member.check_alive()
-            assert time.monotonic() < end, f"not within {within_s:g} s: {what}; {self.describe()}"
-            time.sleep(0.1)
 
     def is_relayed(self) -> bool:
         return all(
@@ -62,19 +49,13 @@ class Pair:
             for pair in (EDGES, EDGES[::-1])
         )
 
-    def describe(self) -> str:
-        return "; ".join(f"{name}: {self.reach(name, other)}" for name, other in (EDGES, EDGES[::-1]))
-
     def rules(self) -> str:
         """The packet filter's rules of the machine behind the symmetric NAT."""
         return self.members["anna"].machine.run(["nft", "list", "ruleset"]).stdout
 
     def ping(self, *options: str) -> subprocess.Popen[str]:
-        """Ping from one side to the other, with times."""
-        status = self.members["bert"].status()
-        assert status is not None and status.address is not None
-        argv = ["ping", "-D", "-n", "-W", "3", *options, status.address]
-        return self.members["anna"].machine.popen(argv, stdout=subprocess.PIPE)
+        """Ping from one side to the other."""
+        return self.ping_from(*EDGES, *options)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +73,7 @@ def pair() -> Iterator[Pair]:
             if name == "anna":
                 members[name].machine.run(["nft", "-f", "-"], input=FIREWALL)
             members[name].join(token, wait=True)
-        yield Pair(lab, members)
+        yield Pair(lab, MESH, members, RELAYED_S)
         for member in members.values():
             member.hang_up()
 
@@ -109,7 +90,7 @@ table inet host {
 
 
 def test_a_relayed_pair_becomes_direct_by_a_guessed_port_and_goes_on(pair: Pair) -> None:
-    pair.until(lambda: pair.is_relayed() or pair.is_guessed(), "a relay", within_s=RELAYED_S)
+    pair.until(lambda: pair.is_relayed() or pair.is_guessed(), "a relay")
     said, _ = pair.ping("-c", "1", "-w", "30").communicate()  # and WireGuard has a session
     assert "1 received" in said
     pinging = pair.ping("-i", "0.02")
@@ -136,7 +117,7 @@ def test_traffic_goes_on_without_the_agent_and_its_next_one_keeps_the_path(pair:
     said, _ = pinging.communicate(timeout=60.0)
     match = re.search(r"(\d+) received", said)
     assert match is not None and int(match[1]) >= ANSWERED * 300, said[-300:]
-    pair.until(pair.is_guessed, "direct by the same port", within_s=RELAYED_S)
+    pair.until(pair.is_guessed, "direct by the same port")
     assert turned(pair.rules()) == before
 
 
@@ -144,7 +125,7 @@ def test_rules_that_another_program_flushes_are_put_back(pair: Pair) -> None:
     pair.until(pair.is_guessed, "direct by a guess", within_s=GUESSED_S)
     before = turned(pair.rules())
     pair.members["anna"].machine.run(["nft", "flush", "ruleset"])
-    pair.until(lambda: turned(pair.rules()) == before, "the rules", within_s=RELAYED_S)
+    pair.until(lambda: turned(pair.rules()) == before, "the rules")
 
 
 def test_a_nat_that_reboots_sends_the_pair_back_to_the_relay(pair: Pair) -> None:
@@ -154,7 +135,7 @@ def test_a_nat_that_reboots_sends_the_pair_back_to_the_relay(pair: Pair) -> None
         time.sleep(2.0)  # some go before
         pair.lab.sites["site-anna"].reboot()
         rebooted = time.time()
-        pair.until(pair.is_relayed, "the relay", within_s=RELAYED_S)
+        pair.until(pair.is_relayed, "the relay")
         time.sleep(1.0)  # some go over the relay
     finally:
         pinging.send_signal(signal.SIGINT)

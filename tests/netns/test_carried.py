@@ -11,14 +11,16 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from lab import Lab, Nat
 from lab.netns import processes_in
-from meshlab import PRIVATE, Member, Reach, Registry, mesh_document
+from meshlab import PRIVATE, Member, Registry, mesh_document
+
+from tests.netns.members_fixture import Members
 
 pytestmark = pytest.mark.timeout(300)
 MESH = "carried"
@@ -31,38 +33,17 @@ STARTS_S = 6.0
 
 
 @dataclass(frozen=True, slots=True)
-class Carried:
+class Carried(Members):
     """The mesh of this file."""
 
-    lab: Lab
     registry: Registry
-    members: dict[str, Member]
-
-    def reach(self, name: str, other: str) -> Reach | None:
-        status = self.members[name].status()
-        return status.peers.get(f"{MESH}.external.{other}") if status is not None else None
-
-    def until(self, done: Callable[[], bool], what: str) -> None:
-        end = time.monotonic() + WITHIN_S
-        while not done():
-            for member in self.members.values():
-                member.check_alive()
-            assert time.monotonic() < end, f"not within {WITHIN_S:g} s: {what}; {self.describe()}"
-            time.sleep(0.1)
 
     def is_carried(self, name: str = EDGES[0], other: str = EDGES[1]) -> bool:
         both = [self.reach(*pair) for pair in ((name, other), (other, name))]
         return all(reach is not None and reach.is_relayed and reach.carried for reach in both)
 
-    def describe(self) -> str:
-        pairs = [(name, other) for name in self.members for other in self.members if other != name]
-        return "; ".join(f"{name}: {self.reach(name, other)}" for name, other in pairs)
-
-    def ping(self, *options: str, source: str = "left", target: str = "blocked") -> subprocess.Popen[str]:
-        status = self.members[target].status()
-        assert status is not None and status.address is not None
-        argv = ["ping", "-D", "-O", "-n", "-W", "3", *options, status.address]
-        return self.members[source].machine.popen(argv, stdout=subprocess.PIPE)
+    def ping(self, *options: str, source: str = EDGES[0], target: str = EDGES[1]) -> subprocess.Popen[str]:
+        return self.ping_from(source, target, *options)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +63,7 @@ def carried() -> Iterator[Carried]:
                 token = registry.token(MESH, hub=f"{MESH}.external.hub")
             members[name] = Member(site.machine(name), mesh=MESH, registry=registry)
             members[name].join(token, wait=True)
-        mesh = Carried(lab, registry, members)
+        mesh = Carried(lab, MESH, members, WITHIN_S, registry)
         mesh.until(lambda: mesh.is_carried() and mesh.is_carried("hub", "blocked"), "carried")
         said, _ = mesh.ping("-c", "1", "-w", "20").communicate()  # and WireGuard has a session
         assert "1 received" in said

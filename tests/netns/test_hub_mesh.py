@@ -11,12 +11,14 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 from lab import Lab, Nat
-from meshlab import PRIVATE, Member, Reach, Registry, mesh_document
+from meshlab import PRIVATE, Member, Registry, mesh_document
+
+from tests.netns.members_fixture import SHORT_TIMERS, Members
 
 pytestmark = pytest.mark.timeout(240)
 MESH = "relayed"
@@ -24,34 +26,11 @@ HUBS = ("one", "two")
 EDGES = ("left", "right")
 RELAYED_S = 30.0  # far above what is seen, from the last join
 MOVED_S = 10.0  # a relay that is cut off is left; that this takes three seconds is shown in virtual time
-# The ladder, made short: the reason stands in status when its last rung is reached.
-TIMERS = {
-    "probeInterval": "500ms",
-    "addressFallback": "1s",
-    "report": "2s",
-    "connectBack": "3s",
-    "hubFallback": "5s",
-}
 
 
 @dataclass(frozen=True, slots=True)
-class Relayed:
+class Relayed(Members):
     """The mesh of this file."""
-
-    lab: Lab
-    members: dict[str, Member]
-
-    def reach(self, name: str, other: str) -> Reach | None:
-        status = self.members[name].status()
-        return status.peers.get(f"{MESH}.external.{other}") if status is not None else None
-
-    def until(self, done: Callable[[], bool], what: str, *, within_s: float = RELAYED_S) -> None:
-        end = time.monotonic() + within_s
-        while not done():
-            for member in self.members.values():
-                member.check_alive()
-            assert time.monotonic() < end, f"not within {within_s:g} s: {what}; {self.describe()}"
-            time.sleep(0.1)
 
     def is_relayed(self) -> bool:
         return all(
@@ -65,15 +44,9 @@ class Relayed:
         assert reach is not None
         return reach.hub.removeprefix(f"{MESH}.external.")
 
-    def describe(self) -> str:
-        return "; ".join(f"{name}: {self.reach(name, other)}" for name, other in (EDGES, EDGES[::-1]))
-
     def ping(self, *options: str) -> subprocess.Popen[str]:
-        """Ping from one side to the other, with times."""
-        status = self.members["right"].status()
-        assert status is not None and status.address is not None
-        argv = ["ping", "-D", "-O", "-n", "-W", "3", *options, status.address]
-        return self.members["left"].machine.popen(argv, stdout=subprocess.PIPE)
+        """Ping from one side to the other."""
+        return self.ping_from(*EDGES, *options)
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +54,14 @@ def relayed() -> Iterator[Relayed]:
     with Lab(delay_ms=10, private=PRIVATE) as lab:
         registry = Registry(lab.server("registry"))
         hubs = {"names": [f"{MESH}.external.{name}" for name in HUBS]}
-        registry.apply(mesh_document(MESH, hubs=hubs, timers=TIMERS))
+        registry.apply(mesh_document(MESH, hubs=hubs, timers=SHORT_TIMERS))
         token = registry.token(MESH)
         members = {}
         for name in HUBS + EDGES:
             site = lab.site(f"site-{name}", nat=Nat.NONE if name in HUBS else Nat.SYMMETRIC)
             members[name] = Member(site.machine(name), mesh=MESH, registry=registry)
             members[name].join(token)
-        mesh = Relayed(lab, members)
+        mesh = Relayed(lab, MESH, members, RELAYED_S)
         mesh.until(mesh.is_relayed, "a relay")
         said, _ = mesh.ping("-c", "1", "-w", "30").communicate()  # and WireGuard has a session
         assert "1 received" in said

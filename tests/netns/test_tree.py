@@ -24,6 +24,8 @@ from lab import Lab, Machine, Nat, Server
 from lab.netns import call_in
 from meshlab import PRIVATE, Member, Registry, mesh_document
 
+from tests.netns.members_fixture import SHORT_TIMERS
+
 pytestmark = pytest.mark.timeout(300)
 MESH = "wood"
 HUBS = ("oak", "elm")
@@ -32,13 +34,6 @@ DONE_S = 45.0  # far above what is seen
 GAP_S = 10.0  # that no change takes three seconds is shown in virtual time
 TABLE = "scope_tree_scope0"
 FORWARDING = ("net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding")
-TIMERS = {
-    "probeInterval": "500ms",
-    "addressFallback": "1s",
-    "report": "2s",
-    "connectBack": "3s",
-    "hubFallback": "5s",
-}
 
 
 @dataclass(slots=True)
@@ -52,7 +47,7 @@ class Wood:
 
     def apply(self, topology: str) -> None:
         hubs = {"names": [f"{MESH}.external.{name}" for name in HUBS]}
-        self.registry.apply(mesh_document(MESH, hubs=hubs, timers=TIMERS, topology=topology))
+        self.registry.apply(mesh_document(MESH, hubs=hubs, timers=SHORT_TIMERS, topology=topology))
 
     def address(self, name: str) -> str:
         """Inside the mesh, once its agent knows it."""
