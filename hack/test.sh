@@ -14,17 +14,22 @@ if (($#)); then
     exec "${pytest[@]}" "$@"
 fi
 
-# Four streams on two cores, and what those beside say is shown at the end. Tests against a real API server mostly wait.
-# The emulated machine of the kernel tests and the simulated lives count no seconds: they take what the others leave,
-# and one that waits for a processor does not hang.
+# Five streams on two cores, and what those beside say is shown at the end. Tests against a real API server mostly wait.
+# The emulated machine of the kernel tests and the simulations count no seconds: they take what the others leave, and one
+# that waits for a processor does not hang. The simulated lives are as long as all other simulations together.
 declare -A beside=()
-trap 'kill "${beside[@]}" 2>/dev/null || true' EXIT
-for stream in kernel sim kube; do
-    run=(nice -n 10 "${pytest[@]}" --timeout=600)
-    [[ $stream != kube ]] || run=("${pytest[@]}")
-    "${run[@]}" "tests/$stream" >"build/test-$stream.log" 2>&1 &
+lives=tests/sim/test_lives.py
+beside() {
+    local stream=$1
+    shift
+    "$@" >"build/test-$stream.log" 2>&1 &
     beside[$stream]=$!
-done
+}
+trap 'kill "${beside[@]}" 2>/dev/null || true' EXIT
+beside kernel nice -n 10 "${pytest[@]}" --timeout=600 tests/kernel
+beside lives nice -n 10 "${pytest[@]}" --timeout=600 "$lives"
+beside sim nice -n 10 "${pytest[@]}" --timeout=600 tests/sim --ignore="$lives"
+beside kube "${pytest[@]}" tests/kube
 failed=0
 "${pytest[@]}" tests/unit tests/netns || failed=$?
 for stream in "${!beside[@]}"; do
