@@ -8,10 +8,11 @@ with the whole of what is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import TypeVar, assert_never
+from types import MappingProxyType
+from typing import TYPE_CHECKING, TypeVar, assert_never
 
 from scope.carrier import Carrier, Upstream, is_carried
 from scope.channel import Channel, Confirmed, Hello, Received
@@ -70,6 +71,7 @@ from scope_agent.inputs import (
     Failed,
     Input,
     InterfacesChanged,
+    KeysSetUp,
     Leaving,
     Leg,
     ListAgain,
@@ -87,7 +89,7 @@ from scope_agent.inputs import (
     Via,
     WriteReport,
 )
-from scope_agent.keying import Keying, KeySetup
+from scope_agent.keying import Keying
 from scope_agent.membership import Membership
 from scope_agent.paths.candidates import contains, public_addresses
 from scope_agent.paths.core import Call, Changes, Outgoing, Paths, PathsView, PeerReading
@@ -124,6 +126,9 @@ from scope_agent.wireguard.device import (
 from scope_agent.wireguard.plan import count_drift, plan_device, plan_holds
 from scope_agent.wireguard.port_rules import Opening
 
+if TYPE_CHECKING:
+    from scope_agent.psk.slots import Record
+
 DEVICE_ACTIONS = (
     CreateDevice, SetPrivateKey, SetListenPort, SetFwmark, SetMtu, SetUp,
     AddAddress, RemoveAddress, AddRoute, RemoveRoute, AddGuard, RemoveGuard,
@@ -141,6 +146,7 @@ OBSERVE_LATEST = 1.0  # but of no longer than this while traffic flows: a path t
 SAVE_AFTER, SAVE_PER_PEER, SAVE_LONGEST = 1.0, 0.05, 30.0
 RETRY_MIN, RETRY_MAX = 1.0, 30.0  # after a failed batch
 FORWARDING_AGAIN = 5.0  # after rules or settings were refused
+NO_RECORDS: Mapping[PublicKey, Record] = MappingProxyType({})
 GOSSIP_AGAIN = 1.0  # a tombstone is passed on twice: the first datagram may be lost
 
 
@@ -160,7 +166,8 @@ class Agent:
     """One peer. `random` draws from [0, 1); `channel` holds a fresh boot id.
 
     `wall` is the wall clock at `now`, `granted` what the last run relayed as a hub, if it was one, `openings`
-    the ports that it had WireGuard speak from, and `carried` what it had its carrier do.
+    the ports that it had WireGuard speak from, `carried` what it had its carrier do, and `psk_records` the
+    keys of its pairs.
     """
 
     def __init__(
@@ -175,7 +182,7 @@ class Agent:
         granted: Grants | None = None,
         openings: tuple[Opening, ...] = (),
         carried: Carrier | None = None,
-        keys: KeySetup | str = "no post-quantum keys were set up",
+        psk_records: Mapping[PublicKey, Record] = NO_RECORDS,
     ) -> None:
         self._config = config
         self._channel = channel
@@ -241,7 +248,12 @@ class Agent:
         self._peer_keys: dict[PublicKey, PublicKey] = {}  # probe key -> WireGuard key of the peers
         self._carrying = self._make_carrying()
         self._keying = Keying(
-            keys, own=own, random=random, offset=wall - now, carrying=self._carrying, paths=self._paths
+            psk_records,
+            own=own,
+            random=random,
+            offset=wall - now,
+            carrying=self._carrying,
+            paths=self._paths,
         )
         written = state.snapshot.own.report if state.snapshot.own is not None else None
         self._reporting = Reporting(own=own, written=written, random=random)
@@ -288,6 +300,10 @@ class Agent:
                 self._carriage.seen(event, now)
             case PskSaved(peer, error):
                 self._keying.saved(peer, error, now)
+            case KeysSetUp(maker):
+                self._keying.equip(maker, now)
+                self._reporting.expect()  # of our identity
+                self._observe_soon(now, OBSERVE_BUSY)  # of what its pairs hold the room has seen nothing
             case TrafficMoved():
                 self._paths.traffic_moved(now)
                 self._observe_soon(now, OBSERVE_TRAFFIC, floor=min(self._observe_floor, self._observe_latest))

@@ -30,7 +30,7 @@ from scope.resources import fit_report
 from scope.topology import Topology
 from scope_agent.paths.core import PathsView
 from scope_agent.paths.view import PairView
-from scope_agent.psk.pair import PskPair
+from scope_agent.psk.view import PskPair
 from scope_agent.wireguard.device import DesiredDevice, DesiredPeer
 
 KEEPALIVE = 20  # seconds; AWS security groups forget one-way UDP after 30 s

@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping as MappingOf
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from scope.model import (
     Attachment,
@@ -26,11 +26,14 @@ from scope.model import (
 from scope.registry.port import Fact
 from scope.relay import Grants
 from scope_agent.carrier.core import ApplyCarrier, CarrierSeen
-from scope_agent.psk.slots import Record
 from scope_agent.relay.asking import HeldGrant
 from scope_agent.tree.rules import ForwardedPrefixes
 from scope_agent.wireguard.device import DesiredDevice, ObservedDevice, PlannedAction
 from scope_agent.wireguard.port_rules import PortRules
+
+if TYPE_CHECKING:  # a mesh without post-quantum keys imports nothing of them
+    from scope_agent.psk.identity import KeyMaker
+    from scope_agent.psk.slots import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +171,13 @@ class PskSaved:
 
 
 @dataclass(frozen=True, slots=True)
+class KeysSetUp:
+    """The answer to SetUpKeys: what makes post-quantum keys, or in words why none can be made."""
+
+    maker: KeyMaker | str
+
+
+@dataclass(frozen=True, slots=True)
 class TrafficMoved:
     """The device's own counters moved: someone uses the mesh now."""
 
@@ -199,6 +209,7 @@ Input: TypeAlias = (
     | PortsApplied
     | CarrierSeen
     | PskSaved
+    | KeysSetUp
     | TrafficMoved
     | CommandArrived
     | Leaving
@@ -287,6 +298,16 @@ class SavePsk:
 
 
 @dataclass(frozen=True, slots=True)
+class SetUpKeys:
+    """Have what makes post-quantum keys ready, answered by KeysSetUp. Asked once in a run.
+
+    `is_awaited`: no traffic passes before; else it is not to delay the first pings.
+    """
+
+    is_awaited: bool
+
+
+@dataclass(frozen=True, slots=True)
 class NudgeTunnel:
     """Send an empty UDP datagram to the peer's address, through the device and no other way."""
 
@@ -318,6 +339,7 @@ Output: TypeAlias = (
     | ApplyPorts
     | ApplyCarrier
     | SavePsk
+    | SetUpKeys
     | NudgeTunnel
     | Reply
     | ListAgain

@@ -1,15 +1,17 @@
 """Where the pairs' post-quantum keys meet the rest of the agent: what goes in, what comes out, what is shown.
 
 `psk` knows neither paths nor the channel. Here its parts are sealed and sent where the peer is reached, its
-records go to the disk, and its view becomes what the device is to hold. An agent whose library makes no such
-keys has no room at all: its peers stay without, and say so.
+records go to the disk, and its view becomes what the device is to hold.
+
+An agent that has no such keys, in a mesh that asks for none, does not even import `psk`. Where the mesh asks,
+the shell is asked for a maker of keys once; until it is there, and where none can be had, pairs keep the keys
+that they have, and those without stay without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import assert_never
+from typing import TYPE_CHECKING, assert_never
 
 from scope.model import (
     ConfigError,
@@ -22,35 +24,25 @@ from scope.model import (
 )
 from scope.wire import KeyPart
 from scope_agent.carrying import Carrying
-from scope_agent.inputs import NudgeTunnel, Output, SavePsk, Socket
+from scope_agent.inputs import NudgeTunnel, Output, SavePsk, SetUpKeys, Socket
 from scope_agent.paths.core import Paths
-from scope_agent.psk.core import NudgePeer, Psk, SayPart, WriteRecord
-from scope_agent.psk.exchange import RandomBytes
-from scope_agent.psk.identity import HybridIdentity
-from scope_agent.psk.pair import PskPair, Reading
-from scope_agent.psk.provider import Provider
-from scope_agent.psk.slots import Record
+from scope_agent.psk.view import PskPair
 from scope_agent.wireguard.device import ObservedDevice
+
+if TYPE_CHECKING:
+    from scope_agent.psk.core import Psk
+    from scope_agent.psk.identity import KeyMaker
+    from scope_agent.psk.slots import Record
 
 _UNKEYED = PskPair()
 
 
-@dataclass(frozen=True, slots=True)
-class KeySetup:
-    """What an agent makes keys with, and the records of earlier runs."""
-
-    identity: HybridIdentity
-    provider: Provider
-    random_bytes: RandomBytes
-    records: Mapping[PublicKey, Record]
-
-
 class Keying:
-    """`setup` is a reason in words where no keys can be made; `offset` is wall clock less monotonic clock."""
+    """`records` are those of earlier runs; `offset` is the wall clock less the monotonic one."""
 
     def __init__(
         self,
-        setup: KeySetup | str,
+        records: Mapping[PublicKey, Record],
         *,
         own: PublicKey,
         random: Callable[[], float],
@@ -58,39 +50,56 @@ class Keying:
         carrying: Carrying,
         paths: Paths,
     ) -> None:
+        self._own, self._random, self._offset = own, random, offset
         self._carrying, self._paths = carrying, paths
         self._policy = PostQuantum()
         self._snapshot = Snapshot()
-        self._trouble = setup if isinstance(setup, str) else ""
-        self._psk = (
-            None
-            if isinstance(setup, str)
-            else Psk(
-                own=own,
-                identity=setup.identity,
-                provider=setup.provider,
-                random=random,
-                random_bytes=setup.random_bytes,
-                records=setup.records,
-                offset=offset,
-            )
-        )
+        self._is_complete = False
+        self._is_asked = False  # for a maker: once in a run
+        self._trouble = ""
+        self._out: list[Output] = []
+        self._psk = self._make_psk(records) if records else None
+
+    def _make_psk(self, records: Mapping[PublicKey, Record]) -> Psk:
+        from scope_agent.psk.core import Psk
+
+        return Psk(own=self._own, random=self._random, records=records, offset=self._offset)
 
     # --- what is known -------------------------------------------------------------------------------------
 
     def set_snapshot(self, snapshot: Snapshot, *, is_complete: bool, now: float) -> None:
         """Take the mesh and its members."""
-        before, self._snapshot = self._snapshot, snapshot
+        before, self._snapshot, self._is_complete = self._snapshot, snapshot, is_complete
         if snapshot.mesh is None:
             return
         self._policy = snapshot.mesh.spec.post_quantum
-        if self._psk is None or (self._psk.is_idle and self._policy.mode is PostQuantumMode.OFF):
+        if not self._is_asked and self._policy.mode is not PostQuantumMode.OFF:
+            self._is_asked = True
+            is_awaited = self._psk is None and self._policy.mode is PostQuantumMode.REQUIRED
+            self._out.append(SetUpKeys(is_awaited))
+        self._configure(before, now)
+
+    def equip(self, maker: KeyMaker | str, now: float) -> None:
+        """Take what keys are made with, or in words why none can be made."""
+        if isinstance(maker, str):
+            self._trouble = maker
+            return
+        if self._psk is None:
+            self._psk = self._make_psk({})
+        self._psk.equip(maker, now)
+        self._configure(self._snapshot, now)
+
+    def _configure(self, before: Snapshot, now: float) -> None:
+        snapshot = self._snapshot
+        if self._psk is None or snapshot.mesh is None:
+            return
+        if self._psk.is_idle and self._policy.mode is PostQuantumMode.OFF:
             return
         new = self._psk.configure(
             self._policy,
             mesh_uid=snapshot.mesh.meta.uid,
             members=snapshot.peers.keys(),
-            is_complete=is_complete,
+            is_complete=self._is_complete,
             now=now,
         )
         for key, peer in snapshot.peers.items():
@@ -113,6 +122,8 @@ class Keying:
         """Take what the device says; `sessions` are (last handshake, since when, ours) by peer."""
         if self._psk is None or self._psk.is_idle:
             return
+        from scope_agent.psk.pair import Reading
+
         readings = {}
         for key, peer in device.peers.items():
             stamp, since = sessions[key]
@@ -133,8 +144,8 @@ class Keying:
         """Make a new key with the peer of that name, "" for all; how many. Raises ConfigError."""
         if self._policy.mode is PostQuantumMode.OFF:
             raise ConfigError("the mesh makes no post-quantum keys: set spec.postQuantum.mode to Preferred")
-        if self._psk is None:
-            raise ConfigError(self._trouble)
+        if self._psk is None or self._psk.fingerprint is None:
+            raise ConfigError(self._trouble or "post-quantum keys are being set up: ask again in a second")
         keys = [k for k, peer in sorted(self._snapshot.peers.items()) if name in ("", peer.meta.name)]
         if not keys and name:
             raise ConfigError(f"no peer {name!r} in the mesh: `scopectl status` names them")
@@ -195,8 +206,12 @@ class Keying:
 
     def outputs(self, now: float) -> list[Output]:
         """What is to be performed now, in order."""
-        out: list[Output] = []
-        for output in self._psk.outputs() if self._psk is not None else ():
+        out, self._out = self._out, []
+        if self._psk is None or not (said := self._psk.outputs()):
+            return out
+        from scope_agent.psk.core import NudgePeer, SayPart, WriteRecord
+
+        for output in said:
             match output:
                 case SayPart(key, part):
                     out += self._say(key, part, now)

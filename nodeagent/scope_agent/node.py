@@ -57,7 +57,7 @@ from scope.registry.port import (
     Unavailable,
 )
 from scope_agent.run import (
-    HTTP_AFTER,
+    LATE_AFTER,
     AgentRegistry,
     RemovedFromMesh,
     RunConfig,
@@ -181,7 +181,7 @@ class NodeAgent:
         """Keep our own ScopePeers, and what is to be done for them."""
         if self._served:
             with suppress(TimeoutError):
-                async with asyncio.timeout(HTTP_AFTER):
+                async with asyncio.timeout(LATE_AFTER):
                     await self._asked.wait()
         if self._elsewhere is not None:
             async for peer in self._elsewhere.own_peers():

@@ -19,6 +19,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias, assert_never, runtime_checkable
 
@@ -46,6 +47,7 @@ from scope_agent.inputs import (
     Failed,
     Input,
     InterfacesChanged,
+    KeysSetUp,
     Leaving,
     ListAgain,
     NudgeTunnel,
@@ -58,13 +60,12 @@ from scope_agent.inputs import (
     SavePsk,
     SaveState,
     Send,
+    SetUpKeys,
     Socket,
     Target,
     TrafficMoved,
     WriteReport,
 )
-from scope_agent.keying import KeySetup
-from scope_agent.psk.provider import CryptographyProvider, self_test
 from scope_agent.psk.shell import nudge
 from scope_agent.state import Enrolment, StateDir
 from scope_agent.underlay.shell import InterfaceWatch
@@ -84,6 +85,8 @@ from scope_agent.wireguard.shell.probe_socket import READ_AT_ONCE
 if TYPE_CHECKING:
     from scope.registry.http import Couriered, HttpRegistry
     from scope_agent.carrier.shell.machine import CarrierMachine
+    from scope_agent.psk.identity import KeyMaker
+    from scope_agent.psk.slots import Record
     from scope_agent.relay.shell.hub import HubMachine, Outcome
     from scope_agent.tree.rules import ForwardedPrefixes
     from scope_agent.tree.shell.forwarding import TreeForwarding
@@ -97,7 +100,7 @@ HUB_CHECK_SHARE = 20.0  # a check that took t seconds is followed by t times thi
 PORTS_CHECK = 2.0  # seconds: a path that needs the rules is back as soon
 NO_PORTS = range(0)
 CARRIER_CHECK = 0.25  # seconds: a carrier that died is back within two
-HTTP_AFTER = 0.4  # the HTTP client's import waits for the first pings, or for so long
+LATE_AFTER = 0.4  # what the first pings do not need is imported after them, or after so long
 HEARTBEAT = 60.0
 HEARTBEAT_AGAIN = 10.0  # after one that failed: a few are tried before those who listen give us up
 LASTING = 30.0  # seconds: a watch that held for so long was no failure
@@ -212,7 +215,7 @@ class Runner:
             granted=granted,
             openings=openings,
             carried=read_earlier(config, enrolment),
-            keys=set_up_keys(config.state),
+            psk_records=_read_records(config.state),
         )
         self._psk_lock = asyncio.Lock()  # records are written in the order in which they were decided
         self._probe: ProbeSocket = open_probe_socket(self._agent.listen_port, fwmark=config.fwmark)
@@ -366,6 +369,8 @@ class Runner:
                 self._spawn(self._carry(carrier))
             case SavePsk():
                 self._spawn(self._save_psk(output))
+            case SetUpKeys(is_awaited):
+                self._spawn(self._set_up_keys(is_awaited=is_awaited))
             case NudgeTunnel(address=address):
                 try:
                     nudge(self._enrolment.device, address)
@@ -667,9 +672,12 @@ class Runner:
     async def _first_pings(self) -> None:
         """Let an enrolled agent reach its peers before anything is imported for the registry."""
         if self._agent.snapshot().peers:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(HTTP_AFTER):
-                    await self._reached.wait()
+            await self._a_path(within=LATE_AFTER)
+
+    async def _a_path(self, *, within: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within):
+                await self._reached.wait()
 
     async def _watch_registry(self, registry: AgentRegistry) -> None:
         """List all, then follow changes until something ends it. Raises RegistryError."""
@@ -754,6 +762,15 @@ class Runner:
                 log.warning("psk.unsaved peer=%s error=%s", save.peer, error)
         if save.record is not None:
             self._post(PskSaved(save.peer, error))
+
+    async def _set_up_keys(self, *, is_awaited: bool) -> None:
+        """In a thread: the imports and the self-test would hold pings up."""
+        if not is_awaited:
+            await self._a_path(within=LATE_AFTER)
+        maker = await asyncio.to_thread(set_up_keys, self._config.state)
+        if isinstance(maker, str):
+            log.warning("psk.unavailable error=%s", maker)
+        self._post(KeysSetUp(maker))
 
     # --- the local socket ----------------------------------------------------------------------------------
 
@@ -885,19 +902,30 @@ def make_hub(config: RunConfig, enrolment: Enrolment) -> HubMachine:
     )
 
 
-def set_up_keys(state: StateDir) -> KeySetup | str:
-    """What post-quantum keys are made with, or in words why none can be made: pairs keep what they have."""
+def set_up_keys(state: StateDir) -> KeyMaker | str:
+    """What makes post-quantum keys, tried once, or in words why none can be made."""
+    try:
+        import_module("scope_agent.psk.core")  # else the agent's loop would, when it is told
+        from scope_agent.psk.cryptography_provider import CryptographyProvider
+        from scope_agent.psk.identity import KeyMaker
+        from scope_agent.psk.provider import self_test
+    except ImportError as error:
+        return f"post-quantum keys cannot be made here ({error}): install cryptography 48 or later"
     provider = CryptographyProvider()
     try:
         self_test(provider)
         identity = state.hybrid_identity(secrets.token_bytes, provider)
     except ConfigError as error:
-        log.warning("psk.unavailable error=%s", error)
         return str(error)
+    return KeyMaker(identity, provider, secrets.token_bytes)
+
+
+def _read_records(state: StateDir) -> Mapping[PublicKey, Record]:
+    """The pairs' keys of earlier runs: a device that was made anew needs them for its first ping."""
     records, troubles = state.load_psk()
     for trouble in troubles:
         log.warning("psk.damaged detail=%s", trouble)
-    return KeySetup(identity, provider, secrets.token_bytes, records)
+    return records
 
 
 def free_port() -> int:

@@ -6,7 +6,7 @@ through a symbolic link:
 - `enrolment.json`: keys, gateway, registry. Written at join and never again; losing it means joining anew.
 - `snapshot.json`: what was last believed of the mesh, the last good endpoints, the port, what hubs granted,
   where edges are attached. A damaged one is put aside and the agent starts from the registry.
-- `identity.json`: the keys that sign post-quantum keys. Made at the first start; losing it makes the peer
+- `identity.json`: the keys that sign post-quantum keys. Made when first asked for; losing it makes the peer
   another one to those that know it.
 - `psk/KEY.json`: the pre-shared keys of the pair with the peer of that WireGuard key, in hexadecimal. A
   damaged one is put aside, and the pair agrees on a new key.
@@ -26,7 +26,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -50,11 +50,12 @@ from scope.wire import SIGNATURE_BYTES, TOKEN_BYTES
 from scope_agent.desired import Identity
 from scope_agent.files import replace_file
 from scope_agent.inputs import DiskState
-from scope_agent.psk.exchange import Keys
-from scope_agent.psk.identity import HybridIdentity, hybrid_identity, make_hybrid_identity
-from scope_agent.psk.provider import Provider
-from scope_agent.psk.slots import Record
 from scope_agent.relay.asking import HeldGrant
+
+if TYPE_CHECKING:  # imported where there are post-quantum keys, and not at every start
+    from scope_agent.psk.identity import HybridIdentity
+    from scope_agent.psk.provider import Provider
+    from scope_agent.psk.slots import Keys, Record
 
 STATE_ROOT = Path("/var/lib/scope")
 T = TypeVar("T")
@@ -209,6 +210,7 @@ class StateDir:
 
     def hybrid_identity(self, random_bytes: Callable[[int], bytes], provider: Provider) -> HybridIdentity:
         """The identity for post-quantum keys, made at the first call. Raises ConfigError."""
+        from scope_agent.psk.identity import hybrid_identity, make_hybrid_identity
 
         def parse(document: Mapping[str, object]) -> HybridIdentity:
             ed448, mldsa = (b64decode(str(document[name]), validate=True) for name in ("ed448", "mldsa"))
@@ -556,6 +558,8 @@ _KEY_SECRETS = ("psk", "chain", "confirm_d", "confirm_e")
 
 
 def _parse_record(document: Mapping[str, object]) -> Record:
+    from scope_agent.psk.slots import Record
+
     pinned, following = document["pinned"], _parse_keys(document["next"])
     return Record(
         pinned=Fingerprint.parse(str(pinned)) if pinned is not None else None,
@@ -570,6 +574,8 @@ def _parse_record(document: Mapping[str, object]) -> Record:
 def _parse_keys(document: object) -> Keys | None:
     if document is None:
         return None
+    from scope_agent.psk.slots import Keys
+
     if not isinstance(document, dict):
         raise ValueError("current and next are objects")  # noqa: TRY004 - damage, as any other
     id_ = bytes.fromhex(str(document["id"]))

@@ -11,7 +11,7 @@ from scope_agent.membership import Registration
 from scope_agent.paths.birthday import Spent
 from scope_agent.paths.core import PathsView
 from scope_agent.paths.explaining import Attempt
-from scope_agent.psk.pair import PskPair
+from scope_agent.psk.view import PskPair
 from scope_agent.wireguard.device import ObservedDevice
 
 ROUTED = "Routed"  # by the hub of a tree that we are attached to: there is no link

@@ -99,7 +99,7 @@ def test_off_says_nothing_of_keys() -> None:
     a, b = world.peer(Nat.NONE), world.peer(Nat.NONE)
     world.run(200.0)
     assert a.device.peers[b.key].psk is None and _report(world, a).identity is None
-    assert "SavePsk" not in a.sent
+    assert not {"SavePsk", "SetUpKeys"} & set(a.sent)
 
 
 def test_a_running_mesh_may_begin_to_ask_for_keys_and_cease_to() -> None:
@@ -156,6 +156,23 @@ def test_a_machine_that_boots_has_its_key_back_and_speaks_no_other() -> None:
     world.run(5.0)
     a.switch_on()
     world.until(lambda: world.is_direct(a, b) and _is_keyed(a, b), within=30.0)
+
+
+def test_a_machine_that_can_make_no_keys_any_more_boots_with_those_it_has() -> None:
+    world = _world(PostQuantumMode.REQUIRED)
+    a, b = world.peer(Nat.NONE), world.peer(Nat.NONE)
+    world.until(lambda: _is_keyed(a, b), within=30.0)
+    world.run(10.0)
+    a.switch_off()
+    a.key_trouble = "the library is gone"
+    world.run(5.0)
+    a.switch_on()
+    world.until(lambda: world.is_direct(a, b) and _is_keyed(a, b), within=30.0)
+    world.run(1.0)
+    assert a.agent is not None
+    assert "the library is gone" in str(a.agent.status(world.now)["conditions"])
+    a.give(CommandArrived(1, "rotate", b.name))
+    assert a.replies[-1].value == {"ok": False, "error": "the library is gone"}
 
 
 def test_agents_that_crash_at_any_output_agree_in_the_end_and_lose_no_session() -> None:

@@ -36,6 +36,7 @@ from scope_agent.inputs import (
     Failed,
     Input,
     InterfacesChanged,
+    KeysSetUp,
     Leg,
     ListAgain,
     NudgeTunnel,
@@ -48,15 +49,15 @@ from scope_agent.inputs import (
     SavePsk,
     SaveState,
     Send,
+    SetUpKeys,
     Socket,
     Target,
     TrafficMoved,
     WriteReport,
 )
-from scope_agent.keying import KeySetup
 from scope_agent.membership import Membership
 from scope_agent.paths.core import Paths
-from scope_agent.psk.identity import make_hybrid_identity
+from scope_agent.psk.identity import KeyMaker, make_hybrid_identity
 from scope_agent.psk.slots import Record
 from scope_agent.state import make_identity
 from scope_agent.tree.rules import ForwardedPrefixes
@@ -112,6 +113,7 @@ DEVICE_DELAY = 0.002
 HOLD_DELAY = (0.005, 0.04)  # the packet filter's program is started for each hold
 TURN_DELAY = 0.002  # what another family's packet may lose by going through the agent
 DISK_DELAY = 0.005
+SET_UP_DELAY = 0.5  # after the first pings, and then imports and a self-test
 PORTS_DELAY = 0.02  # a run of the packet filter's program
 RELAY_DELAY = 0.05  # a disk write and a run of the packet filter's program
 CARRIER_LOOK = 0.5  # how soon a carrier's process that died is started again
@@ -304,6 +306,7 @@ class Machine:
         self.provider = ToyProvider(self.key_random)
         self.hybrid = make_hybrid_identity(self.key_random.randbytes, self.provider)
         self.psk_disk: dict[PublicKey, Record] = {}
+        self.key_trouble = ""  # why this machine makes no keys
         self.nudges = 0
         self.disk = DiskState(Snapshot(), listen_port=port or pick_port(world.random.random))
         self.agent: Agent | None = None
@@ -674,6 +677,9 @@ class Machine:
                 self._later(RELAY_DELAY, lambda: self._have_carried(wanted))
             case SavePsk(peer, record):
                 self._later(DISK_DELAY, lambda: self._save_psk(peer, record))
+            case SetUpKeys():
+                maker = self.key_trouble or KeyMaker(self.hybrid, self.provider, self.key_random.randbytes)
+                self._later(SET_UP_DELAY, lambda: self.give(KeysSetUp(maker)))
             case NudgeTunnel(address=address):
                 self.nudges += 1
                 self.device.send_packet(Packet(NUDGE, False, self.address, address))
@@ -771,12 +777,7 @@ class _Overheard(Agent):
             granted=machine.granted,
             openings=machine.ports.openings,
             carried=machine.carrier.carrier,
-            keys=KeySetup(
-                machine.hybrid,
-                provider=machine.provider,
-                random_bytes=machine.key_random.randbytes,
-                records=machine.psk_disk,
-            ),
+            psk_records=machine.psk_disk,
         )
 
     def _make_carrying(self) -> Carrying:

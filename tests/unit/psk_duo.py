@@ -13,9 +13,10 @@ from collections.abc import Callable
 from random import Random
 
 from scope_agent.psk.core import NudgePeer, Psk, SayPart, WriteRecord
-from scope_agent.psk.identity import make_hybrid_identity
-from scope_agent.psk.pair import PskPair, Reading
+from scope_agent.psk.identity import KeyMaker, make_hybrid_identity
+from scope_agent.psk.pair import Reading
 from scope_agent.psk.slots import Record
+from scope_agent.psk.view import PskPair
 from scope_agent.wireguard.device import NO_PSK
 
 from scope.model import PostQuantum, PostQuantumMode, PublicKey, Secret
@@ -57,16 +58,20 @@ class Side:
         self.view = PskPair()
         self.room = Psk(
             own=self.key,
-            identity=self.identity,
-            provider=duo.provider,
             random=duo.random.random,
-            random_bytes=duo.random.randbytes,
             records={self.other.key: self.disk},
             offset=WALL + self.clock_offset,
         )
         self.configure()
+        self.later(0.05, self.equip)
         self.later(0.002, self.look)
         self.later(0.3, self.tick_reach)
+
+    def equip(self) -> None:
+        if self.room is not None:
+            maker = KeyMaker(self.identity, self.duo.provider, self.duo.random.randbytes)
+            self.room.equip(maker, self.duo.now)
+            self.perform()
 
     def rotate(self) -> None:
         """Ask for a new key."""

@@ -13,9 +13,9 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scope_agent.psk import exchange
+from scope_agent.psk.cryptography_provider import CryptographyProvider
 from scope_agent.psk.exchange import (
     ExchangeError,
-    Keys,
     Offered,
     Parties,
     control,
@@ -24,14 +24,10 @@ from scope_agent.psk.exchange import (
     make_offer,
     take_answer,
 )
-from scope_agent.psk.identity import HybridIdentity, PublicIdentity, make_hybrid_identity
+from scope_agent.psk.identity import HybridIdentity, KeyMaker, PublicIdentity, make_hybrid_identity
 from scope_agent.psk.messages import NO_ID, Answer, Offer, PskMessage, What, decode, encode
-from scope_agent.psk.provider import (
-    ED448_SIGNATURE_BYTES,
-    CryptographyProvider,
-    ProviderError,
-    self_test,
-)
+from scope_agent.psk.provider import ED448_SIGNATURE_BYTES, ProviderError, self_test
+from scope_agent.psk.slots import Keys
 
 from scope.model import ConfigError, PublicKey, Secret
 from scope.wire import WireError
@@ -47,18 +43,18 @@ E_PARTIES = Parties("mesh-uid", E_KEY, E.public.fingerprint(), D_KEY, D.public.f
 def _offer(
     epoch: int = 1, base: Keys | None = None, parties: Parties = D_PARTIES, identity: HybridIdentity = D
 ) -> Offered:
-    return make_offer(
-        parties, identity, epoch=epoch, base=base, provider=PROVIDER, random_bytes=RANDOM.randbytes
-    )
+    return make_offer(parties, _maker(identity), epoch=epoch, base=base)
+
+
+def _maker(identity: HybridIdentity) -> KeyMaker:
+    return KeyMaker(identity, PROVIDER, RANDOM.randbytes)
 
 
 def _answer(
     offer: PskMessage, base: Keys | None = None, theirs: PublicIdentity = D.public
 ) -> tuple[Answer, Keys]:
     assert isinstance(offer, Offer)
-    return make_answer(
-        E_PARTIES, E, offer, theirs=theirs, base=base, provider=PROVIDER, random_bytes=RANDOM.randbytes
-    )
+    return make_answer(E_PARTIES, _maker(E), offer, theirs=theirs, base=base)
 
 
 def _take(
@@ -182,15 +178,7 @@ def test_another_identity_does_not_pass_for_the_expected_one() -> None:
 def test_the_smaller_key_makes_no_offers_that_anybody_answers() -> None:
     offered = _offer(parties=E_PARTIES, identity=E)
     with pytest.raises(ExchangeError):
-        make_answer(
-            D_PARTIES,
-            D,
-            offered.offer,
-            theirs=E.public,
-            base=None,
-            provider=PROVIDER,
-            random_bytes=RANDOM.randbytes,
-        )
+        make_answer(D_PARTIES, _maker(D), offered.offer, theirs=E.public, base=None)
 
 
 def test_an_answer_to_an_earlier_offer_is_refused() -> None:

@@ -17,7 +17,10 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCK = tomllib.loads((ROOT / "uv.lock").read_text())
 # The agent's way to its first ping has no time for these: aiohttp alone doubles its start.
-LATE = ("aiohttp", "kubernetes", "prometheus_client", "rich")
+LATE = (
+    "aiohttp", "kubernetes", "prometheus_client", "rich", "cryptography.hazmat.primitives.asymmetric.mlkem",
+    "scope_agent.psk.core", "scope_agent.psk.messages", "scope_agent.psk.provider", "scope_agent.psk.slots",
+)  # fmt: skip
 # Folders of whoever wrote a line, and package hosts other than the public ones, mean nothing to a reader.
 MACHINE_PATH = re.compile(r"(?<![\w.~$}*-])/(?:work|root|Users)/")
 

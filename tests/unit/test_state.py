@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 from scope_agent.inputs import DiskState
-from scope_agent.psk.exchange import Keys
-from scope_agent.psk.provider import CryptographyProvider
-from scope_agent.psk.slots import Record
+from scope_agent.psk.cryptography_provider import CryptographyProvider
+from scope_agent.psk.slots import Keys, Record
 from scope_agent.relay.asking import HeldGrant
 from scope_agent.state import Enrolment, StateDir, enrolled_meshes, make_identity
 

@@ -1,6 +1,6 @@
 """All pairs' keys: who takes part, what arrives for whom, and how many exchanges run at once.
 
-Sans-IO, in verbs: `configure`, `identify`, `reach`, `receive`, `observe`, `written`, `rotate`,
+Sans-IO, in verbs: `equip`, `configure`, `identify`, `reach`, `receive`, `observe`, `written`, `rotate`,
 `handle_timer`, `get_timer`, `outputs`. Peers are named by their WireGuard keys. Time is monotonic seconds.
 """
 
@@ -13,12 +13,12 @@ from typing import TypeAlias, assert_never
 from scope.model import Fingerprint, PostQuantum, PostQuantumMode, PublicKey
 from scope.wire import KeyPart, WireError
 from scope_agent.agenda import Agenda
-from scope_agent.psk.exchange import ExchangeError, RandomBytes
-from scope_agent.psk.identity import HybridIdentity
-from scope_agent.psk.pair import Nudge, Pair, PskPair, Reading, Say, Tools, Write
+from scope_agent.psk.exchange import ExchangeError
+from scope_agent.psk.identity import KeyMaker
+from scope_agent.psk.pair import Nudge, Pair, Reading, Say, Tools, Write
 from scope_agent.psk.parts import Joining, cut
-from scope_agent.psk.provider import Provider
 from scope_agent.psk.slots import Record
+from scope_agent.psk.view import PskPair
 
 BEGIN_PER_SECOND, BEGIN_BURST = 20.0, 10  # an exchange costs two milliseconds of a processor on each side
 
@@ -58,21 +58,18 @@ class Psk:
         self,
         *,
         own: PublicKey,
-        identity: HybridIdentity,
-        provider: Provider,
         random: Callable[[], float],
-        random_bytes: RandomBytes,
         records: Mapping[PublicKey, Record],
         offset: float,
     ) -> None:
         self._own = own
         self._records = dict(records)  # of who is no member yet
-        self._tools = Tools(identity, provider, random, random_bytes, self._may_begin, offset)
+        self._tools = Tools(random, self._may_begin, offset)
         self._pairs: dict[PublicKey, Pair] = {}
         self._views: dict[PublicKey, PskPair] = {}
         self._joining: dict[PublicKey, Joining] = {}
         self._readings: Mapping[PublicKey, Reading] | None = None  # before the first: nothing is decided
-        self._numbers = int.from_bytes(random_bytes(4), "big")
+        self._numbers = 0
         self._slot = float("-inf")
         self._policy, self._mesh_uid = PostQuantum(), ""
         self._out: list[PskOutput] = []
@@ -87,11 +84,20 @@ class Psk:
         return not self._pairs and not self._records
 
     @property
-    def fingerprint(self) -> Fingerprint:
-        """Of our own identity."""
-        return self._tools.identity.public.fingerprint()
+    def fingerprint(self) -> Fingerprint | None:
+        """Of our own identity; None before `equip`."""
+        maker = self._tools.maker
+        return maker.identity.public.fingerprint() if maker is not None else None
 
     # --- what is known -------------------------------------------------------------------------------------
+
+    def equip(self, maker: KeyMaker, now: float) -> None:
+        """Take what keys are made with. Before that pairs keep what their records hold."""
+        self._tools.maker = maker
+        self._numbers = int.from_bytes(maker.random_bytes(4), "big")  # not those of an earlier run
+        for key, pair in self._pairs.items():
+            pair.equip(now)
+            self._collect(key, now)
 
     def configure(
         self, policy: PostQuantum, *, mesh_uid: str, members: Set[PublicKey], is_complete: bool, now: float

@@ -19,12 +19,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 from scope.model import Fingerprint, PublicKey, Secret
-from scope_agent.psk.identity import HybridIdentity, PublicIdentity
+from scope_agent.psk.identity import HybridIdentity, KeyMaker, PublicIdentity
 from scope_agent.psk.messages import (
     MAC_BYTES,
     NO_ID,
@@ -37,9 +35,9 @@ from scope_agent.psk.messages import (
     What,
 )
 from scope_agent.psk.provider import DH_BYTES, KEM_SEED_BYTES, Provider, ProviderError
+from scope_agent.psk.slots import Keys
 
 SUITE = 1  # ML-KEM-1024 + X448, SHA3, Ed448 + ML-DSA-65: local policy, never negotiated
-RandomBytes: TypeAlias = Callable[[int], bytes]
 
 _LABEL = b"scope psk 1"
 _SIGN_PREFIX = b"scope psk signature 1"
@@ -83,18 +81,6 @@ class Parties:
 
 
 @dataclass(frozen=True, slots=True)
-class Keys:
-    """What one exchange gives: a pre-shared key, and what the two holders need to speak of it."""
-
-    epoch: int
-    id: bytes  # names the key, and says nothing of it
-    psk: Secret
-    chain: Secret  # goes into the next exchange
-    confirm_d: Secret
-    confirm_e: Secret
-
-
-@dataclass(frozen=True, slots=True)
 class Offered:
     """An Offer of ours with the private halves that its Answer needs."""
 
@@ -103,43 +89,35 @@ class Offered:
     dh_private: Secret
 
 
-def make_offer(
-    parties: Parties,
-    identity: HybridIdentity,
-    *,
-    epoch: int,
-    base: Keys | None,
-    provider: Provider,
-    random_bytes: RandomBytes,
-) -> Offered:
+def make_offer(parties: Parties, maker: KeyMaker, *, epoch: int, base: Keys | None) -> Offered:
     """D's part: a signed Offer for `epoch`, on top of `base`."""
+    provider, random_bytes = maker.provider, maker.random_bytes
     kem_seed, dh_private = Secret(random_bytes(KEM_SEED_BYTES)), Secret(random_bytes(DH_BYTES))
     header = parties.header(
         epoch=epoch, base=base.id if base is not None else NO_ID, nonce=random_bytes(NONCE_BYTES)
     )
     unsigned = Offer(header, provider.kem_public(kem_seed), provider.dh_public(dh_private), b"")
-    signatures = _sign(b"offer", unsigned.body(), identity, provider)
+    signatures = _sign(b"offer", unsigned.body(), maker.identity, provider)
     return Offered(replace(unsigned, signatures=signatures), kem_seed, dh_private)
 
 
 def make_answer(
     parties: Parties,
-    identity: HybridIdentity,
+    maker: KeyMaker,
     offer: Offer,
     *,
     theirs: PublicIdentity,
     base: Keys | None,
-    provider: Provider,
-    random_bytes: RandomBytes,
 ) -> tuple[Answer, Keys]:
     """E's part, and the keys. Raises ExchangeError; the epoch is the caller's to judge."""
+    provider = maker.provider
     header = parties.header(
         epoch=offer.header.epoch, base=base.id if base is not None else NO_ID, nonce=offer.header.nonce
     )
     if parties.is_decapsulator or offer.header != header:
         raise ExchangeError("an offer for another pair, mesh, suite or base")
     _verify(b"offer", offer.body(), offer.signatures, theirs, provider)
-    dh_private = Secret(random_bytes(DH_BYTES))
+    dh_private = Secret(maker.random_bytes(DH_BYTES))
     try:
         kem_secret, ciphertext = provider.encapsulate(offer.kem_public)
         dh_secret = provider.dh(dh_private, offer.dh_public)
@@ -155,7 +133,7 @@ def make_answer(
     )
     keys = _derive(offer, unsigned, kem_secret=kem_secret, dh_secret=dh_secret, base=base)
     mac = _answer_mac(keys, unsigned)
-    signatures = _sign(b"answer", unsigned.body(), identity, provider)
+    signatures = _sign(b"answer", unsigned.body(), maker.identity, provider)
     return replace(unsigned, mac=mac, signatures=signatures), keys
 
 

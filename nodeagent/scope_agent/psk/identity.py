@@ -7,7 +7,6 @@ travel between the two agents, and are believed when they have the fingerprint t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from scope.model import Fingerprint, Secret
@@ -16,6 +15,7 @@ from scope_agent.psk.provider import (
     MLDSA_PUBLIC_BYTES,
     MLDSA_SEED_BYTES,
     Provider,
+    RandomBytes,
 )
 
 _LABEL = b"scope identity 1"
@@ -46,6 +46,15 @@ class HybridIdentity:
     public: PublicIdentity
 
 
+@dataclass(frozen=True, slots=True)
+class KeyMaker:
+    """What an agent makes keys with."""
+
+    identity: HybridIdentity
+    provider: Provider
+    random_bytes: RandomBytes
+
+
 def hybrid_identity(ed448: Secret, mldsa: Secret, provider: Provider) -> HybridIdentity:
     """The identity of two seeds. Raises ValueError for seeds of other lengths."""
     if len(ed448.raw) != ED448_BYTES or len(mldsa.raw) != MLDSA_SEED_BYTES:
@@ -53,7 +62,7 @@ def hybrid_identity(ed448: Secret, mldsa: Secret, provider: Provider) -> HybridI
     return HybridIdentity(ed448, mldsa, PublicIdentity(*provider.sign_public(ed448, mldsa)))
 
 
-def make_hybrid_identity(random_bytes: Callable[[int], bytes], provider: Provider) -> HybridIdentity:
+def make_hybrid_identity(random_bytes: RandomBytes, provider: Provider) -> HybridIdentity:
     """A fresh identity."""
     return hybrid_identity(
         Secret(random_bytes(ED448_BYTES)), Secret(random_bytes(MLDSA_SEED_BYTES)), provider

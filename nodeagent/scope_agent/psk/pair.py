@@ -44,17 +44,15 @@ from typing import TypeAlias, assert_never
 from scope.model import Fingerprint, PostQuantum, PostQuantumMode, PublicKey, Secret
 from scope_agent.psk.exchange import (
     ExchangeError,
-    Keys,
     Offered,
     Parties,
-    RandomBytes,
     control,
     is_genuine,
     make_answer,
     make_offer,
     take_answer,
 )
-from scope_agent.psk.identity import HybridIdentity, PublicIdentity
+from scope_agent.psk.identity import KeyMaker, PublicIdentity
 from scope_agent.psk.messages import (
     NO_ID,
     Answer,
@@ -70,8 +68,8 @@ from scope_agent.psk.messages import (
     decode,
     encode,
 )
-from scope_agent.psk.provider import Provider
-from scope_agent.psk.slots import Record, find
+from scope_agent.psk.slots import Keys, Record, find
+from scope_agent.psk.view import PskPair
 from scope_agent.wireguard.device import NO_PSK
 
 SESSION_VALID = 180.0  # WireGuard's REJECT_AFTER_TIME
@@ -96,16 +94,14 @@ FOREIGN_MAX, FOREIGN_WINDOW = 3, 3600.0  # a key that another program replaced i
 SPREAD = 600.0  # after a restart overdue keys are rotated over so many seconds, not at once
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tools:
     """What all pairs of an agent share. `may_begin` gives the time from which an exchange may start."""
 
-    identity: HybridIdentity
-    provider: Provider
     random: Callable[[], float]
-    random_bytes: RandomBytes
     may_begin: Callable[[float], float]
     offset: float  # wall clock less monotonic clock
+    maker: KeyMaker | None = None  # until it is there a pair keeps the keys that it has, and makes none
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,19 +111,6 @@ class Reading:
     psk: Secret | None
     stamp: float
     since: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class PskPair:
-    """What the rest of the agent may know. `psk` None: leave what the device has."""
-
-    psk: Secret | None = None
-    is_withheld: bool = False  # no traffic before a key is proved
-    is_silent: bool = False  # nor a handshake before the device has one
-    epoch: int = 0  # of the proved key; 0: none
-    confirmed: float = 0.0  # wall clock
-    failure: str = ""
-    conflict: bool = False  # another program replaces the key again and again
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +228,13 @@ class Pair:
         self._set_parties()
         self._drive(now)
 
+    def equip(self, now: float) -> None:
+        """The tools have a maker of keys now."""
+        self._set_parties()
+        self._drive(now)
+
     def _set_parties(self) -> None:
+        maker = self._tools.maker
         named, pinned = self._named, self._record.pinned
         parties = None
         if named is None:
@@ -257,8 +246,9 @@ class Pair:
             )
         else:
             self._identity_failure = ""
-            own = self._tools.identity.public.fingerprint()
-            parties = Parties(self._mesh_uid, self._own, own, self._peer, named)
+            if maker is not None:
+                own = maker.identity.public.fingerprint()
+                parties = Parties(self._mesh_uid, self._own, own, self._peer, named)
         if parties != self._parties:
             self._parties, self._theirs = parties, None
 
@@ -338,7 +328,8 @@ class Pair:
             return  # what is being written decides; it is said again
         match message:
             case Who():
-                self._say(Identity(self._tools.identity.public))
+                if self._tools.maker is not None:
+                    self._say(Identity(self._tools.maker.identity.public))
             case Identity(keys):
                 self._take_identity(keys)
             case Wanted(epoch, id_):
@@ -372,8 +363,8 @@ class Pair:
             self._begin_at = min(self._begin_at, now)
 
     def _take_offer(self, offer: Offer, now: float) -> None:
-        parties, theirs, header = self._parties, self._theirs, offer.header
-        if self.is_decapsulator or parties is None or theirs is None:
+        parties, theirs, maker, header = self._parties, self._theirs, self._tools.maker, offer.header
+        if self.is_decapsulator or parties is None or theirs is None or maker is None:
             return
         digest = hashlib.sha3_256(encode(offer)).digest()
         if self._answered is not None and self._answered[0] == digest:
@@ -398,15 +389,7 @@ class Pair:
             self._say_current()
             self._say(Refusal(RefusedFor.BASE, self._record.counter))
             return
-        answer, keys = make_answer(
-            parties,
-            self._tools.identity,
-            offer,
-            theirs=theirs,
-            base=base,
-            provider=self._tools.provider,
-            random_bytes=self._tools.random_bytes,
-        )
+        answer, keys = make_answer(parties, maker, offer, theirs=theirs, base=base)
         self._is_wanted = False
         if base is not None and base is self._record.next:
             self._promote(now)  # it is signed that D builds on it
@@ -414,12 +397,10 @@ class Pair:
         self._say(answer)
 
     def _take_answer(self, answer: Answer) -> None:
-        offered, theirs = self._offered, self._theirs
-        if self._step is not _Step.OFFERED or offered is None or theirs is None:
+        offered, theirs, maker = self._offered, self._theirs, self._tools.maker
+        if self._step is not _Step.OFFERED or offered is None or theirs is None or maker is None:
             return
-        keys = take_answer(
-            offered, answer, theirs=theirs, base=self._offered_base, provider=self._tools.provider
-        )
+        keys = take_answer(offered, answer, theirs=theirs, base=self._offered_base, provider=maker.provider)
         self._offered = self._offered_base = None
         pinned = self._parties.peer_fingerprint if self._parties is not None else self._record.pinned
         self._write(
@@ -656,9 +637,10 @@ class Pair:
                 assert_never(self._step)
 
     def _begin(self, now: float) -> None:
-        parties = self._parties
+        parties, maker = self._parties, self._tools.maker
         if (
             parties is None
+            or maker is None
             or self._theirs is None
             or self._policy.mode is PostQuantumMode.OFF
             or self._is_left
@@ -677,14 +659,7 @@ class Pair:
 
         def offer(now: float) -> None:
             self._offered_base = base
-            self._offered = make_offer(
-                parties,
-                self._tools.identity,
-                epoch=epoch,
-                base=base,
-                provider=self._tools.provider,
-                random_bytes=self._tools.random_bytes,
-            )
+            self._offered = make_offer(parties, maker, epoch=epoch, base=base)
             self._enter(_Step.OFFERED, now, within=ATTEMPT)
 
         self._write(replace(self._record, counter=epoch), offer)

@@ -5,20 +5,17 @@ two signatures (Ed448, RFC 8032; ML-DSA-65, FIPS 204). Private keys are seeds, s
 makes them; only the encapsulation and the hedged signature draw their own. Every length is checked here: a
 library that pads or cuts what it is given would make keys that no other side has.
 
-`CryptographyProvider` is the one that agents use. A tampered ciphertext raises nothing: by FIPS 203 the
-secret is then another one, and the confirmation of the exchange fails.
+A tampered ciphertext raises nothing: by FIPS 203 the secret is then another one, and the confirmation of the
+exchange fails.
 """
 
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol
+from collections.abc import Callable
+from typing import Protocol, TypeAlias
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PrivateKey, Ed448PublicKey
-from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey, MLDSA65PublicKey
-from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM1024PrivateKey, MLKEM1024PublicKey
-from cryptography.hazmat.primitives.asymmetric.x448 import X448PrivateKey, X448PublicKey
+from cryptography.exceptions import UnsupportedAlgorithm
 
 from scope.model import ConfigError, Secret
 
@@ -26,6 +23,8 @@ KEM_SEED_BYTES, KEM_PUBLIC_BYTES, KEM_CIPHERTEXT_BYTES, KEM_SECRET_BYTES = 64, 1
 DH_BYTES = 56  # private, public and shared alike
 ED448_BYTES, ED448_SIGNATURE_BYTES = 57, 114
 MLDSA_SEED_BYTES, MLDSA_PUBLIC_BYTES, MLDSA_SIGNATURE_BYTES = 32, 1952, 3309
+
+RandomBytes: TypeAlias = Callable[[int], bytes]
 
 # SHA-256 of the ML-KEM-1024 public key of the seed 00 01 02 ... 3f.
 _KNOWN_SEED = Secret(bytes(range(KEM_SEED_BYTES)))
@@ -74,66 +73,6 @@ class Provider(Protocol):
         ...
 
 
-class CryptographyProvider:
-    """All four by the `cryptography` package, from release 48 on."""
-
-    def kem_public(self, seed: Secret) -> bytes:
-        """See Provider."""
-        return MLKEM1024PrivateKey.from_seed_bytes(seed.raw).public_key().public_bytes_raw()
-
-    def encapsulate(self, public: bytes) -> tuple[Secret, bytes]:
-        """See Provider."""
-        _require(public, KEM_PUBLIC_BYTES, "an ML-KEM-1024 public key")
-        try:
-            secret, ciphertext = MLKEM1024PublicKey.from_public_bytes(public).encapsulate()
-        except ValueError:
-            raise ProviderError("an ML-KEM-1024 public key with coefficients out of range") from None
-        return Secret(secret), ciphertext
-
-    def decapsulate(self, seed: Secret, ciphertext: bytes) -> Secret:
-        """See Provider."""
-        _require(ciphertext, KEM_CIPHERTEXT_BYTES, "an ML-KEM-1024 ciphertext")
-        return Secret(MLKEM1024PrivateKey.from_seed_bytes(seed.raw).decapsulate(ciphertext))
-
-    def dh_public(self, private: Secret) -> bytes:
-        """See Provider."""
-        return X448PrivateKey.from_private_bytes(private.raw).public_key().public_bytes_raw()
-
-    def dh(self, private: Secret, public: bytes) -> Secret:
-        """See Provider."""
-        _require(public, DH_BYTES, "an X448 public key")
-        try:
-            own = X448PrivateKey.from_private_bytes(private.raw)
-            return Secret(own.exchange(X448PublicKey.from_public_bytes(public)))
-        except ValueError:
-            raise ProviderError("an X448 public key of low order") from None
-
-    def sign(self, ed448: Secret, mldsa: Secret, message: bytes, context: bytes) -> bytes:
-        """See Provider."""
-        first = Ed448PrivateKey.from_private_bytes(ed448.raw).sign(message)
-        return first + MLDSA65PrivateKey.from_seed_bytes(mldsa.raw).sign(message, context)
-
-    def verify(
-        self, ed448: bytes, mldsa: bytes, *, signatures: bytes, message: bytes, context: bytes
-    ) -> bool:
-        """See Provider."""
-        if len(signatures) != ED448_SIGNATURE_BYTES + MLDSA_SIGNATURE_BYTES:
-            return False
-        try:
-            Ed448PublicKey.from_public_bytes(ed448).verify(signatures[:ED448_SIGNATURE_BYTES], message)
-            MLDSA65PublicKey.from_public_bytes(mldsa).verify(
-                signatures[ED448_SIGNATURE_BYTES:], message, context
-            )
-        except (InvalidSignature, ValueError):
-            return False
-        return True
-
-    def sign_public(self, ed448: Secret, mldsa: Secret) -> tuple[bytes, bytes]:
-        """See Provider."""
-        first = Ed448PrivateKey.from_private_bytes(ed448.raw).public_key().public_bytes_raw()
-        return first, MLDSA65PrivateKey.from_seed_bytes(mldsa.raw).public_key().public_bytes_raw()
-
-
 def self_test(provider: Provider) -> None:
     """Try each primitive once, both ways, and against a known answer. Raises ConfigError.
 
@@ -172,8 +111,3 @@ def _is_sound(provider: Provider) -> bool:
         and not provider.verify(*keys, signatures=signatures, message=b"massage", context=b"context")
         and not provider.verify(*keys, signatures=signatures, message=b"message", context=b"another")
     )
-
-
-def _require(value: bytes, length: int, what: str) -> None:
-    if len(value) != length:
-        raise ProviderError(f"{what} is {length} bytes, not {len(value)}")

@@ -9,8 +9,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scope.model import Fingerprint
-from scope_agent.psk.exchange import Keys
+from scope.model import Fingerprint, Secret
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What one exchange gives: a pre-shared key, and what the two holders need to speak of it."""
+
+    epoch: int
+    id: bytes  # names the key, and says nothing of it
+    psk: Secret
+    chain: Secret  # goes into the next exchange
+    confirm_d: Secret
+    confirm_e: Secret
 
 
 @dataclass(frozen=True, slots=True)

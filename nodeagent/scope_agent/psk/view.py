@@ -1,0 +1,20 @@
+"""What the rest of the agent may know of a pair's key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from scope.model import Secret
+
+
+@dataclass(frozen=True, slots=True)
+class PskPair:
+    """How a pair is keyed. `psk` None: leave what the device has."""
+
+    psk: Secret | None = None
+    is_withheld: bool = False  # no traffic before a key is proved
+    is_silent: bool = False  # nor a handshake before the device has one
+    epoch: int = 0  # of the proved key; 0: none
+    confirmed: float = 0.0  # wall clock
+    failure: str = ""
+    conflict: bool = False  # another program replaces the key again and again
