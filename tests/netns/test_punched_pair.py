@@ -39,4 +39,6 @@ def test_two_agents_behind_port_restricted_nats_reach_each_other_directly(
             assert status.device == KIND.value
             (reach,) = status.peers.values()
             assert reach.endpoint is not None
-        members[0].leave()  # the other ends with the lab: each start of Python takes an emulated machine long
+        # The other ends with the lab: each start of Python takes an emulated machine long.
+        members[0].leave()
+        members[1].hang_up()
