@@ -6,13 +6,11 @@ import hashlib
 from random import Random
 
 from scope_agent.psk.provider import (
-    DH_BYTES,
     ED448_BYTES,
     ED448_SIGNATURE_BYTES,
-    KEM_CIPHERTEXT_BYTES,
-    KEM_PUBLIC_BYTES,
     MLDSA_PUBLIC_BYTES,
     MLDSA_SIGNATURE_BYTES,
+    Suite,
 )
 
 from scope.model import Secret
@@ -31,21 +29,21 @@ class ToyProvider:
     def __init__(self, random: Random) -> None:
         self._random = random
 
-    def kem_public(self, seed: Secret) -> bytes:
-        return _hash(KEM_PUBLIC_BYTES, b"kem", seed.raw)
+    def kem_public(self, suite: Suite, seed: Secret) -> bytes:
+        return _hash(suite.kem_public_bytes, b"kem", seed.raw)
 
-    def encapsulate(self, public: bytes) -> tuple[Secret, bytes]:
-        ciphertext = self._random.randbytes(KEM_CIPHERTEXT_BYTES)
+    def encapsulate(self, suite: Suite, public: bytes) -> tuple[Secret, bytes]:
+        ciphertext = self._random.randbytes(suite.kem_ciphertext_bytes)
         return Secret(_hash(32, public, ciphertext)), ciphertext
 
-    def decapsulate(self, seed: Secret, ciphertext: bytes) -> Secret:
-        return Secret(_hash(32, self.kem_public(seed), ciphertext))
+    def decapsulate(self, suite: Suite, seed: Secret, ciphertext: bytes) -> Secret:
+        return Secret(_hash(32, self.kem_public(suite, seed), ciphertext))
 
-    def dh_public(self, private: Secret) -> bytes:
-        return _hash(DH_BYTES, b"dh", private.raw)
+    def dh_public(self, suite: Suite, private: Secret) -> bytes:
+        return _hash(suite.dh_bytes, b"dh", private.raw)
 
-    def dh(self, private: Secret, public: bytes) -> Secret:
-        return Secret(_hash(DH_BYTES, *sorted((self.dh_public(private), public))))
+    def dh(self, suite: Suite, private: Secret, public: bytes) -> Secret:
+        return Secret(_hash(suite.dh_bytes, *sorted((self.dh_public(suite, private), public))))
 
     def sign_public(self, ed448: Secret, mldsa: Secret) -> tuple[bytes, bytes]:
         return _hash(ED448_BYTES, b"ed", ed448.raw), _hash(MLDSA_PUBLIC_BYTES, b"ml", mldsa.raw)

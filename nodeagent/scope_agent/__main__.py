@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from scope.model import ConfigError, DeviceKind, Kind, Mesh, Peer, Snapshot, Tombstone
 from scope_agent.inputs import DiskState
+from scope_agent.psk.choice import CRYPTOGRAPHY, parse_choice
 from scope_agent.run import (
     RemovedFromMesh,
     RunConfig,
@@ -77,6 +78,20 @@ def _parser() -> argparse.ArgumentParser:
         help="which WireGuard to use; by default the kernel's where it has one",
     )
     carrying.add_argument("--fwmark", type=int, default=0, help="mark of the device's own datagrams")
+    carrying.add_argument(
+        "--key-suite",
+        default=os.environ.get("SCOPE_KEY_SUITE", "1"),
+        metavar="NUMBER",
+        help="how pairs agree on post-quantum keys: 1 by ML-KEM-1024 and X448, the default, 2 by ML-KEM-768 "
+        "and X25519; the peers must be set to the same (SCOPE_KEY_SUITE)",
+    )
+    carrying.add_argument(
+        "--key-provider",
+        default=os.environ.get("SCOPE_KEY_PROVIDER", CRYPTOGRAPHY),
+        metavar="NAME",
+        help="whose ML-KEM makes them: cryptography, the default, liboqs, or liboqs:FILE with the file of "
+        "its shared library (SCOPE_KEY_PROVIDER)",
+    )
 
     parser = argparse.ArgumentParser(prog="scope-agent", description="Make this machine a peer of a mesh.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -247,7 +262,8 @@ def _run(options: argparse.Namespace) -> None:
 
 def _run_mesh(options: argparse.Namespace, state: StateDir, enrolment: Enrolment) -> None:
     only = DeviceKind(options.wireguard) if options.wireguard else None
-    config = RunConfig(state=state, run_dir=options.run_dir, only=only, fwmark=options.fwmark)
+    keys = parse_choice(suite=options.key_suite, provider=options.key_provider)
+    config = RunConfig(state, options.run_dir, only=only, fwmark=options.fwmark, keys=keys)
 
     async def run() -> None:
         runner = Runner(config, enrolment)
@@ -282,6 +298,7 @@ def _run_node(options: argparse.Namespace) -> None:
         gateway=options.gateway,
         only=DeviceKind(options.wireguard) if options.wireguard else None,
         fwmark=options.fwmark,
+        keys=parse_choice(suite=options.key_suite, provider=options.key_provider),
     )
 
     async def run() -> None:

@@ -56,6 +56,7 @@ from scope.registry.port import (
     RegistryError,
     Unavailable,
 )
+from scope_agent.psk.choice import DEFAULT, KeyChoice
 from scope_agent.run import (
     LATE_AFTER,
     AgentRegistry,
@@ -105,6 +106,7 @@ class NodeConfig:
     service_account: Path
     only: DeviceKind | None = None
     fwmark: int = 0
+    keys: KeyChoice = DEFAULT
     gateway: Path | None = None
 
 
@@ -359,7 +361,7 @@ class NodeAgent:
     async def _run_mesh(self, mesh: str, served: _Served) -> None:
         """Run the mesh's Runner, again and again when something ends it that a person must mend."""
         state, config = self._state(mesh), self._config
-        ours = RunConfig(state=state, run_dir=config.run_dir, only=config.only, fwmark=config.fwmark)
+        ours = RunConfig(state, config.run_dir, only=config.only, fwmark=config.fwmark, keys=config.keys)
 
         async def connect() -> AgentRegistry:
             self._asked.set()

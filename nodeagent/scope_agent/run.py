@@ -19,7 +19,6 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias, assert_never, runtime_checkable
 
@@ -66,7 +65,8 @@ from scope_agent.inputs import (
     TrafficMoved,
     WriteReport,
 )
-from scope_agent.psk.shell import nudge
+from scope_agent.psk.choice import DEFAULT, KeyChoice
+from scope_agent.psk.shell.nudging import nudge
 from scope_agent.state import Enrolment, StateDir
 from scope_agent.underlay.shell import InterfaceWatch
 from scope_agent.wireguard.device import ApplyError, HoldEndpoint, PortTaken
@@ -85,7 +85,8 @@ from scope_agent.wireguard.shell.probe_socket import READ_AT_ONCE
 if TYPE_CHECKING:
     from scope.registry.http import Couriered, HttpRegistry
     from scope_agent.carrier.shell.machine import CarrierMachine
-    from scope_agent.psk.identity import KeyMaker
+    from scope_agent.psk.identity import HybridIdentity, KeyMaker
+    from scope_agent.psk.provider import Provider
     from scope_agent.psk.slots import Record
     from scope_agent.relay.shell.hub import HubMachine, Outcome
     from scope_agent.tree.rules import ForwardedPrefixes
@@ -125,6 +126,7 @@ class RunConfig:
     run_dir: Path = Path("/run/scope")
     only: DeviceKind | None = None
     fwmark: int = 0
+    keys: KeyChoice = DEFAULT
 
 
 @dataclass(slots=True)
@@ -767,9 +769,13 @@ class Runner:
         """In a thread: the imports and the self-test would hold pings up."""
         if not is_awaited:
             await self._a_path(within=LATE_AFTER)
-        maker = await asyncio.to_thread(set_up_keys, self._config.state)
-        if isinstance(maker, str):
-            log.warning("psk.unavailable error=%s", maker)
+        try:
+            maker = await asyncio.to_thread(set_up_keys, self._config)
+        except ConfigError as error:
+            log.warning("psk.unavailable error=%s", error)
+            self._post(KeysSetUp(str(error)))
+            return
+        log.info("psk.available suite=%d provider=%s", maker.suite.number, self._config.keys.provider)
         self._post(KeysSetUp(maker))
 
     # --- the local socket ----------------------------------------------------------------------------------
@@ -902,22 +908,14 @@ def make_hub(config: RunConfig, enrolment: Enrolment) -> HubMachine:
     )
 
 
-def set_up_keys(state: StateDir) -> KeyMaker | str:
-    """What makes post-quantum keys, tried once, or in words why none can be made."""
-    try:
-        import_module("scope_agent.psk.core")  # else the agent's loop would, when it is told
-        from scope_agent.psk.cryptography_provider import CryptographyProvider
-        from scope_agent.psk.identity import KeyMaker
-        from scope_agent.psk.provider import self_test
-    except ImportError as error:
-        return f"post-quantum keys cannot be made here ({error}): install cryptography 48 or later"
-    provider = CryptographyProvider()
-    try:
-        self_test(provider)
-        identity = state.hybrid_identity(secrets.token_bytes, provider)
-    except ConfigError as error:
-        return str(error)
-    return KeyMaker(identity, provider, secrets.token_bytes)
+def set_up_keys(config: RunConfig) -> KeyMaker:
+    """What makes post-quantum keys, tried once. Raises ConfigError where none can be made."""
+    from scope_agent.psk.shell.making import make_maker  # a mesh without such keys needs none of it
+
+    def identity(provider: Provider) -> HybridIdentity:
+        return config.state.hybrid_identity(secrets.token_bytes, provider)
+
+    return make_maker(config.keys, identity=identity, random_bytes=secrets.token_bytes)
 
 
 def _read_records(state: StateDir) -> Mapping[PublicKey, Record]:

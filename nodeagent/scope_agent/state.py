@@ -549,6 +549,7 @@ def _keys_dict(keys: Keys | None) -> dict[str, object] | None:
     secrets = {name: getattr(keys, name) for name in _KEY_SECRETS}
     return {
         "epoch": keys.epoch,
+        "suite": keys.suite,
         "id": keys.id.hex(),
         **{name: b64encode(secret.raw).decode() for name, secret in secrets.items()},
     }
@@ -582,7 +583,16 @@ def _parse_keys(document: object) -> Keys | None:
     secrets = [b64decode(str(document[name]), validate=True) for name in _KEY_SECRETS]
     if any(len(value) != 32 for value in (id_, *secrets)):
         raise ValueError("an id and a key are 32 bytes")
-    return Keys(int(str(document["epoch"])), id_, *(Secret(secret) for secret in secrets))
+    psk, chain, confirm_d, confirm_e = (Secret(secret) for secret in secrets)
+    return Keys(
+        int(str(document["epoch"])),
+        id_,
+        psk,
+        chain=chain,
+        confirm_d=confirm_d,
+        confirm_e=confirm_e,
+        suite=int(str(document.get("suite", 1))),
+    )
 
 
 def _without_links(peer: Peer) -> Peer:

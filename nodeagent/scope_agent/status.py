@@ -114,6 +114,7 @@ def _psk_status(keyed: PskPair, wall: float) -> dict[str, object]:
     """Which post-quantum key is proved, and for how long; never the key."""
     return {
         "epoch": keyed.epoch or None,
+        "suite": keyed.suite or None,
         "ageSeconds": round(max(wall - keyed.confirmed, 0.0)) if keyed.epoch else None,
         "withheld": keyed.is_withheld,
         "conflict": keyed.conflict,

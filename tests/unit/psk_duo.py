@@ -15,6 +15,7 @@ from random import Random
 from scope_agent.psk.core import NudgePeer, Psk, SayPart, WriteRecord
 from scope_agent.psk.identity import KeyMaker, make_hybrid_identity
 from scope_agent.psk.pair import Reading
+from scope_agent.psk.provider import SUITES
 from scope_agent.psk.slots import Record
 from scope_agent.psk.view import PskPair
 from scope_agent.wireguard.device import NO_PSK
@@ -36,6 +37,7 @@ class Side:
         self.identity = make_hybrid_identity(duo.random.randbytes, duo.provider)
         self.disk = Record()
         self.disk_fails = False
+        self.suite = SUITES[1]
         self.psk: Secret | None = None  # of the device
         self.seen: Secret | None = None  # the device's, as the agent last saw it
         self.stamp = 0.0
@@ -69,7 +71,7 @@ class Side:
 
     def equip(self) -> None:
         if self.room is not None:
-            maker = KeyMaker(self.identity, self.duo.provider, self.duo.random.randbytes)
+            maker = KeyMaker(self.identity, self.duo.provider, self.duo.random.randbytes, self.suite)
             self.room.equip(maker, self.duo.now)
             self.perform()
 

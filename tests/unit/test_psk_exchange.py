@@ -26,10 +26,10 @@ from scope_agent.psk.exchange import (
 )
 from scope_agent.psk.identity import HybridIdentity, KeyMaker, PublicIdentity, make_hybrid_identity
 from scope_agent.psk.messages import NO_ID, Answer, Offer, PskMessage, What, decode, encode
-from scope_agent.psk.provider import ED448_SIGNATURE_BYTES, ProviderError, self_test
+from scope_agent.psk.provider import ED448_SIGNATURE_BYTES, SUITES
 from scope_agent.psk.slots import Keys
 
-from scope.model import ConfigError, PublicKey, Secret
+from scope.model import PublicKey, Secret
 from scope.wire import WireError
 
 PROVIDER = CryptographyProvider()
@@ -90,8 +90,8 @@ def test_what_the_key_is_made_of_is_what_the_description_says() -> None:
     offered = _offer()
     answer, keys = _answer(offered.offer)
     offer = offered.offer
-    kem = PROVIDER.decapsulate(offered.kem_seed, answer.ciphertext)
-    dh = PROVIDER.dh(offered.dh_private, answer.dh_public)
+    kem = PROVIDER.decapsulate(SUITES[1], offered.kem_seed, answer.ciphertext)
+    dh = PROVIDER.dh(SUITES[1], offered.dh_private, answer.dh_public)
     label = b"scope psk 1"
 
     def lp(*parts: bytes) -> bytes:
@@ -244,36 +244,3 @@ def test_words_survive_the_wire(epoch: int, what: What) -> None:
 
 def test_an_offer_without_a_base_says_so() -> None:
     assert _OFFERED.offer.header.base == NO_ID
-
-
-def test_the_provider_passes_its_test() -> None:
-    self_test(PROVIDER)
-
-
-class _Swapped(CryptographyProvider):
-    def encapsulate(self, public: bytes) -> tuple[Secret, bytes]:
-        secret, ciphertext = super().encapsulate(public)
-        return Secret(ciphertext), secret.raw
-
-
-class _Padding(CryptographyProvider):
-    def kem_public(self, seed: Secret) -> bytes:
-        return super().kem_public(Secret(bytes(64)))
-
-
-class _Lenient(CryptographyProvider):
-    def verify(
-        self, ed448: bytes, mldsa: bytes, *, signatures: bytes, message: bytes, context: bytes
-    ) -> bool:
-        return True
-
-
-class _Absent(CryptographyProvider):
-    def dh_public(self, private: Secret) -> bytes:
-        raise ProviderError("X448 is not supported")
-
-
-@pytest.mark.parametrize("provider", [_Swapped(), _Padding(), _Lenient(), _Absent()])
-def test_a_provider_with_wrong_answers_is_refused(provider: CryptographyProvider) -> None:
-    with pytest.raises(ConfigError, match="post-quantum keys cannot be made here"):
-        self_test(provider)

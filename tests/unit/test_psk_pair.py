@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 from scope_agent.psk.core import WriteRecord
+from scope_agent.psk.messages import Offer, PskMessage, Refusal, RefusedFor, StrangeOffer, decode, encode
 from scope_agent.psk.parts import MAX_OPEN, Joining, cut
+from scope_agent.psk.provider import SUITES
 
 from scope.model import PostQuantum, PostQuantumMode, Secret
 from scope.wire import KeyPart, WireError
-from tests.unit.psk_duo import Duo
+from tests.unit.psk_duo import Duo, Side
 
 
 def _agreed(seed: int = 1, **kwargs: object) -> Duo:
@@ -152,6 +155,53 @@ def test_a_changed_identity_gets_no_new_key_and_the_old_one_stays() -> None:
     duo.until(lambda: "another one than before" in duo.d.view.failure, within=5.0)
     duo.run(600.0)
     assert duo.d.device_psk == e.device_psk and duo.deaths == []
+
+
+@pytest.mark.parametrize("set_otherwise", ["d", "e"])
+def test_sides_that_are_set_to_different_suites_make_no_key_and_neither_gives_in(set_otherwise: str) -> None:
+    duo = Duo(6)
+    getattr(duo, set_otherwise).suite = SUITES[2]
+    duo.start()
+    duo.run(1200.0)
+    assert [side.view.epoch for side in duo.sides] == [0, 0]
+    assert duo.d.view.failure == "the peer is set to another suite of post-quantum keys"
+    offers = {message.header.suite for sender, message in _said(duo) if isinstance(message, Offer)}
+    assert offers == {duo.d.suite.number}
+
+
+def test_the_second_suite_makes_and_rotates_keys_and_a_pair_may_move_to_it() -> None:
+    duo = _agreed(7, interval=600.0)
+    assert {side.view.suite for side in duo.sides} == {1}
+    for side in duo.sides:
+        side.suite = SUITES[2]
+        side.crash()
+        side.start()
+    duo.until(lambda: duo.is_agreed(3), within=3000.0)
+    assert {side.view.suite for side in duo.sides} == {2} and duo.deaths == []
+
+
+def test_an_offer_of_a_suite_of_the_future_is_refused_by_name() -> None:
+    duo = _agreed(8)
+    duo.d.rotate()
+    duo.run(3.0)
+    offer = next(message for _, message in reversed(_said(duo)) if isinstance(message, Offer))
+    strange = StrangeOffer(replace(offer.header, suite=3, epoch=99), b"whatever it may hold")
+    before = len(duo.heard)
+    for part in cut(7, encode(strange)):
+        duo.e.receive(part)
+    answers = [message for sender, message in _said(duo, since=before) if sender is duo.e]
+    assert answers == [Refusal(RefusedFor.SUITE, duo.e.disk.counter)]
+
+
+def _said(duo: Duo, *, since: int = 0) -> list[tuple[Side, PskMessage]]:
+    """All messages that were said, put together again."""
+    joining = {id(side): Joining() for side in duo.sides}
+    said = []
+    for sender, part in duo.heard[since:]:
+        whole = joining[id(sender)].add(part)
+        if whole is not None:
+            said.append((sender, decode(whole)))
+    return said
 
 
 def test_a_clock_moved_by_a_year_changes_nothing() -> None:

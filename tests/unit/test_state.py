@@ -250,7 +250,8 @@ def test_leaving_forgets_everything(directory: StateDir, enrolment: Enrolment, s
 
 
 def test_keys_of_pairs_come_back_from_the_disk_and_a_damaged_file_is_put_aside(directory: StateDir) -> None:
-    keys = Keys(7, bytes([1] * 32), *(Secret(bytes([number] * 32)) for number in (2, 3, 4, 5)))
+    psk, chain, confirm_d, confirm_e = (Secret(bytes([number] * 32)) for number in (2, 3, 4, 5))
+    keys = Keys(7, bytes([1] * 32), psk, chain=chain, confirm_d=confirm_d, confirm_e=confirm_e, suite=2)
     record = Record(Fingerprint(bytes(32)), counter=8, current=keys, next=keys, active=True, confirmed=12.5)
     one, other = PublicKey(bytes([1] * 32)), PublicKey(bytes([2] * 32))
     directory.save_psk(one, record)

@@ -1,4 +1,4 @@
-"""The provider that agents use: all four primitives by the `cryptography` package, from release 48 on.
+"""The provider that agents use: all primitives by the `cryptography` package, from release 48 on.
 
 Imported when keys are to be made, and not at an agent's start.
 """
@@ -8,53 +8,64 @@ from __future__ import annotations
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed448 import Ed448PrivateKey, Ed448PublicKey
 from cryptography.hazmat.primitives.asymmetric.mldsa import MLDSA65PrivateKey, MLDSA65PublicKey
-from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM1024PrivateKey, MLKEM1024PublicKey
+from cryptography.hazmat.primitives.asymmetric.mlkem import (
+    MLKEM768PrivateKey,
+    MLKEM768PublicKey,
+    MLKEM1024PrivateKey,
+    MLKEM1024PublicKey,
+)
 from cryptography.hazmat.primitives.asymmetric.x448 import X448PrivateKey, X448PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from scope.model import Secret
 from scope_agent.psk.provider import (
-    DH_BYTES,
     ED448_SIGNATURE_BYTES,
-    KEM_CIPHERTEXT_BYTES,
-    KEM_PUBLIC_BYTES,
     MLDSA_SIGNATURE_BYTES,
     ProviderError,
+    Suite,
+    require_length,
 )
 
 
 class CryptographyProvider:
-    """All four by the `cryptography` package, from release 48 on."""
+    """All of it by the `cryptography` package."""
 
-    def kem_public(self, seed: Secret) -> bytes:
+    def kem_public(self, suite: Suite, seed: Secret) -> bytes:
         """See Provider."""
-        return MLKEM1024PrivateKey.from_seed_bytes(seed.raw).public_key().public_bytes_raw()
+        return _kem_private(suite, seed).public_key().public_bytes_raw()
 
-    def encapsulate(self, public: bytes) -> tuple[Secret, bytes]:
+    def encapsulate(self, suite: Suite, public: bytes) -> tuple[Secret, bytes]:
         """See Provider."""
-        _require(public, KEM_PUBLIC_BYTES, "an ML-KEM-1024 public key")
+        require_length(public, suite.kem_public_bytes, f"a public key of {suite.kem}")
+        kind = MLKEM1024PublicKey if suite.kem == "ML-KEM-1024" else MLKEM768PublicKey
         try:
-            secret, ciphertext = MLKEM1024PublicKey.from_public_bytes(public).encapsulate()
+            secret, ciphertext = kind.from_public_bytes(public).encapsulate()
         except ValueError:
-            raise ProviderError("an ML-KEM-1024 public key with coefficients out of range") from None
+            raise ProviderError(f"a public key of {suite.kem} with coefficients out of range") from None
         return Secret(secret), ciphertext
 
-    def decapsulate(self, seed: Secret, ciphertext: bytes) -> Secret:
+    def decapsulate(self, suite: Suite, seed: Secret, ciphertext: bytes) -> Secret:
         """See Provider."""
-        _require(ciphertext, KEM_CIPHERTEXT_BYTES, "an ML-KEM-1024 ciphertext")
-        return Secret(MLKEM1024PrivateKey.from_seed_bytes(seed.raw).decapsulate(ciphertext))
+        require_length(ciphertext, suite.kem_ciphertext_bytes, f"a ciphertext of {suite.kem}")
+        return Secret(_kem_private(suite, seed).decapsulate(ciphertext))
 
-    def dh_public(self, private: Secret) -> bytes:
+    def dh_public(self, suite: Suite, private: Secret) -> bytes:
         """See Provider."""
-        return X448PrivateKey.from_private_bytes(private.raw).public_key().public_bytes_raw()
+        if suite.dh == "X448":
+            return X448PrivateKey.from_private_bytes(private.raw).public_key().public_bytes_raw()
+        return X25519PrivateKey.from_private_bytes(private.raw).public_key().public_bytes_raw()
 
-    def dh(self, private: Secret, public: bytes) -> Secret:
+    def dh(self, suite: Suite, private: Secret, public: bytes) -> Secret:
         """See Provider."""
-        _require(public, DH_BYTES, "an X448 public key")
+        require_length(public, suite.dh_bytes, f"a public key of {suite.dh}")
         try:
-            own = X448PrivateKey.from_private_bytes(private.raw)
-            return Secret(own.exchange(X448PublicKey.from_public_bytes(public)))
+            if suite.dh == "X448":
+                own = X448PrivateKey.from_private_bytes(private.raw)
+                return Secret(own.exchange(X448PublicKey.from_public_bytes(public)))
+            own_25519 = X25519PrivateKey.from_private_bytes(private.raw)
+            return Secret(own_25519.exchange(X25519PublicKey.from_public_bytes(public)))
         except ValueError:
-            raise ProviderError("an X448 public key of low order") from None
+            raise ProviderError(f"a public key of {suite.dh} of low order") from None
 
     def sign(self, ed448: Secret, mldsa: Secret, message: bytes, context: bytes) -> bytes:
         """See Provider."""
@@ -82,6 +93,6 @@ class CryptographyProvider:
         return first, MLDSA65PrivateKey.from_seed_bytes(mldsa.raw).public_key().public_bytes_raw()
 
 
-def _require(value: bytes, length: int, what: str) -> None:
-    if len(value) != length:
-        raise ProviderError(f"{what} is {length} bytes, not {len(value)}")
+def _kem_private(suite: Suite, seed: Secret) -> MLKEM1024PrivateKey | MLKEM768PrivateKey:
+    kind = MLKEM1024PrivateKey if suite.kem == "ML-KEM-1024" else MLKEM768PrivateKey
+    return kind.from_seed_bytes(seed.raw)

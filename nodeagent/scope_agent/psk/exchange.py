@@ -1,18 +1,20 @@
 """One exchange: an Offer, its Answer, and the key that both sides then have. Pure functions.
 
 The decapsulator D is the side with the larger WireGuard key (raw bytes); it makes the Offer with an ephemeral
-ML-KEM-1024 key and an ephemeral X448 key. The encapsulator E answers with a ciphertext and its own X448 key.
-Both messages name the suite, the mesh, both identities, both WireGuard keys, the epoch and what it builds on,
-and are signed by Ed448 and by ML-DSA-65; the keys are derived from both secrets and the whole transcript:
+KEM key and an ephemeral Diffie-Hellman key of its suite. The encapsulator E answers with a ciphertext and its
+own Diffie-Hellman key. Both messages name the suite, the mesh, both identities, both WireGuard keys, the
+epoch and what it builds on, and are signed by Ed448 and by ML-DSA-65; the keys are derived from both secrets
+and the whole transcript:
 
     th  = SHA3-512(lp(Offer's body, Answer's body))
     PRK = HKDF-Extract(the base epoch's chain value, or zeros;
-                       ML-KEM secret | X448 secret | ciphertext | X448 of E | KEM key | X448 of D | label)
+                       KEM secret | DH secret | ciphertext | DH key of E | KEM key | DH key of D | label)
     psk, chain, confirm D, confirm E, id = HKDF-Expand(PRK, lp(label, name, th)), 32 bytes each
 
-`lp` puts a length of four bytes before each part; HKDF is that of RFC 5869 with SHA3-256. The key holds while
-either secret does, and no worse than the base epoch's. Implicit rejection makes the ML-KEM secret of a
-tampered ciphertext another one, silently: the Answer's MAC under E's confirmation key shows it.
+The label names the suite. `lp` puts a length of four bytes before each part; HKDF is that of RFC 5869 with
+SHA3-256. The key holds while either secret does, and no worse than the base epoch's. Implicit rejection makes
+the KEM's secret of a tampered ciphertext another one, silently: the Answer's MAC under E's confirmation key
+shows it.
 """
 
 from __future__ import annotations
@@ -34,12 +36,10 @@ from scope_agent.psk.messages import (
     Offer,
     What,
 )
-from scope_agent.psk.provider import DH_BYTES, KEM_SEED_BYTES, Provider, ProviderError
+from scope_agent.psk.provider import KEM_SEED_BYTES, SUITES, Provider, ProviderError, Suite
 from scope_agent.psk.slots import Keys
 
-SUITE = 1  # ML-KEM-1024 + X448, SHA3, Ed448 + ML-DSA-65: local policy, never negotiated
-
-_LABEL = b"scope psk 1"
+_LABEL = b"scope psk "  # and the suite's number
 _SIGN_PREFIX = b"scope psk signature 1"
 _NO_CHAIN = Secret(bytes(32))
 
@@ -50,13 +50,14 @@ class ExchangeError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Parties:
-    """Who exchanges, in which mesh. D and E are told apart by the WireGuard keys alone."""
+    """Who exchanges, in which mesh, by which suite. D and E are told apart by the WireGuard keys alone."""
 
     mesh_uid: str
     own: PublicKey
     own_fingerprint: Fingerprint
     peer: PublicKey
     peer_fingerprint: Fingerprint
+    suite: Suite = SUITES[1]
 
     @property
     def is_decapsulator(self) -> bool:
@@ -68,7 +69,7 @@ class Parties:
         own, peer = (self.own_fingerprint, self.own), (self.peer_fingerprint, self.peer)
         (fingerprint_d, key_d), (fingerprint_e, key_e) = (own, peer) if self.is_decapsulator else (peer, own)
         return Header(
-            SUITE,
+            self.suite.number,
             self.mesh_uid,
             fingerprint_d=fingerprint_d,
             fingerprint_e=fingerprint_e,
@@ -91,12 +92,14 @@ class Offered:
 
 def make_offer(parties: Parties, maker: KeyMaker, *, epoch: int, base: Keys | None) -> Offered:
     """D's part: a signed Offer for `epoch`, on top of `base`."""
-    provider, random_bytes = maker.provider, maker.random_bytes
-    kem_seed, dh_private = Secret(random_bytes(KEM_SEED_BYTES)), Secret(random_bytes(DH_BYTES))
+    provider, random_bytes, suite = maker.provider, maker.random_bytes, parties.suite
+    kem_seed, dh_private = Secret(random_bytes(KEM_SEED_BYTES)), Secret(random_bytes(suite.dh_bytes))
     header = parties.header(
         epoch=epoch, base=base.id if base is not None else NO_ID, nonce=random_bytes(NONCE_BYTES)
     )
-    unsigned = Offer(header, provider.kem_public(kem_seed), provider.dh_public(dh_private), b"")
+    unsigned = Offer(
+        header, provider.kem_public(suite, kem_seed), provider.dh_public(suite, dh_private), signatures=b""
+    )
     signatures = _sign(b"offer", unsigned.body(), maker.identity, provider)
     return Offered(replace(unsigned, signatures=signatures), kem_seed, dh_private)
 
@@ -110,24 +113,24 @@ def make_answer(
     base: Keys | None,
 ) -> tuple[Answer, Keys]:
     """E's part, and the keys. Raises ExchangeError; the epoch is the caller's to judge."""
-    provider = maker.provider
+    provider, suite = maker.provider, parties.suite
     header = parties.header(
         epoch=offer.header.epoch, base=base.id if base is not None else NO_ID, nonce=offer.header.nonce
     )
     if parties.is_decapsulator or offer.header != header:
         raise ExchangeError("an offer for another pair, mesh, suite or base")
     _verify(b"offer", offer.body(), offer.signatures, theirs, provider)
-    dh_private = Secret(maker.random_bytes(DH_BYTES))
+    dh_private = Secret(maker.random_bytes(suite.dh_bytes))
     try:
-        kem_secret, ciphertext = provider.encapsulate(offer.kem_public)
-        dh_secret = provider.dh(dh_private, offer.dh_public)
+        kem_secret, ciphertext = provider.encapsulate(suite, offer.kem_public)
+        dh_secret = provider.dh(suite, dh_private, offer.dh_public)
     except ProviderError as error:
         raise ExchangeError(str(error)) from None
     unsigned = Answer(
         header,
         offer_hash=hashlib.sha3_512(offer.body()).digest(),
         ciphertext=ciphertext,
-        dh_public=provider.dh_public(dh_private),
+        dh_public=provider.dh_public(suite, dh_private),
         mac=bytes(MAC_BYTES),
         signatures=bytes(SIGNATURES_BYTES),
     )
@@ -141,13 +144,13 @@ def take_answer(
     offered: Offered, answer: Answer, *, theirs: PublicIdentity, base: Keys | None, provider: Provider
 ) -> Keys:
     """D's end of it. Raises ExchangeError."""
-    offer = offered.offer
+    offer, suite = offered.offer, SUITES[offered.offer.header.suite]
     if answer.header != offer.header or answer.offer_hash != hashlib.sha3_512(offer.body()).digest():
         raise ExchangeError("an answer to another offer")
     _verify(b"answer", answer.body(), answer.signatures, theirs, provider)
     try:
-        kem_secret = provider.decapsulate(offered.kem_seed, answer.ciphertext)
-        dh_secret = provider.dh(offered.dh_private, answer.dh_public)
+        kem_secret = provider.decapsulate(suite, offered.kem_seed, answer.ciphertext)
+        dh_secret = provider.dh(suite, offered.dh_private, answer.dh_public)
     except ProviderError as error:
         raise ExchangeError(str(error)) from None
     keys = _derive(offer, answer, kem_secret=kem_secret, dh_secret=dh_secret, base=base)
@@ -176,6 +179,7 @@ def is_genuine(word: Control, keys: Keys, *, by_decapsulator: bool) -> bool:
 def _derive(
     offer: Offer, answer: Answer, *, kem_secret: Secret, dh_secret: Secret, base: Keys | None
 ) -> Keys:
+    label = _LABEL + str(offer.header.suite).encode()
     transcript = hashlib.sha3_512(_lp(offer.body(), answer.body())).digest()
     material = b"".join(
         (
@@ -185,14 +189,14 @@ def _derive(
             answer.dh_public,
             offer.kem_public,
             offer.dh_public,
-            _LABEL,
+            label,
         )
     )
     salt = base.chain if base is not None else _NO_CHAIN
     prk = _hmac(salt.raw, material)
 
     def expand(name: bytes) -> bytes:
-        return _hmac(prk, _lp(_LABEL, name, transcript) + b"\x01")  # one block of RFC 5869, section 2.3
+        return _hmac(prk, _lp(label, name, transcript) + b"\x01")  # one block of RFC 5869, section 2.3
 
     return Keys(
         epoch=offer.header.epoch,
@@ -201,6 +205,7 @@ def _derive(
         chain=Secret(expand(b"chain")),
         confirm_d=Secret(expand(b"confirm D")),
         confirm_e=Secret(expand(b"confirm E")),
+        suite=offer.header.suite,
     )
 
 

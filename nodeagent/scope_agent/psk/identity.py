@@ -14,8 +14,10 @@ from scope_agent.psk.provider import (
     ED448_BYTES,
     MLDSA_PUBLIC_BYTES,
     MLDSA_SEED_BYTES,
+    SUITES,
     Provider,
     RandomBytes,
+    Suite,
 )
 
 _LABEL = b"scope identity 1"
@@ -48,11 +50,12 @@ class HybridIdentity:
 
 @dataclass(frozen=True, slots=True)
 class KeyMaker:
-    """What an agent makes keys with."""
+    """What an agent makes keys with, and the one suite that it makes and takes keys of."""
 
     identity: HybridIdentity
     provider: Provider
     random_bytes: RandomBytes
+    suite: Suite = SUITES[1]
 
 
 def hybrid_identity(ed448: Secret, mldsa: Secret, provider: Provider) -> HybridIdentity:

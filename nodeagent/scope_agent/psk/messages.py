@@ -5,8 +5,8 @@ All numbers are big endian. The first byte is the type:
      1 Who        nothing: send me your Identity
      2 Identity   Ed448 57, ML-DSA 1952
      3 Wanted     the epoch that I use u64, its id 32 (zeros: none)
-     4 Offer      header, KEM key 1568, X448 56; signatures 3423
-     5 Answer     header, SHA3-512 of the Offer's body 64, ciphertext 1568, X448 56; MAC 32, signatures 3423
+     4 Offer      header, KEM key, DH key; signatures 3423
+     5 Answer     header, SHA3-512 of the Offer's body 64, KEM ciphertext, DH key; MAC 32, signatures 3423
      6 Control    what u8, epoch u64, id 32, MAC 32
      7 Refusal    reason u8, highest epoch u64
 
@@ -14,8 +14,12 @@ All numbers are big endian. The first byte is the type:
                   encapsulator 32, their WireGuard keys 32 each, epoch u64, id of the base epoch 32
                   (zeros: none), nonce 32
 
-The *body* of an Offer or Answer is all before its MAC and signatures: what is hashed and signed. Nothing may
-follow the last field: two readings of one message would be two transcripts.
+    suite         1: ML-KEM-1024 (key 1568, ciphertext 1568) and X448 (56);
+                  2: ML-KEM-768 (key 1184, ciphertext 1088) and X25519 (32)
+
+Of an Offer of another suite only the header can be read. The *body* of an Offer or Answer is all before its
+MAC and signatures: what is hashed and signed. Nothing may follow the last field: two readings of one message
+would be two transcripts.
 """
 
 from __future__ import annotations
@@ -28,13 +32,11 @@ from scope.model import KEY_BYTES, Fingerprint, PublicKey
 from scope.wire import Reader, WireError, encode_uid
 from scope_agent.psk.identity import PublicIdentity
 from scope_agent.psk.provider import (
-    DH_BYTES,
     ED448_BYTES,
     ED448_SIGNATURE_BYTES,
-    KEM_CIPHERTEXT_BYTES,
-    KEM_PUBLIC_BYTES,
     MLDSA_PUBLIC_BYTES,
     MLDSA_SIGNATURE_BYTES,
+    SUITES,
 )
 
 ID_BYTES = MAC_BYTES = NONCE_BYTES = 32
@@ -119,6 +121,14 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True)
+class StrangeOffer:
+    """An Offer of a suite that this release does not know."""
+
+    header: Header
+    rest: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """The encapsulator's part."""
 
@@ -153,7 +163,7 @@ class Refusal:
     epoch: int  # the highest that the sender knows
 
 
-PskMessage: TypeAlias = Who | Identity | Wanted | Offer | Answer | Control | Refusal
+PskMessage: TypeAlias = Who | Identity | Wanted | Offer | StrangeOffer | Answer | Control | Refusal
 
 
 class _Type(enum.IntEnum):
@@ -177,6 +187,8 @@ def encode(message: PskMessage) -> bytes:
             return bytes((_Type.WANTED,)) + _epoch(epoch) + id_
         case Offer():
             return message.body() + message.signatures
+        case StrangeOffer(header, rest):
+            return bytes((_Type.OFFER,)) + _encode_header(header) + rest
         case Answer():
             return message.body() + message.mac + message.signatures
         case Control(what, epoch, id_, mac):
@@ -200,21 +212,9 @@ def decode(data: bytes) -> PskMessage:
         case _Type.WANTED:
             message = Wanted(reader.epoch(), reader.take(ID_BYTES))
         case _Type.OFFER:
-            message = Offer(
-                reader.header(),
-                kem_public=reader.take(KEM_PUBLIC_BYTES),
-                dh_public=reader.take(DH_BYTES),
-                signatures=reader.take(SIGNATURES_BYTES),
-            )
+            message = reader.offer(reader.header())
         case _Type.ANSWER:
-            message = Answer(
-                reader.header(),
-                offer_hash=reader.take(HASH_BYTES),
-                ciphertext=reader.take(KEM_CIPHERTEXT_BYTES),
-                dh_public=reader.take(DH_BYTES),
-                mac=reader.take(MAC_BYTES),
-                signatures=reader.take(SIGNATURES_BYTES),
-            )
+            message = reader.answer(reader.header())
         case _Type.CONTROL:
             what = _member(What, reader.u8())
             message = Control(what, reader.epoch(), reader.take(ID_BYTES), reader.take(MAC_BYTES))
@@ -261,6 +261,33 @@ class _Reader(Reader):
     def end(self) -> None:
         if self.has_more:
             raise WireError("bytes too many in a message about keys")
+
+    def offer(self, header: Header) -> Offer | StrangeOffer:
+        suite = SUITES.get(header.suite)
+        if suite is None:
+            return StrangeOffer(header, self.rest())
+        return Offer(
+            header,
+            kem_public=self.take(suite.kem_public_bytes),
+            dh_public=self.take(suite.dh_bytes),
+            signatures=self.take(SIGNATURES_BYTES),
+        )
+
+    def answer(self, header: Header) -> Answer:
+        suite = SUITES.get(header.suite)
+        if suite is None:
+            raise WireError(f"an answer of suite {header.suite}, of which we made no offer")
+        return Answer(
+            header,
+            offer_hash=self.take(HASH_BYTES),
+            ciphertext=self.take(suite.kem_ciphertext_bytes),
+            dh_public=self.take(suite.dh_bytes),
+            mac=self.take(MAC_BYTES),
+            signatures=self.take(SIGNATURES_BYTES),
+        )
+
+    def rest(self) -> bytes:
+        return self.take(len(self._data) - self._offset)
 
     def epoch(self) -> int:
         return int.from_bytes(self.take(EPOCH_BYTES), "big")

@@ -62,6 +62,7 @@ from scope_agent.psk.messages import (
     PskMessage,
     Refusal,
     RefusedFor,
+    StrangeOffer,
     Wanted,
     What,
     Who,
@@ -248,7 +249,7 @@ class Pair:
             self._identity_failure = ""
             if maker is not None:
                 own = maker.identity.public.fingerprint()
-                parties = Parties(self._mesh_uid, self._own, own, self._peer, named)
+                parties = Parties(self._mesh_uid, self._own, own, self._peer, named, maker.suite)
         if parties != self._parties:
             self._parties, self._theirs = parties, None
 
@@ -336,6 +337,8 @@ class Pair:
                 self._take_wanted(epoch, id_, now)
             case Offer():
                 self._take_offer(message, now)
+            case StrangeOffer():
+                self._take_strange_offer(now)
             case Answer():
                 self._take_answer(message)
             case Control():
@@ -396,6 +399,11 @@ class Pair:
         self._answered = (digest, answer, keys)
         self._say(answer)
 
+    def _take_strange_offer(self, now: float) -> None:
+        if not self.is_decapsulator and self._parties is not None and now >= self._answer_at:
+            self._answer_at = now + ANSWER_EVERY
+            self._say(Refusal(RefusedFor.SUITE, self._record.counter))
+
     def _take_answer(self, answer: Answer) -> None:
         offered, theirs, maker = self._offered, self._theirs, self._tools.maker
         if self._step is not _Step.OFFERED or offered is None or theirs is None or maker is None:
@@ -428,7 +436,7 @@ class Pair:
             case RefusedFor.OFF:
                 self._fail("the peer's mesh asks for no post-quantum keys yet", now)
             case RefusedFor.SUITE:
-                self._fail("the peer's release knows no suite that this one allows", now)
+                self._fail("the peer is set to another suite of post-quantum keys", now)
             case RefusedFor.IDENTITY:
                 self._fail("the peer expects another identity of ours, or of itself", now)
             case _:
@@ -766,6 +774,7 @@ class Pair:
             is_withheld=self._is_withheld,
             is_silent=self._is_withheld and not self._is_set,
             epoch=record.current.epoch if record.current is not None else 0,
+            suite=record.current.suite if record.current is not None else 0,
             confirmed=record.confirmed,
             failure="" if self._is_off else self._identity_failure or self._failure,
             conflict=conflict,

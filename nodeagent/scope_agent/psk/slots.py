@@ -22,6 +22,7 @@ class Keys:
     chain: Secret  # goes into the next exchange
     confirm_d: Secret
     confirm_e: Secret
+    suite: int = 1  # by which it was made
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ class PskPair:
     is_withheld: bool = False  # no traffic before a key is proved
     is_silent: bool = False  # nor a handshake before the device has one
     epoch: int = 0  # of the proved key; 0: none
+    suite: int = 0  # of its exchange
     confirmed: float = 0.0  # wall clock
     failure: str = ""
     conflict: bool = False  # another program replaces the key again and again
