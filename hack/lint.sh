@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Checks style, types, import contracts, that uv.lock fits pyproject.toml, and docs/crds.md the CRDs. Runs all of
-# them, then fails if one did.
+# Checks style, types, import contracts, that uv.lock fits pyproject.toml, and what is made from CRDs and chart these.
+# Runs all of them, then fails if one did.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 hack/setup.sh lint || exit
@@ -21,6 +21,7 @@ check 'mypy' mypy
 check 'import contracts' env PYTHONPATH=hack lint-imports --no-logo
 check 'uv.lock fits pyproject.toml' lock
 check 'docs/crds.md fits crds/' python hack/crd_docs.py --check
+check 'charts/scope fits its values and crds/' python hack/chart.py --check
 
 if ((${#failed[@]})); then
     printf 'lint: failed: %s\n' "$(printf '%s; ' "${failed[@]}" | sed 's/; $//')" >&2

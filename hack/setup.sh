@@ -3,7 +3,8 @@
 #
 # Installs the system packages that the purpose needs and that are missing (Debian and Ubuntu; elsewhere it says
 # what to install and stops), gets uv (build/uv points to it), and brings .venv to exactly what uv.lock names. For
-# what shows or tests Scope on Kubernetes it builds the programs of a real one, once (build/kube points to them).
+# what shows or tests Scope on Kubernetes it builds the programs of a real one, once (build/kube points to them), and
+# for tests Helm (build/helm).
 # When nothing is missing it only looks, and needs no network.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -156,14 +157,15 @@ new_enough() { # a go's path, the version wanted -> whether this go will do
 }
 
 # Named after what decides what is built, so that a change of it builds anew and going back costs nothing.
-provide_kubernetes() {
-    local built
-    built=$CACHE/kube-$(cat hack/kube/go.mod hack/kube/go.sum | sha256sum | cut -c1-12)
+provide_go_programs() { # the folder of a go.mod, below which build/NAME points to the programs
+    local name built
+    name=$(basename "$1")
+    built=$CACHE/$name-$(cat "$1/go.mod" "$1/go.sum" | sha256sum | cut -c1-12)
     if [[ ! -d $built ]]; then
         find_go
-        hack/kube/build.sh "$GO" "$built"
+        hack/kube/build.sh "$GO" "$1" "$built"
     fi
-    ln -sfn "$built" build/kube
+    ln -sfn "$built" "build/$name"
 }
 
 # uv does not read pip's settings: a machine that reaches packages through an index of its own says so there.
@@ -212,4 +214,5 @@ fi
 find_uv
 ln -sfn "$UV" build/uv
 sync_environment
-case $purpose in demo-kubernetes | test | bench) provide_kubernetes ;; esac
+case $purpose in demo-kubernetes | test | bench) provide_go_programs hack/kube ;; esac
+case $purpose in test) provide_go_programs hack/kube/helm ;; esac

@@ -17,6 +17,7 @@ from typing import IO, Protocol
 ROOT = Path(__file__).parents[2]
 # hack/setup.sh points it to what it has built.
 BUILT = ROOT / "build" / "kube"
+_HELM = ROOT / "build" / "helm"
 _POLL_S = 0.02  # how often a start or an end is looked at: far below what either takes
 _LOG_TAIL = 15  # lines of a program's log in an error
 
@@ -69,7 +70,7 @@ class ThisMachine:
 
 def kubernetes_program(name: str) -> str:
     """The path of a program that hack/setup.sh builds; KubeLabError where it is not built."""
-    path = BUILT / name
+    path = (_HELM if name == "helm" else BUILT) / name
     if not path.is_file():
         raise KubeLabError(f"{path} is missing: run `hack/setup.sh test`, which builds it once")
     return str(path)

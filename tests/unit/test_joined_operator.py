@@ -18,6 +18,7 @@ from scope_operator.kube.cluster import NODES
 from scope_operator.kube.joined import JoinedConfig, JoinedOperator, Membership, read_secret
 from scope_operator.kube.report import Report
 
+from scope.join import JoinString
 from scope.model import AgentTokens, ConfigError, PublicKey, Secret
 from scope.registry.memory import MemoryRegistry
 from scope.registry.port import NotFound, Refused, Unavailable
@@ -110,7 +111,7 @@ class GatewayStub:
         self.told.append((cluster, tokens))
 
 
-def operator(client: ApiServerStub, directory: Path) -> JoinedOperator:
+def operator(client: ApiServerStub, directory: Path, *, registry_url: str | None = None) -> JoinedOperator:
     config = JoinedConfig(
         cluster="west",
         namespace=ACCOUNT.namespace,
@@ -118,6 +119,7 @@ def operator(client: ApiServerStub, directory: Path) -> JoinedOperator:
         agents=ACCOUNT.name,
         metrics_address="127.0.0.1",
         metrics_port=0,
+        registry_url=registry_url,
     )
     access: Any = SimpleNamespace()
     kube: Any = client
@@ -259,6 +261,15 @@ def test_a_damaged_join_string_is_refused(tmp_path: Path) -> None:
     (tmp_path / "join-string").write_text("https://east:7443/home")
     with pytest.raises(ConfigError, match="after # is missing"):
         asyncio.run(operator(NoSecret(), tmp_path)._member(JoiningCluster().tokens))
+
+
+def test_a_join_string_of_another_gateway_than_the_one_that_was_meant_is_refused(tmp_path: Path) -> None:
+    invitation = JoinString("https://other:7443", "home", "tk-1", Secret(SEED), None, REGISTRY_KEY)
+    (tmp_path / "join-string").write_text(invitation.format())
+    west = operator(NoSecret(), tmp_path, registry_url="https://east:7443")
+    with pytest.raises(ConfigError, match="is for the gateway https://other:7443, and this") as refused:
+        asyncio.run(west._member(JoiningCluster().tokens))
+    assert invitation.format().partition("#")[2] not in str(refused.value)
 
 
 def test_a_replica_that_waits_is_ready_and_one_that_joins_is_not_yet(tmp_path: Path) -> None:

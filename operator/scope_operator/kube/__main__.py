@@ -16,6 +16,7 @@ from scope.registry.port import RegistryError
 from scope.resources import InvalidResource
 from scope_operator.gateway.options import add_gateway_options, certificate_of, listen_of
 from scope_operator.kube import joined
+from scope_operator.kube.declared import read_mesh
 from scope_operator.kube.lease import LeaseLost
 from scope_operator.kube.process import GatewayConfig, OperatorConfig, operate
 
@@ -79,6 +80,11 @@ def build_parser() -> argparse.ArgumentParser:
         "this cluster's Nodes there",
     )
     parser.add_argument(
+        "--registry-url",
+        metavar="URL",
+        help="where the gateway of that registry is; a join string of another one is refused",
+    )
+    parser.add_argument(
         "--agent-service-account",
         default="scope-agent",
         metavar="NAME",
@@ -86,6 +92,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--no-gateway", action="store_true", help="serve no gateway: Nodes of this cluster alone are peers"
+    )
+    parser.add_argument(
+        "--mesh-file",
+        type=Path,
+        metavar="FILE",
+        help="a ScopeMesh to apply when this replica is elected: JSON with its `name` and `spec`",
     )
     add_gateway_options(parser)
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
@@ -100,6 +112,7 @@ async def _operate(options: argparse.Namespace) -> None:
                 cluster=options.cluster_name,
                 namespace=options.namespace,
                 join_string=options.join_string_file,
+                registry_url=options.registry_url,
                 agents=options.agent_service_account,
                 metrics_address=options.metrics_address,
                 metrics_port=options.metrics_port,
@@ -114,6 +127,7 @@ async def _operate(options: argparse.Namespace) -> None:
             metrics_address=options.metrics_address,
             metrics_port=options.metrics_port,
             gateway=None if options.no_gateway else _gateway(options),
+            mesh=None if options.mesh_file is None else read_mesh(options.mesh_file),
         ),
     )
 

@@ -60,7 +60,10 @@ KEYS_SECONDS = 3600.0  # between looks at the API server's keys: an old one sign
 
 @dataclass(frozen=True, slots=True)
 class JoinedConfig:
-    """What the command line said. `join_string` is a file, which may be gone once the cluster has joined."""
+    """What the command line said. `join_string` is a file, which may be gone once the cluster has joined.
+
+    A join string of a gateway other than that of `registry_url`, where there is one, is refused.
+    """
 
     cluster: str
     namespace: str
@@ -68,6 +71,7 @@ class JoinedConfig:
     agents: str  # name of their ServiceAccount, in `namespace`
     metrics_address: str
     metrics_port: int
+    registry_url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +144,12 @@ class JoinedOperator:
             raise ConfigError(
                 f"this cluster has not joined a mesh, and {self._config.join_string} has no join string: put "
                 "there what `scopectl token create --mesh MESH --single-use` prints"
+            )
+        if self._config.registry_url not in (None, invitation.url):
+            raise ConfigError(
+                f"the join string in {self._config.join_string} is for the gateway {invitation.url}, and "
+                f"this cluster is to join {self._config.registry_url}: put one there that was made at that "
+                "gateway, or change the URL"
             )
         if signing is None:
             signing = await _new_key(self._client, self._config.namespace)

@@ -11,6 +11,7 @@ import logging
 import random
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -26,6 +27,7 @@ from scope_operator.gateway.feed import Feed
 from scope_operator.gateway.joining import public_half
 from scope_operator.kube import replica
 from scope_operator.kube.cluster import identity, list_nodes, require_resources
+from scope_operator.kube.declared import declare_mesh
 from scope_operator.kube.gateway import (
     GatewayKeys,
     GatewayRegistry,
@@ -59,13 +61,14 @@ class GatewayConfig:
 
 @dataclass(frozen=True, slots=True)
 class OperatorConfig:
-    """What the command line said. Without `gateway` only Nodes are peers."""
+    """What the command line said. Without `gateway` only Nodes are peers; `mesh` is one to apply."""
 
     cluster: str
     namespace: str
     gateway: GatewayConfig | None
     metrics_address: str
     metrics_port: int
+    mesh: Mapping[str, object] | None = None
 
 
 async def operate(access: Access, config: OperatorConfig) -> None:
@@ -148,6 +151,16 @@ class Operator:
     async def _write(self) -> None:
         """What the leader does."""
         await self._replica.list_all(self._reconciler)
+        if self._config.mesh is None:
+            await self._reconcile()
+            return
+        declaring = asyncio.create_task(declare_mesh(self._client, self._config.mesh), name="declaring")
+        try:
+            await self._reconcile()
+        finally:
+            await end(declaring)
+
+    async def _reconcile(self) -> None:
         if self._config.gateway is None:
             await self._reconciler.run()
             return

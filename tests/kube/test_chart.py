@@ -1,0 +1,465 @@
+"""The chart, by the real Helm against a real API server: what it refuses, installs, upgrades and leaves.
+
+No kubelet runs here. Workloads are read back as objects, and the operator runs as a process with the
+arguments, the ServiceAccount and the mesh that the installed Deployment gives it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import chart
+import pytest
+import yaml
+from kubelab import MERGE, ApiError, ControlPlane, KubeLabError
+from kubelab.programs import kubernetes_program
+
+from tests.kube.operator_fixture import MESHES, PEERS, Replica, addresses, end, eventually
+
+NAMESPACE = "scope-system"
+CORE, APPS = f"/api/v1/namespaces/{NAMESPACE}", f"/apis/apps/v1/namespaces/{NAMESPACE}"
+DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+SPEC = {"addressing": {"ipv4": "100.64.0.0/16"}}
+MESH = {"name": "home", "spec": SPEC}
+
+
+class Helm:
+    """The real one, in front of one cluster, with nothing of the user's own."""
+
+    def __init__(self, plane: ControlPlane, directory: Path) -> None:
+        self._env = {
+            "PATH": os.defpath,
+            "HOME": str(directory),
+            "KUBECONFIG": str(plane.kubeconfig()),
+            "HELM_NAMESPACE": NAMESPACE,
+        }
+
+    def __call__(self, *arguments: str, values: Mapping[str, object] | None = None) -> str:
+        """What it prints; KubeLabError with its reason when it fails."""
+        given = [] if values is None else ["--values=-"]
+        done = subprocess.run(
+            [kubernetes_program("helm"), *arguments, *given],
+            env=self._env,
+            input=json.dumps(values),
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise KubeLabError(done.stderr)
+        return done.stdout
+
+
+@pytest.fixture(scope="module")
+def plane() -> Iterator[ControlPlane]:
+    """A control plane that knows nothing of Scope: the chart brings the definitions."""
+    made = ControlPlane()
+    try:
+        asyncio.run(made.start())
+        asyncio.run(_make_namespace(made, NAMESPACE, level="privileged"))
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture(scope="module")
+def helm(plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> Helm:
+    return Helm(plane, tmp_path_factory.mktemp("helm"))
+
+
+@pytest.fixture(scope="module")
+def packaged(helm: Helm, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The archive that users install."""
+    directory = tmp_path_factory.mktemp("package")
+    helm("package", str(chart.CHART), f"--destination={directory}")
+    [archive] = directory.iterdir()
+    return str(archive)
+
+
+async def _make_namespace(plane: ControlPlane, name: str, *, level: str) -> None:
+    """A namespace of that level of Pod Security, with the account that a controller makes elsewhere."""
+    labels = {"pod-security.kubernetes.io/enforce": level}
+    namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
+    account = {
+        "apiVersion": "v1",
+        "kind": "ServiceAccount",
+        "metadata": {"name": "default", "namespace": name},
+    }
+    await plane.apply(namespace, account)
+
+
+def rendered(helm: Helm, values: Mapping[str, object]) -> list[dict[str, Any]]:
+    """Every object of the chart but the definitions."""
+    text = helm("template", "scope", str(chart.CHART), "--set=crds.install=false", values=values)
+    return [document for document in yaml.safe_load_all(text) if document]
+
+
+def only(documents: list[dict[str, Any]], kind: str, name: str) -> dict[str, Any]:
+    [found] = [each for each in documents if (each["kind"], each["metadata"]["name"]) == (kind, name)]
+    return found
+
+
+def pod_of(workload: Mapping[str, Any]) -> dict[str, Any]:
+    spec: dict[str, Any] = workload["spec"]["template"]["spec"]
+    return spec
+
+
+# --- without a cluster --------------------------------------------------------------------------------------
+
+
+def test_the_chart_is_lint_free(helm: Helm) -> None:
+    assert "0 chart(s) failed" in helm("lint", "--strict", str(chart.CHART))
+
+
+def test_the_plain_manifests_are_what_the_chart_makes() -> None:
+    stale = [path.name for path, text in chart.manifests() if path.read_text() != text]
+    assert not stale, "run .venv/bin/python hack/chart.py"
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"clusterNam": "fra"}, "clusterNam"),
+        ({"clusterName": "Fra"}, "/clusterName"),
+        ({"gateway": {"service": {"type": "Loadbalancer"}}}, "/gateway/service/type"),
+        ({"agent": {"maxUnavailable": "ten"}}, "/agent/maxUnavailable"),
+        ({"registry": {"url": "registry.example.net"}}, "/registry/url"),
+        ({"mesh": {"name": "home", "spec": {"addresing": {}}}}, "addresing"),
+        ({"mesh": {"name": "home"}}, "spec"),
+        ({"mesh": MESH, "registry": {"url": "https://registry.example.net"}}, "set mesh there"),
+        ({"mesh": MESH, "operator": {"enabled": False}}, "enable the operator"),
+        ({"gateway": {"tls": {"source": "CertManager"}}}, "gateway.tls.issuer.name"),
+    ],
+    ids=lambda part: part if isinstance(part, str) else None,
+)
+def test_a_wrong_value_is_refused_by_its_name(helm: Helm, values: dict[str, object], named: str) -> None:
+    with pytest.raises(KubeLabError, match=re.escape(named)):
+        rendered(helm, values)
+
+
+def test_a_certificate_of_cert_manager_keeps_its_key_and_is_for_what_is_advertised(helm: Helm) -> None:
+    advertise = ["scope.example.net:443", "2001:db8::1", "[2001:db8::2]:443", "192.0.2.7:443"]
+    tls = {"source": "CertManager", "pinned": True, "issuer": {"name": "ours", "kind": "Issuer"}}
+    documents = rendered(helm, {"gateway": {"advertise": advertise, "tls": tls}})
+    certificate = only(documents, "Certificate", "scope-gateway")["spec"]
+    assert certificate["privateKey"]["rotationPolicy"] == "Never"
+    assert certificate["dnsNames"] == ["scope.example.net"]
+    assert certificate["ipAddresses"] == ["2001:db8::1", "2001:db8::2", "192.0.2.7"]
+    pod = pod_of(only(documents, "Deployment", "scope-operator"))
+    assert {"--tls-cert=/etc/scope-tls/tls.crt", "--tls-pinned"} <= {*pod["containers"][0]["args"]}
+    assert {"name": "tls", "secret": {"secretName": certificate["secretName"]}} in pod["volumes"]
+
+
+def test_monitors_choose_what_the_chart_installs(helm: Helm) -> None:
+    labels = {"release": "prometheus"}
+    on = {"enabled": True, "labels": labels}
+    documents = rendered(helm, {"metrics": {"serviceMonitor": on, "podMonitor": on}})
+    pods = only(documents, "Deployment", "scope-operator")["spec"]["template"]
+    ports = {port["name"] for port in pods["spec"]["containers"][0]["ports"]}
+    service = only(documents, "Service", "scope-operator")
+    by_pod = only(documents, "PodMonitor", "scope-operator")
+    by_service = only(documents, "ServiceMonitor", "scope-operator")
+    assert by_pod["spec"]["selector"]["matchLabels"].items() <= pods["metadata"]["labels"].items()
+    assert by_service["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert {each["port"] for each in by_pod["spec"]["podMetricsEndpoints"]} <= ports
+    assert {each["port"] for each in by_service["spec"]["endpoints"]} <= {
+        port["name"] for port in service["spec"]["ports"]
+    }
+    assert labels.items() <= by_service["metadata"]["labels"].items()
+
+
+# --- what the API server says -------------------------------------------------------------------------------
+
+VARIANTS: dict[str, dict[str, object]] = {
+    "as it is": {},
+    "everything": {
+        "clusterName": "fra",
+        "image": {"digest": f"sha256:{'0' * 64}"},
+        "imagePullSecrets": [{"name": "pull"}],
+        "gateway": {
+            "advertise": ["scope.example.net"],
+            "service": {"type": "NodePort", "nodePorts": {"gateway": 30443}},
+            "tls": {"source": "Secret", "secretName": "own"},
+        },
+        "operator": {"affinity": {"nodeAffinity": {}}, "podLabels": {"team": "net"}},
+        "agent": {"lowPorts": True, "apiServer": "https://192.0.2.1:6443", "maxUnavailable": 2},
+        "wireguard": {"enabled": True, "devices": ["scope0", "scope1"]},
+        "networkPolicy": {"enabled": True, "metricsFrom": [{"namespaceSelector": {}}]},
+        "mesh": MESH,
+    },
+    "a cluster that joins": {
+        "clusterName": "ams",
+        "registry": {"url": "https://scope.example.net:7443"},
+        "networkPolicy": {"enabled": True},
+    },
+    "agents alone": {"operator": {"enabled": False}, "crds": {"install": False}},
+}
+
+
+@pytest.mark.parametrize("values", VARIANTS.values(), ids=VARIANTS)
+def test_the_api_server_takes_every_object_of_the_chart(
+    plane: ControlPlane, helm: Helm, values: dict[str, object]
+) -> None:
+    text = helm("template", "scope", str(chart.CHART), values=values)
+    how = ("--server-side", "--dry-run=server", "--validate=strict")
+    taken = asyncio.run(plane.kubectl("apply", *how, "-f", "-", document=text))
+    assert taken.count("serverside-applied") == len(re.findall(r"^kind: ", text, re.MULTILINE)) > 3
+
+
+def test_a_joining_cluster_gets_no_gateway_and_no_rights_for_its_agents(helm: Helm) -> None:
+    documents = rendered(helm, VARIANTS["a cluster that joins"])
+    names = {(each["kind"], each["metadata"]["name"]) for each in documents}
+    assert ("Service", "scope-gateway") not in names
+    assert not {name for kind, name in names if kind == "ValidatingAdmissionPolicy"}
+    assert ("ClusterRole", "scope-agent") not in names
+    operator = pod_of(only(documents, "Deployment", "scope-operator"))
+    assert "--join-string-file=/etc/scope-join/join-string" in operator["containers"][0]["args"]
+    assert {"secretName": "scope-join", "optional": True} in [
+        volume.get("secret") for volume in operator["volumes"]
+    ]
+    agent = pod_of(only(documents, "DaemonSet", "scope-agent"))
+    assert "--gateway=/var/run/secrets/scope-gateway" in agent["containers"][0]["args"]
+
+
+def test_low_ports_are_a_capability_of_their_own(helm: Helm) -> None:
+    def added(values: Mapping[str, object]) -> list[str]:
+        agent = pod_of(only(rendered(helm, values), "DaemonSet", "scope-agent"))
+        capabilities: list[str] = agent["containers"][0]["securityContext"]["capabilities"]["add"]
+        return capabilities
+
+    assert added({}) == ["NET_ADMIN", "NET_RAW"]
+    assert added({"agent": {"lowPorts": True}}) == ["NET_ADMIN", "NET_RAW", "NET_BIND_SERVICE"]
+
+
+def test_the_operator_runs_where_pod_security_is_restricted_and_an_agent_does_not(
+    plane: ControlPlane, helm: Helm
+) -> None:
+    documents = rendered(helm, VARIANTS["everything"])
+
+    async def admitted(spec: dict[str, Any]) -> None:
+        spec = {key: value for key, value in spec.items() if key != "serviceAccountName"}
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"generateName": "tried-"}, "spec": spec}
+        await plane.request("POST", "/api/v1/namespaces/restricted/pods?dryRun=All", pod)
+
+    async def body() -> None:
+        await _make_namespace(plane, "restricted", level="restricted")
+        await admitted(pod_of(only(documents, "Deployment", "scope-operator")))
+        await admitted(only(documents, "Pod", "scope-test")["spec"])
+        with pytest.raises(ApiError, match="PodSecurity"):
+            await admitted(pod_of(only(documents, "DaemonSet", "scope-agent")))
+
+    asyncio.run(body())
+
+
+# --- a release from its installation to its removal ---------------------------------------------------------
+
+
+class Release:
+    """An installed release, and what its Deployment runs."""
+
+    def __init__(self, plane: ControlPlane, directory: Path) -> None:
+        self.plane = plane
+        self._directory = directory
+        self._runs = 0
+
+    async def get(self, path: str) -> Any:
+        """An object; None where there is none."""
+        try:
+            return await self.plane.request("GET", path)
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            return None
+
+    @asynccontextmanager
+    async def operator(self) -> AsyncIterator[Replica]:
+        """The operator as the Deployment says, on ports of its own."""
+        deployment = await self.plane.request("GET", f"{APPS}/deployments/scope-operator")
+        pod = pod_of(deployment)
+        [container] = pod["containers"]
+        cluster = (await self.plane.request("GET", f"{CORE}/configmaps/scope-cluster"))["data"]["cluster"]
+        arguments = [each.replace("$(SCOPE_CLUSTER)", cluster) for each in container["args"]]
+        for mount in container.get("volumeMounts", ()):
+            [volume] = [each for each in pod["volumes"] if each["name"] == mount["name"]]
+            data = (await self.plane.request("GET", f"{CORE}/configmaps/{volume['configMap']['name']}"))[
+                "data"
+            ]
+            place = self._directory / mount["name"]
+            place.mkdir(exist_ok=True)
+            for name, text in data.items():
+                (place / name).write_text(text)
+            arguments = [each.replace(mount["mountPath"], str(place)) for each in arguments]
+        token = await self.plane.token(pod["serviceAccountName"], namespace=NAMESPACE)
+        self._runs += 1
+        log = self.plane.logs / f"operator-{self._runs}.log"
+        with log.open("wb") as output:
+            process = await asyncio.create_subprocess_exec(
+                str(Path(sys.executable).parent / container["command"][0]),
+                *arguments,
+                f"--namespace={NAMESPACE}",
+                f"--kubeconfig={self.plane.kubeconfig(token=token)}",
+                "--metrics-address=127.0.0.1",
+                "--metrics-port=0",
+                "--listen=127.0.0.1:0",
+                "--reflector-ports=0,0",
+                stdout=output,
+                stderr=output,
+            )
+        try:
+            yield Replica(process, log)
+        finally:
+            if process.returncode is None:
+                process.terminate()  # hands the Lease back: the next one need not wait for it
+                try:
+                    await asyncio.wait_for(process.wait(), 60)
+                finally:
+                    await end(process)
+
+    async def address(self, peer: str) -> str:
+        """The address of a peer, once it has one."""
+
+        async def given() -> str | None:
+            found = await self.get(f"{PEERS}/{peer}")
+            return next(iter(addresses(found)), None) if found else None
+
+        return await eventually(given)
+
+    async def listen_port(self, wanted: int) -> None:
+        """Return when the mesh has this port; 0 for none."""
+
+        async def same() -> bool:
+            return bool((await self.get(f"{MESHES}/home"))["spec"].get("listenPort", 0) == wanted)
+
+        await eventually(same)
+
+    async def gateway_key(self) -> str:
+        """The gateway's key, once the leader has made it."""
+
+        async def made() -> str | None:
+            secret = await self.get(f"{CORE}/secrets/scope-gateway")
+            return secret and base64.b64decode(secret["data"]["tls.key"]).decode()
+
+        return await eventually(made)
+
+
+async def passes_helm_test(replica: Replica, pod: Mapping[str, Any]) -> None:
+    """Run the container of `helm test` here, with the operator's own ports for the Services' names."""
+    [container] = pod["spec"]["containers"]
+
+    async def gateway() -> str | None:
+        found = re.search(r"gateway\.serving .*listening=(\S+)", replica.text)
+        return found and f"https://{found[1]}"
+
+    services = {"http": await replica.metrics_url(), "https": await eventually(gateway)}
+    arguments = [
+        re.sub(r"^(https?)://[^/]+", lambda found: services[found[1]], each) for each in container["args"]
+    ]
+    assert len([each for each in arguments if each.startswith("http")]) == 2
+    command = [sys.executable, *container["command"][1:], *arguments]
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    printed, _ = await asyncio.wait_for(process.communicate(), 120)
+    assert process.returncode == 0
+    assert printed.decode().count("answers") == 2
+
+
+@pytest.fixture
+def release(plane: ControlPlane, tmp_path: Path) -> Release:
+    return Release(plane, tmp_path)
+
+
+@pytest.fixture
+def newer(tmp_path: Path) -> str:
+    """The chart of a later version: another one of Scope, and a definition with a field more."""
+    copy = tmp_path / "newer"
+    shutil.copytree(chart.CHART, copy)
+    about = copy / "Chart.yaml"
+    about.write_text(about.read_text().replace("0.1.0", "0.2.0"))
+    path = copy / "files" / "crds" / "scopemeshes.yaml"
+    before = " " * 16 + "addressing:\n"
+    first, found, rest = path.read_text().partition(before)
+    assert found
+    path.write_text(f"{first}{' ' * 16}later: {{type: string, maxLength: 63}}\n{before}{rest}")
+    return str(copy)
+
+
+@pytest.mark.timeout(600)
+def test_a_release_is_installed_upgraded_rolled_back_removed_and_installed_again_under_two_names(
+    plane: ControlPlane, helm: Helm, packaged: str, newer: str, release: Release
+) -> None:
+    values: dict[str, object] = {
+        "clusterName": "fra",
+        "mesh": MESH,
+        "wireguard": {"enabled": True},
+        "gateway": {"service": {"type": "ClusterIP"}},
+    }
+
+    async def body() -> None:
+        await plane.create_node("n1")
+
+        notes = helm("install", "scope", packaged, values=values)
+        assert "pod-security.kubernetes.io/enforce=privileged" in notes
+        async with release.operator() as replica:
+            address = await release.address("home.fra.n1")
+            key = await release.gateway_key()
+            [pod] = yaml.safe_load_all(helm("get", "hooks", "scope"))
+            await passes_helm_test(replica, pod)
+
+        # Agents are replaced, the pods that carry user-space WireGuard are not.
+        agent, wireguard = f"{APPS}/daemonsets/scope-agent", f"{APPS}/daemonsets/scope-wireguard"
+        before = [await plane.request("GET", path) for path in (agent, wireguard)]
+        changed = {"name": "home", "spec": {**SPEC, "listenPort": 51820}}
+        helm("upgrade", "scope", newer, values={**values, "mesh": changed})
+        after = [await plane.request("GET", path) for path in (agent, wireguard)]
+        assert pod_of(before[0])["containers"][0]["image"] == "scope-mesh:0.1.0"
+        assert pod_of(after[0])["containers"][0]["image"] == "scope-mesh:0.2.0"
+        assert after[1]["spec"] == before[1]["spec"]
+        assert after[1]["metadata"]["generation"] == before[1]["metadata"]["generation"]
+        async with release.operator():
+            await release.listen_port(51820)
+            assert await release.address("home.fra.n1") == address
+            assert await release.gateway_key() == key
+
+        # What only the newer definition knows is in the way of nothing.
+        await plane.request("PATCH", f"{MESHES}/home", {"spec": {"later": "x"}}, content_type=MERGE)
+        helm("rollback", "scope", "1")
+        assert pod_of(await plane.request("GET", agent))["containers"][0]["image"] == "scope-mesh:0.1.0"
+        async with release.operator():
+            await release.listen_port(0)
+            assert await release.address("home.fra.n1") == address
+
+        # A mesh that the values name no more stays.
+        helm("upgrade", "scope", packaged, values={"clusterName": "fra"})
+        assert await release.get(f"{CORE}/configmaps/scope-mesh") is None
+        assert await release.get(wireguard) is None
+        assert await release.get(f"{MESHES}/home")
+
+        helm("uninstall", "scope")
+        assert await release.get(f"{APPS}/deployments/scope-operator") is None
+        assert await release.get(agent) is None
+        assert len((await plane.request("GET", DEFINITIONS))["items"]) == 2
+        assert await release.address("home.fra.n1") == address
+
+        helm("install", "scope", packaged, values={"clusterName": "fra"})
+        helm("uninstall", "scope")
+        with pytest.raises(KubeLabError, match="invalid ownership metadata"):
+            helm("install", "other", packaged, values={"clusterName": "fra"})
+        helm("install", "other", packaged, "--take-ownership", values={"clusterName": "fra"})
+        await plane.create_node("n2")
+        async with release.operator():
+            assert await release.address("home.fra.n2") != address
+            assert await release.address("home.fra.n1") == address
+            assert await release.gateway_key() == key
+
+    asyncio.run(body())
