@@ -101,6 +101,14 @@ class Fingerprint:
         return f"Fingerprint({self})"
 
 
+class IdentityTrust(enum.StrEnum):
+    """By what the identity of a peer is believed: the registry's word, the operator's, or a CA's."""
+
+    REGISTRY = "Registry"
+    PINNED = "Pinned"
+    CA = "CA"
+
+
 @dataclass(frozen=True, slots=True, repr=False)
 class Secret:
     """Bytes that have no printable form: private keys and pre-shared keys."""

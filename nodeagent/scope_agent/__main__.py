@@ -17,11 +17,22 @@ import signal
 import socket
 import sys
 import time
+from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scope.model import ConfigError, DeviceKind, Kind, Mesh, Peer, Snapshot, Tombstone
+from scope.model import (
+    ConfigError,
+    DeviceKind,
+    Fingerprint,
+    IdentityTrust,
+    Kind,
+    Mesh,
+    Peer,
+    Snapshot,
+    Tombstone,
+)
 from scope_agent.inputs import DiskState
 from scope_agent.psk.choice import CRYPTOGRAPHY, parse_choice
 from scope_agent.run import (
@@ -33,15 +44,27 @@ from scope_agent.run import (
     close_ports,
     free_port,
 )
-from scope_agent.state import STATE_ROOT, Enrolment, Held, StateDir, enrolled_meshes, sole_agent
+from scope_agent.state import (
+    STATE_ROOT,
+    Enrolment,
+    Held,
+    StateDir,
+    enrolled_meshes,
+    load_ca,
+    load_public_ca,
+    make_ca,
+    sole_agent,
+)
 from scope_agent.wireguard.device import ApplyError
 from scope_agent.wireguard.shell import choose_device
 
 if TYPE_CHECKING:
     from scope.join import JoinString
+    from scope_agent.psk.identity import TrustPolicy
 
 REMOVED = 3  # exit status; RestartPreventExitStatus of docs/systemd/scope-agent@.service
 RUN_DIR = Path("/run/scope")
+TRUSTS = {str(trust).lower(): trust for trust in IdentityTrust}
 MAX_DEVICE_NAME = 15  # IFNAMSIZ less its zero
 DISMISS_PATIENCE = 2.0  # for a running agent to take what it is told
 LEAVE_PATIENCE = 30.0  # for a running agent to hear of its own leaving and end, on a machine that is busy
@@ -91,6 +114,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="whose ML-KEM makes them: cryptography, the default, liboqs, or liboqs:FILE with the file of "
         "its shared library (SCOPE_KEY_PROVIDER)",
+    )
+    carrying.add_argument(
+        "--identity-trust",
+        choices=TRUSTS,
+        default=os.environ.get("SCOPE_IDENTITY_TRUST", ""),
+        help="by what others' identities for post-quantum keys are believed; by default the registry's word "
+        "at first contact (SCOPE_IDENTITY_TRUST)",
+    )
+    carrying.add_argument(
+        "--identity-ca",
+        default=os.environ.get("SCOPE_IDENTITY_CA") or None,
+        metavar="FILE",
+        help="the public half of the CA that certified them (SCOPE_IDENTITY_CA)",
     )
 
     parser = argparse.ArgumentParser(prog="scope-agent", description="Make this machine a peer of a mesh.")
@@ -143,6 +179,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="in a cluster that joined a mesh elsewhere: where `gateway.json` and `token` are mounted",
     )
+
+    ca = commands.add_parser("ca", help="be an offline CA for identities; needs no mesh and no network")
+    actions = ca.add_subparsers(required=True, metavar="ACTION")
+    init = actions.add_parser("init", help="make the CA's key, and its public half beside it for agents")
+    init.set_defaults(work=_init_ca)
+    sign = actions.add_parser("sign", help="certify that this peer has the identity of this fingerprint")
+    sign.set_defaults(work=_sign)
+    for action in (init, sign):
+        action.add_argument("key", type=Path, metavar="KEY", help="the file with the CA's key")
+        action.add_argument("-v", "--verbose", action="store_true", help=argparse.SUPPRESS)
+    sign.add_argument("peer", metavar="PEER", help="the name of its ScopePeer")
+    sign.add_argument("fingerprint", metavar="FINGERPRINT", help="as `scopectl identity show` prints there")
 
     leave = commands.add_parser("leave", parents=[common], help="leave a mesh and take its device down")
     leave.add_argument("--mesh", help="needed where several meshes were joined")
@@ -262,8 +310,14 @@ def _run(options: argparse.Namespace) -> None:
 
 def _run_mesh(options: argparse.Namespace, state: StateDir, enrolment: Enrolment) -> None:
     only = DeviceKind(options.wireguard) if options.wireguard else None
-    keys = parse_choice(suite=options.key_suite, provider=options.key_provider)
-    config = RunConfig(state, options.run_dir, only=only, fwmark=options.fwmark, keys=keys)
+    config = RunConfig(
+        state,
+        options.run_dir,
+        only=only,
+        fwmark=options.fwmark,
+        keys=parse_choice(suite=options.key_suite, provider=options.key_provider),
+        trust=_trust_of(options),
+    )
 
     async def run() -> None:
         runner = Runner(config, enrolment)
@@ -299,12 +353,32 @@ def _run_node(options: argparse.Namespace) -> None:
         only=DeviceKind(options.wireguard) if options.wireguard else None,
         fwmark=options.fwmark,
         keys=parse_choice(suite=options.key_suite, provider=options.key_provider),
+        trust=_trust_of(options),
     )
 
     async def run() -> None:
         await NodeAgent(config).run()
 
     asyncio.run(run())
+
+
+def _trust_of(options: argparse.Namespace) -> TrustPolicy | None:
+    """What the options say of trust in identities, None: nothing. Raises ConfigError."""
+    word = options.identity_trust or ("ca" if options.identity_ca is not None else "registry")
+    if word not in TRUSTS:
+        raise ConfigError(f"SCOPE_IDENTITY_TRUST is {word!r}: it is one of {', '.join(TRUSTS)}")
+    if (word == "ca") != (options.identity_ca is not None):
+        raise ConfigError(
+            "--identity-trust ca needs the CA: give its public half with --identity-ca"
+            if word == "ca"
+            else f"--identity-trust {word} has no use for a CA: leave out --identity-ca"
+        )
+    if word == "registry":
+        return None
+    from scope_agent.psk.identity import TrustPolicy
+
+    ca = load_public_ca(Path(options.identity_ca)) if options.identity_ca is not None else None
+    return TrustPolicy(TRUSTS[word], ca)
 
 
 def _mesh_of(options: argparse.Namespace) -> str:
@@ -319,6 +393,32 @@ def _mesh_of(options: argparse.Namespace) -> str:
             "`scopectl token create` prints on the registry's machine"
         )
     raise ConfigError(f"this machine has joined {', '.join(meshes)}: say which with --mesh")
+
+
+# --- the CA -------------------------------------------------------------------------------------------------
+
+
+def _init_ca(options: argparse.Namespace) -> None:
+    from scope_agent.psk.cryptography_provider import CryptographyProvider
+
+    public, fingerprint = make_ca(options.key, secrets.token_bytes, CryptographyProvider())
+    print(
+        f"{options.key} is the CA's key: keep it off every network. {public} is for agents, with "
+        f"`scope-agent run --identity-ca`; its fingerprint is\n{fingerprint}"
+    )
+
+
+def _sign(options: argparse.Namespace) -> None:
+    from scope_agent.psk.cryptography_provider import CryptographyProvider
+    from scope_agent.psk.trust import certify
+
+    provider = CryptographyProvider()
+    try:
+        fingerprint = Fingerprint.parse(options.fingerprint)
+    except ValueError as error:
+        raise ConfigError(f"{options.fingerprint!r}: {error}") from None
+    certificate = certify(load_ca(options.key, provider), options.peer, fingerprint, provider)
+    print(b64encode(certificate).decode())
 
 
 # --- leave --------------------------------------------------------------------------------------------------

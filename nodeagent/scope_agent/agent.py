@@ -8,6 +8,7 @@ with the whole of what is.
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -22,6 +23,7 @@ from scope.model import (
     DeviceKind,
     Endpoint,
     Family,
+    Fingerprint,
     IPInterface,
     PathKind,
     Peer,
@@ -69,6 +71,7 @@ from scope_agent.inputs import (
     DiskState,
     FactArrived,
     Failed,
+    IdentitySaved,
     Input,
     InterfacesChanged,
     KeysSetUp,
@@ -81,6 +84,7 @@ from scope_agent.inputs import (
     PskSaved,
     Relaying,
     Reply,
+    SaveIdentity,
     SaveState,
     Send,
     Socket,
@@ -97,7 +101,7 @@ from scope_agent.paths.route import Relay
 from scope_agent.relay.asking import Ask, Asking, Hub, Knock, Knocked, Offered, Standing
 from scope_agent.relay.serving import Serving
 from scope_agent.reporting import Reporting
-from scope_agent.status import DeviceStatus, candidates, status
+from scope_agent.status import DeviceStatus, candidates, identities, status
 from scope_agent.tree.attaching import Reach
 from scope_agent.tree.core import Tree
 from scope_agent.tree.rules import ForwardedPrefixes
@@ -127,6 +131,7 @@ from scope_agent.wireguard.plan import count_drift, plan_device, plan_holds
 from scope_agent.wireguard.port_rules import Opening
 
 if TYPE_CHECKING:
+    from scope_agent.psk.identity import HybridIdentity
     from scope_agent.psk.slots import Record
 
 DEVICE_ACTIONS = (
@@ -255,6 +260,7 @@ class Agent:
             carrying=self._carrying,
             paths=self._paths,
         )
+        self._renewing: tuple[int, HybridIdentity] | None = None  # for which command, what is being written
         written = state.snapshot.own.report if state.snapshot.own is not None else None
         self._reporting = Reporting(own=own, written=written, random=random)
         self._membership.restore(state.snapshot)
@@ -304,14 +310,16 @@ class Agent:
                 self._keying.equip(maker, now)
                 self._reporting.expect()  # of our identity
                 self._observe_soon(now, OBSERVE_BUSY)  # of what its pairs hold the room has seen nothing
+            case IdentitySaved(error):
+                self._identity_saved(error, now)
             case TrafficMoved():
                 self._paths.traffic_moved(now)
                 self._observe_soon(now, OBSERVE_TRAFFIC, floor=min(self._observe_floor, self._observe_latest))
             case Leaving(tombstone):
                 if self._membership.bury(tombstone):
                     self._snapshot_changed(now)
-            case CommandArrived(number, command, peer):
-                self._out.append(Reply(number, self._answer(command, peer, now)))
+            case CommandArrived():
+                self._out += self._command(event, now)
             case _:
                 assert_never(event)
         self._collect(now)
@@ -989,25 +997,59 @@ class Agent:
 
     # --- status --------------------------------------------------------------------------------------------
 
-    def _answer(self, command: str, peer: str, now: float) -> dict[str, object]:
-        match command:
+    def _command(self, asked: CommandArrived, now: float) -> list[Output]:
+        """Answer now, or have the answer wait for the disk."""
+        try:
+            match asked.command:
+                case "identity rotate":
+                    return self._renew(asked.number, self._keying.make_successor)
+                case "identity certify":
+                    certificate = _read_base64(asked.argument)
+                    return self._renew(asked.number, lambda: self._keying.make_certified(certificate))
+                case _:
+                    return [Reply(asked.number, {"ok": True, **self._answer(asked, now)})]
+        except ConfigError as error:
+            return [Reply(asked.number, {"ok": False, "error": str(error)})]
+
+    def _renew(self, number: int, make: Callable[[], HybridIdentity]) -> list[Output]:
+        if self._renewing is not None:
+            raise ConfigError("another identity is being written: ask again")
+        self._renewing = (number, make())
+        return [SaveIdentity(self._renewing[1])]
+
+    def _identity_saved(self, error: str, now: float) -> None:
+        if self._renewing is None:
+            return
+        (number, identity), self._renewing = self._renewing, None
+        if error:
+            self._out.append(Reply(number, {"ok": False, "error": error}))
+            return
+        self._keying.renew(identity, now)
+        self._reporting.expect()
+        self._out.append(Reply(number, {"ok": True, "fingerprint": str(identity.public.fingerprint())}))
+
+    def _answer(self, asked: CommandArrived, now: float) -> dict[str, object]:
+        match asked.command:
             case "status":
-                return {"ok": True, "status": self.status(now)}
+                return {"status": self.status(now)}
             case "explain":
-                key = next((k for k, p in self._snapshot.peers.items() if p.meta.name == peer), None)
+                key = next((k for k, p in self._snapshot.peers.items() if p.meta.name == asked.peer), None)
                 if key is None:
-                    return {"ok": False, "error": f"there is no other peer {peer!r}"}
-                return {"ok": True, "candidates": candidates(self._paths.explain(key, now))}
+                    raise ConfigError(f"there is no other peer {asked.peer!r}")
+                return {"candidates": candidates(self._paths.explain(key, now))}
             case "rotate":
-                try:
-                    return {"ok": True, "peers": self._keying.rotate(peer, now)}
-                except ConfigError as error:
-                    return {"ok": False, "error": str(error)}
+                return {"peers": self._keying.rotate(asked.peer, now)}
+            case "identity show":
+                maker = self._keying.maker()
+                return {"identity": identities(self._snapshot, maker, self._keying.pairs())}
+            case "identity trust":
+                named = self._keying.trust(asked.peer, _read_fingerprint(asked.argument), now)
+                return {"named": str(named) if named is not None else None}
             case _:
-                return {
-                    "ok": False,
-                    "error": f"unknown command {command!r}; this agent knows: status, explain, rotate",
-                }
+                raise ConfigError(
+                    f"unknown command {asked.command!r}; this agent knows: status, explain, rotate, "
+                    "identity show, identity trust, identity rotate, identity certify"
+                )
 
     def status(self, now: float) -> dict[str, object]:
         """What `scopectl status` shows: plain JSON values."""
@@ -1042,6 +1084,25 @@ class Agent:
             birthday=self._paths.birthday_spent,
             now=now,
         )
+
+
+def _read_fingerprint(text: str) -> Fingerprint:
+    try:
+        return Fingerprint.parse(text)
+    except ValueError:
+        raise ConfigError(
+            f"{text!r} is no fingerprint: give the 64 lowercase hexadecimal digits that "
+            "`scopectl identity show` prints"
+        ) from None
+
+
+def _read_base64(text: str) -> bytes:
+    try:
+        return b64decode(text, validate=True)
+    except ValueError:
+        raise ConfigError(
+            "that is no certificate: give the line that `scope-agent ca sign` printed"
+        ) from None
 
 
 def pick_port(random: Callable[[], float]) -> int:

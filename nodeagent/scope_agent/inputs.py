@@ -32,7 +32,7 @@ from scope_agent.wireguard.device import DesiredDevice, ObservedDevice, PlannedA
 from scope_agent.wireguard.port_rules import PortRules
 
 if TYPE_CHECKING:  # a mesh without post-quantum keys imports nothing of them
-    from scope_agent.psk.identity import KeyMaker
+    from scope_agent.psk.identity import HybridIdentity, KeyMaker
     from scope_agent.psk.slots import Record
 
 
@@ -178,6 +178,13 @@ class KeysSetUp:
 
 
 @dataclass(frozen=True, slots=True)
+class IdentitySaved:
+    """Our identity is on disk; with an `error` the one before still is."""
+
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class TrafficMoved:
     """The device's own counters moved: someone uses the mesh now."""
 
@@ -189,6 +196,7 @@ class CommandArrived:
     number: int
     command: str
     peer: str = ""  # the name of the ScopePeer that it is about
+    argument: str = ""  # what else it is given
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +218,7 @@ Input: TypeAlias = (
     | CarrierSeen
     | PskSaved
     | KeysSetUp
+    | IdentitySaved
     | TrafficMoved
     | CommandArrived
     | Leaving
@@ -308,6 +317,13 @@ class SetUpKeys:
 
 
 @dataclass(frozen=True, slots=True)
+class SaveIdentity:
+    """Replace our identity on disk. Answered by IdentitySaved; one is in flight at a time."""
+
+    identity: HybridIdentity
+
+
+@dataclass(frozen=True, slots=True)
 class NudgeTunnel:
     """Send an empty UDP datagram to the peer's address, through the device and no other way."""
 
@@ -340,6 +356,7 @@ Output: TypeAlias = (
     | ApplyCarrier
     | SavePsk
     | SetUpKeys
+    | SaveIdentity
     | NudgeTunnel
     | Reply
     | ListAgain

@@ -11,11 +11,13 @@ that they have, and those without stay without.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, assert_never
 
 from scope.model import (
     ConfigError,
     Fingerprint,
+    IdentityTrust,
     PathKind,
     PostQuantum,
     PostQuantumMode,
@@ -31,7 +33,7 @@ from scope_agent.wireguard.device import ObservedDevice
 
 if TYPE_CHECKING:
     from scope_agent.psk.core import Psk
-    from scope_agent.psk.identity import KeyMaker
+    from scope_agent.psk.identity import HybridIdentity, KeyMaker
     from scope_agent.psk.slots import Record
 
 _UNKEYED = PskPair()
@@ -105,7 +107,7 @@ class Keying:
         for key, peer in snapshot.peers.items():
             if key in new or before.peers.get(key) is not peer:
                 identity = peer.report.identity if peer.report is not None else None
-                self._psk.identify(key, identity, now)
+                self._psk.identify(key, identity, peer.meta.name, now)
         for key in sorted(new):
             self.stand(key, now)
 
@@ -142,16 +144,73 @@ class Keying:
 
     def rotate(self, name: str, now: float) -> int:
         """Make a new key with the peer of that name, "" for all; how many. Raises ConfigError."""
+        psk, _ = self._working()
+        keys = sorted(self._snapshot.peers) if not name else [self._key_of(name)]
+        for key in keys:
+            psk.rotate(key, now)
+        return len(keys)
+
+    # --- identities ----------------------------------------------------------------------------------------
+
+    def trust(self, name: str, fingerprint: Fingerprint, now: float) -> Fingerprint | None:
+        """Take the operator's word for a peer's identity; what the registry names. Raises ConfigError."""
+        (psk, maker), key = self._working(), self._key_of(name)
+        if maker.trust.mode is IdentityTrust.CA:
+            raise ConfigError(
+                "this agent believes its CA and nobody else: sign with `scope-agent ca sign`, and give the "
+                f"certificate to `scopectl identity certify` on the machine of {name}"
+            )
+        psk.trust(key, fingerprint, now)
+        return psk.view()[key].named
+
+    def make_successor(self) -> HybridIdentity:
+        """A fresh identity to follow ours: ours by `renew`, once it is on disk. Raises ConfigError."""
+        from scope_agent.psk.trust import succeed
+
+        _, maker = self._working()
+        return succeed(maker.identity, maker.random_bytes, maker.provider)
+
+    def make_certified(self, certificate: bytes) -> HybridIdentity:
+        """Our identity with a CA's certificate: by `renew`, as above. Raises ConfigError."""
+        from scope_agent.psk.messages import SIGNATURES_BYTES
+        from scope_agent.psk.trust import is_certified
+
+        (_, maker), own = self._working(), self._snapshot.own
+        if own is None:
+            raise ConfigError("this agent does not know its own ScopePeer yet: wait for the registry")
+        if len(certificate) != SIGNATURES_BYTES:
+            raise ConfigError("that is no certificate: give the line that `scope-agent ca sign` printed")
+        ca, fingerprint = maker.trust.ca, maker.identity.public.fingerprint()
+        if ca is not None and not is_certified(
+            certificate, by=ca, name=own.meta.name, fingerprint=fingerprint, provider=maker.provider
+        ):
+            raise ConfigError(
+                f"that is no certificate of this agent's CA for {own.meta.name} and {fingerprint}: sign "
+                "exactly these"
+            )
+        return replace(maker.identity, certificate=certificate)
+
+    def renew(self, identity: HybridIdentity, now: float) -> None:
+        """Be of this identity: it is on disk."""
+        if self._psk is not None:
+            self._psk.renew(identity, now)
+
+    def maker(self) -> KeyMaker:
+        """What keys are made with. Raises ConfigError."""
+        return self._working()[1]
+
+    def _working(self) -> tuple[Psk, KeyMaker]:
         if self._policy.mode is PostQuantumMode.OFF:
             raise ConfigError("the mesh makes no post-quantum keys: set spec.postQuantum.mode to Preferred")
-        if self._psk is None or self._psk.fingerprint is None:
+        if self._psk is None or self._psk.maker is None:
             raise ConfigError(self._trouble or "post-quantum keys are being set up: ask again in a second")
-        keys = [k for k, peer in sorted(self._snapshot.peers.items()) if name in ("", peer.meta.name)]
-        if not keys and name:
-            raise ConfigError(f"no peer {name!r} in the mesh: `scopectl status` names them")
-        for key in keys:
-            self._psk.rotate(key, now)
-        return len(keys)
+        return self._psk, self._psk.maker
+
+    def _key_of(self, name: str) -> PublicKey:
+        for key, peer in self._snapshot.peers.items():
+            if peer.meta.name == name:
+                return key
+        raise ConfigError(f"no peer {name!r} in the mesh: `scopectl status` names them")
 
     # --- what is shown -------------------------------------------------------------------------------------
 

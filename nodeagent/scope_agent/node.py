@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from scope.registry.kube.client import KubeClient
     from scope.registry.kube.leases import Leases
     from scope.registry.kube.registry import KubeRegistry
+    from scope_agent.psk.identity import TrustPolicy
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class NodeConfig:
     fwmark: int = 0
     keys: KeyChoice = DEFAULT
     gateway: Path | None = None
+    trust: TrustPolicy | None = None  # in identities; None: the registry's word at first contact
 
 
 @dataclass(slots=True, eq=False)
@@ -361,7 +363,14 @@ class NodeAgent:
     async def _run_mesh(self, mesh: str, served: _Served) -> None:
         """Run the mesh's Runner, again and again when something ends it that a person must mend."""
         state, config = self._state(mesh), self._config
-        ours = RunConfig(state, config.run_dir, only=config.only, fwmark=config.fwmark, keys=config.keys)
+        ours = RunConfig(
+            state,
+            config.run_dir,
+            only=config.only,
+            fwmark=config.fwmark,
+            keys=config.keys,
+            trust=config.trust,
+        )
 
         async def connect() -> AgentRegistry:
             self._asked.set()

@@ -44,6 +44,7 @@ from scope_agent.inputs import (
     DeviceObserved,
     FactArrived,
     Failed,
+    IdentitySaved,
     Input,
     InterfacesChanged,
     KeysSetUp,
@@ -56,6 +57,7 @@ from scope_agent.inputs import (
     PskSaved,
     Relaying,
     Reply,
+    SaveIdentity,
     SavePsk,
     SaveState,
     Send,
@@ -85,7 +87,7 @@ from scope_agent.wireguard.shell.probe_socket import READ_AT_ONCE
 if TYPE_CHECKING:
     from scope.registry.http import Couriered, HttpRegistry
     from scope_agent.carrier.shell.machine import CarrierMachine
-    from scope_agent.psk.identity import HybridIdentity, KeyMaker
+    from scope_agent.psk.identity import HybridIdentity, KeyMaker, TrustPolicy
     from scope_agent.psk.provider import Provider
     from scope_agent.psk.slots import Record
     from scope_agent.relay.shell.hub import HubMachine, Outcome
@@ -107,7 +109,7 @@ HEARTBEAT_AGAIN = 10.0  # after one that failed: a few are tried before those wh
 LASTING = 30.0  # seconds: a watch that held for so long was no failure
 REMOVED_GRACE = 2.0  # for a device to lose its peers before the agent of a removed peer ends
 COURIERS = 16  # datagrams on their way to the gateway at once; more are dropped
-COMMAND_LINE = 4096  # bytes of one request on the local socket
+COMMAND_LINE = 16384  # bytes of one request on the local socket; the certificate of an identity has 4,564
 PORT_ATTEMPTS = 20
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt(3): blocks from this size on are maps of their own
 LARGE_BLOCK = 128 * 1024  # bytes; its initial value, set so that it stays
@@ -127,6 +129,7 @@ class RunConfig:
     only: DeviceKind | None = None
     fwmark: int = 0
     keys: KeyChoice = DEFAULT
+    trust: TrustPolicy | None = None  # in identities; None: the registry's word at first contact
 
 
 @dataclass(slots=True)
@@ -373,6 +376,8 @@ class Runner:
                 self._spawn(self._save_psk(output))
             case SetUpKeys(is_awaited):
                 self._spawn(self._set_up_keys(is_awaited=is_awaited))
+            case SaveIdentity(identity):
+                self._spawn(self._save_identity(identity))
             case NudgeTunnel(address=address):
                 try:
                     nudge(self._enrolment.device, address)
@@ -778,6 +783,16 @@ class Runner:
         log.info("psk.available suite=%d provider=%s", maker.suite.number, self._config.keys.provider)
         self._post(KeysSetUp(maker))
 
+    async def _save_identity(self, identity: HybridIdentity) -> None:
+        error = ""
+        try:
+            await asyncio.to_thread(self._config.state.save_hybrid_identity, identity)
+            log.info("identity.saved fingerprint=%s", identity.public.fingerprint())
+        except ConfigError as failed:
+            error = str(failed)
+            log.warning("identity.unsaved error=%s", error)
+        self._post(IdentitySaved(error))
+
     # --- the local socket ----------------------------------------------------------------------------------
 
     async def _serve_commands(self) -> None:
@@ -822,7 +837,8 @@ class Runner:
         self._commands += 1
         future: asyncio.Future[dict[str, object]] = asyncio.get_running_loop().create_future()
         self._replies[self._commands] = future
-        self._post(CommandArrived(self._commands, str(command), str(request.get("peer", ""))))
+        peer, argument = (str(request.get(name, "")) for name in ("peer", "argument"))
+        self._post(CommandArrived(self._commands, str(command), peer, argument))
         return await future
 
 
@@ -915,7 +931,8 @@ def set_up_keys(config: RunConfig) -> KeyMaker:
     def identity(provider: Provider) -> HybridIdentity:
         return config.state.hybrid_identity(secrets.token_bytes, provider)
 
-    return make_maker(config.keys, identity=identity, random_bytes=secrets.token_bytes)
+    maker = make_maker(config.keys, identity=identity, random_bytes=secrets.token_bytes)
+    return maker if config.trust is None else replace(maker, trust=config.trust)
 
 
 def _read_records(state: StateDir) -> Mapping[PublicKey, Record]:

@@ -6,8 +6,8 @@ through a symbolic link:
 - `enrolment.json`: keys, gateway, registry. Written at join and never again; losing it means joining anew.
 - `snapshot.json`: what was last believed of the mesh, the last good endpoints, the port, what hubs granted,
   where edges are attached. A damaged one is put aside and the agent starts from the registry.
-- `identity.json`: the keys that sign post-quantum keys. Made when first asked for; losing it makes the peer
-  another one to those that know it.
+- `identity.json`: the keys that sign post-quantum keys, a CA's certificate of them, and how they followed
+  earlier ones. Made when first asked for; losing it makes the peer another one to those that know it.
 - `psk/KEY.json`: the pre-shared keys of the pair with the peer of that WireGuard key, in hexadecimal. A
   damaged one is put aside, and the pair agrees on a new key.
 - `granted.json`, `settings.json`: of a hub. What it grants, and how the kernel's settings were before.
@@ -53,7 +53,7 @@ from scope_agent.inputs import DiskState
 from scope_agent.relay.asking import HeldGrant
 
 if TYPE_CHECKING:  # imported where there are post-quantum keys, and not at every start
-    from scope_agent.psk.identity import HybridIdentity
+    from scope_agent.psk.identity import HybridIdentity, PublicIdentity, Succession
     from scope_agent.psk.provider import Provider
     from scope_agent.psk.slots import Keys, Record
 
@@ -210,18 +210,21 @@ class StateDir:
 
     def hybrid_identity(self, random_bytes: Callable[[int], bytes], provider: Provider) -> HybridIdentity:
         """The identity for post-quantum keys, made at the first call. Raises ConfigError."""
-        from scope_agent.psk.identity import hybrid_identity, make_hybrid_identity
-
-        def parse(document: Mapping[str, object]) -> HybridIdentity:
-            ed448, mldsa = (b64decode(str(document[name]), validate=True) for name in ("ed448", "mldsa"))
-            return hybrid_identity(Secret(ed448), Secret(mldsa), provider)
+        from scope_agent.psk.identity import make_hybrid_identity
 
         if self.identity_file.exists():
-            return _read(self.identity_file, parse, "restore it from a backup, or remove it and join anew")
+            return _read(
+                self.identity_file,
+                lambda document: _parse_hybrid(document, provider),
+                "restore it from a backup; or remove it, and have each peer trust the new one",
+            )
         identity = make_hybrid_identity(random_bytes, provider)
-        seeds = {"ed448": identity.ed448, "mldsa": identity.mldsa}
-        _write(self.identity_file, {name: b64encode(seed.raw).decode() for name, seed in seeds.items()})
+        self.save_hybrid_identity(identity)
         return identity
+
+    def save_hybrid_identity(self, identity: HybridIdentity) -> None:
+        """Replace the identity for post-quantum keys; the one before is gone. Raises ConfigError."""
+        _write(self.identity_file, _hybrid_dict(identity))
 
     def save_psk(self, key: PublicKey, record: Record | None) -> None:
         """Replace what is kept of a pair's pre-shared keys, None: nothing. Raises ConfigError."""
@@ -276,6 +279,45 @@ class StateDir:
             file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.path.rmdir()
+
+
+def make_ca(path: Path, random_bytes: Callable[[int], bytes], provider: Provider) -> tuple[Path, Fingerprint]:
+    """Make the key of an offline CA at `path`, and its public half beside it: where, and its fingerprint.
+
+    Raises ConfigError.
+    """
+    from scope_agent.psk.identity import make_hybrid_identity
+
+    public_path = path.with_name(f"{path.name}.pub")
+    if path.exists() or path.is_symlink():
+        raise ConfigError(f"there is {path} already: a CA is made once; name another file")
+    ca = make_hybrid_identity(random_bytes, provider)
+    _write(path, _hybrid_dict(ca))
+    _write(public_path, {"ed448": _text(ca.public.ed448), "mldsa": _text(ca.public.mldsa)})
+    return public_path, ca.public.fingerprint()
+
+
+def load_ca(path: Path, provider: Provider) -> HybridIdentity:
+    """The key of an offline CA. Raises ConfigError."""
+    return _read(path, lambda document: _parse_hybrid(document, provider), "restore it from a backup")
+
+
+def load_public_ca(path: Path) -> PublicIdentity:
+    """The public half of a CA. Raises ConfigError, also where others could put another in its place."""
+    from scope_agent.psk.identity import PublicIdentity
+
+    try:
+        with path.open(encoding="utf-8") as file:
+            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o022:
+                raise ConfigError(f"others can write {path}: chmod 644 {path}, once it is what it was")
+            document = json.load(file)
+        return PublicIdentity(_bytes(document["ed448"]), _bytes(document["mldsa"]))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; {_next_move(error)}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"{path} is no public half of a CA: name the .pub file that `scope-agent ca init` wrote"
+        ) from None
 
 
 def enrolled_meshes(root: Path = STATE_ROOT) -> list[str]:
@@ -532,9 +574,63 @@ def _parse_settings(document: Mapping[str, object]) -> dict[str, str]:
     return {str(path): str(value) for path, value in sysctls.items()}
 
 
+def _hybrid_dict(identity: HybridIdentity) -> dict[str, object]:
+    return {
+        "ed448": _text(identity.ed448.raw),
+        "mldsa": _text(identity.mldsa.raw),
+        "certificate": _text(identity.certificate),
+        "successions": [
+            {
+                "ed448": _text(succession.old.ed448),
+                "mldsa": _text(succession.old.mldsa),
+                "new": str(succession.new),
+                "signatures": _text(succession.signatures),
+            }
+            for succession in identity.successions
+        ],
+    }
+
+
+def _parse_hybrid(document: Mapping[str, object], provider: Provider) -> HybridIdentity:
+    from scope_agent.psk.identity import hybrid_identity
+    from scope_agent.psk.messages import SIGNATURES_BYTES
+
+    ed448, mldsa = (Secret(_bytes(document[name])) for name in ("ed448", "mldsa"))
+    successions = document.get("successions", [])  # earlier releases keep neither
+    certificate = _bytes(document.get("certificate", ""))
+    if not isinstance(successions, list) or len(certificate) not in (0, SIGNATURES_BYTES):
+        raise ValueError("its certificate or its list of successions is none")
+    return replace(
+        hybrid_identity(ed448, mldsa, provider),
+        certificate=certificate,
+        successions=tuple(_parse_succession(succession) for succession in successions),
+    )
+
+
+def _parse_succession(document: Mapping[str, object]) -> Succession:
+    from scope_agent.psk.identity import PublicIdentity, Succession
+    from scope_agent.psk.messages import SIGNATURES_BYTES
+
+    old = PublicIdentity(_bytes(document["ed448"]), _bytes(document["mldsa"]))
+    signatures = _bytes(document["signatures"])
+    if len(signatures) != SIGNATURES_BYTES:
+        raise ValueError("a succession has signatures of another length")
+    return Succession(old, Fingerprint.parse(str(document["new"])), signatures)
+
+
+def _text(value: bytes) -> str:
+    return b64encode(value).decode()
+
+
+def _bytes(value: object) -> bytes:
+    return b64decode(str(value), validate=True)
+
+
 def _record_dict(record: Record) -> dict[str, object]:
     return {
         "pinned": str(record.pinned) if record.pinned is not None else None,
+        "former": str(record.former) if record.former is not None else None,
+        "told": record.is_told,
         "counter": record.counter,
         "current": _keys_dict(record.current),
         "next": _keys_dict(record.next),
@@ -562,8 +658,11 @@ def _parse_record(document: Mapping[str, object]) -> Record:
     from scope_agent.psk.slots import Record
 
     pinned, following = document["pinned"], _parse_keys(document["next"])
+    former = document.get("former")  # earlier releases have none, and are told nothing
     return Record(
         pinned=Fingerprint.parse(str(pinned)) if pinned is not None else None,
+        former=Fingerprint.parse(str(former)) if former is not None else None,
+        is_told=document.get("told") is True,
         counter=int(str(document["counter"])),
         current=_parse_keys(document["current"]),
         next=following,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Mapping as MappingOf
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from scope.model import DeviceKind, Mapping, PathKind, Peer, PublicKey, Snapshot
 from scope_agent.membership import Registration
@@ -13,6 +14,9 @@ from scope_agent.paths.core import PathsView
 from scope_agent.paths.explaining import Attempt
 from scope_agent.psk.view import PskPair
 from scope_agent.wireguard.device import ObservedDevice
+
+if TYPE_CHECKING:
+    from scope_agent.psk.identity import KeyMaker
 
 ROUTED = "Routed"  # by the hub of a tree that we are attached to: there is no link
 
@@ -98,6 +102,30 @@ def candidates(attempts: Iterable[Attempt]) -> list[dict[str, object]]:
     ]
 
 
+def identities(
+    snapshot: Snapshot, maker: KeyMaker, keyed: MappingOf[PublicKey, PskPair]
+) -> dict[str, object]:
+    """What `scopectl identity show` shows: fingerprints, and by what each is believed, or why not."""
+    return {
+        "peer": snapshot.own.meta.name if snapshot.own is not None else None,
+        "fingerprint": str(maker.identity.public.fingerprint()),
+        "trust": maker.trust.mode,
+        "ca": str(maker.trust.ca.fingerprint()) if maker.trust.ca is not None else None,
+        "certified": bool(maker.identity.certificate),
+        "peers": [
+            {
+                "name": peer.meta.name,
+                "named": str(view.named) if view.named is not None else None,
+                "pinned": str(view.pinned) if view.pinned is not None else None,
+                "trust": view.trust,
+                "reason": view.failure,
+            }
+            for key, peer in sorted(snapshot.peers.items(), key=lambda item: item[1].meta.name)
+            if (view := keyed.get(key, PskPair()))
+        ],
+    }
+
+
 def _rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds, 1)
 
@@ -116,6 +144,7 @@ def _psk_status(keyed: PskPair, wall: float) -> dict[str, object]:
         "epoch": keyed.epoch or None,
         "suite": keyed.suite or None,
         "ageSeconds": round(max(wall - keyed.confirmed, 0.0)) if keyed.epoch else None,
+        "trust": keyed.trust,
         "withheld": keyed.is_withheld,
         "conflict": keyed.conflict,
         "failure": keyed.failure,

@@ -50,6 +50,10 @@ def _run(args: argparse.Namespace) -> bool:
             from scope.ctl.inspection import rotate
 
             rotate(args)
+        case "identity":
+            from scope.ctl.identity import run_identity
+
+            run_identity(args)
         case "ping":
             from scope.ctl.inspection import ping
 

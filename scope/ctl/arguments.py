@@ -90,6 +90,11 @@ def build_parser() -> argparse.ArgumentParser:
     whom.add_argument("peer", nargs="?", metavar="PEER", help="a peer's name, as `scopectl status` shows")
     whom.add_argument("--all", action="store_true", help="with every peer")
 
+    _add_identity(
+        commands.add_parser("identity", help="whose identity for post-quantum keys this agent believes"),
+        local,
+    )
+
     ping = commands.add_parser("ping", parents=[local], help="ping a peer through the mesh, with its path")
     ping.add_argument(
         "peer", metavar="PEER", help="a peer's name or mesh address, as `scopectl status` shows"
@@ -131,6 +136,30 @@ def _add_token(parser: argparse.ArgumentParser, admin: argparse.ArgumentParser) 
         "delete", parents=[admin], help="delete a token: nobody joins with it any more"
     )
     delete.add_argument("name", metavar="ID")
+
+
+def _add_identity(parser: argparse.ArgumentParser, local: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    show = actions.add_parser(
+        "show", parents=[local], help="this machine's fingerprint, and by what each peer's is believed"
+    )
+    _add_format(show, ("table", "json"))
+    trust = actions.add_parser(
+        "trust", parents=[local], help="believe a peer by this fingerprint from now on"
+    )
+    trust.add_argument("peer", metavar="PEER", help="a peer's name, as `scopectl status` shows")
+    trust.add_argument(
+        "fingerprint", metavar="FINGERPRINT", help="what `scopectl identity show` prints on its machine"
+    )
+    actions.add_parser(
+        "rotate", parents=[local], help="make a new identity; peers follow, and agree on new keys"
+    )
+    certify = actions.add_parser(
+        "certify", parents=[local], help="show others this certificate of the own identity"
+    )
+    certify.add_argument(
+        "file", type=Path, metavar="FILE", help="what `scope-agent ca sign` printed; - for stdin"
+    ).complete = shtab.FILE  # type: ignore[attr-defined]  # how shtab is told
 
 
 def _admin_options() -> argparse.ArgumentParser:

@@ -25,7 +25,9 @@ CONVERGED_S = 90.0
 PATIENCE_S = 60.0
 # A pair whose NATs let neither in rests for a minute, two or three times over where it had a path.
 HEALED_S = 240.0
-CUT_OFF_S = 10.0  # a removal reaches every data path; that it takes three seconds at most is shown in virtual time
+CUT_OFF_S = (
+    10.0  # a removal reaches every data path; that it takes three seconds at most is shown in virtual time
+)
 PING_S = 0.1  # how exactly the end of a flow is known
 SITES = (
     ("open", Nat.NONE, None),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+from base64 import b64encode
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from lab.nat import Nat
 from scope_agent.inputs import CommandArrived
+from scope_agent.psk.identity import TrustPolicy, make_hybrid_identity
+from scope_agent.psk.trust import certify
 
-from scope.model import PeerReport, PostQuantum, PostQuantumMode
+from scope.model import IdentityTrust, PeerReport, PostQuantum, PostQuantumMode
 from tests.sim.world import Machine, World
 
 
@@ -25,10 +28,16 @@ def _ask(world: World, mode: PostQuantumMode, *, interval: float = 3600.0) -> No
 
 
 def _epoch(machine: Machine, other: Machine) -> int:
-    assert machine.agent is not None
+    return int(_psk(machine, other)["epoch"] or 0)
+
+
+def _psk(machine: Machine, other: Machine) -> dict[str, Any]:
+    """What the status of one machine says of the key with another; of one that it does not know, nothing."""
+    if machine.agent is None:
+        return {"epoch": None, "failure": ""}
     status: Any = machine.agent.status(machine.world.now)
-    (found,) = [peer["psk"]["epoch"] for peer in status["peers"] if peer["name"] == other.name]
-    return int(found or 0)
+    found = [peer["psk"] for peer in status["peers"] if peer["name"] == other.name]
+    return dict(found[0]) if found else {"epoch": None, "failure": ""}
 
 
 def _report(world: World, machine: Machine) -> PeerReport:
@@ -194,3 +203,109 @@ def test_a_mesh_of_several_agents_is_keyed_throughout(seed: int) -> None:
     kinds = (Nat.NONE, Nat.PORT_RESTRICTED, Nat.FULL_CONE, Nat.PORT_RESTRICTED)
     members = [world.peer(kind) for kind in kinds]
     world.until(lambda: all(_is_keyed(a, b) for i, a in enumerate(members) for b in members[:i]), within=60.0)
+
+
+def _shown(machine: Machine, other: Machine) -> dict[str, Any]:
+    """What `scopectl identity show` says on one machine of another."""
+    machine.give(CommandArrived(1, "identity show"))
+    identity: Any = machine.replies[-1].value["identity"]
+    (found,) = [peer for peer in identity["peers"] if peer["name"] == other.name]
+    return dict(found)
+
+
+def _trust(machine: Machine, other: Machine) -> None:
+    fingerprint = str(other.hybrid.public.fingerprint())
+    machine.give(CommandArrived(1, "identity trust", other.name, fingerprint))
+    assert machine.replies[-1].value == {"ok": True, "named": fingerprint}
+
+
+def test_an_identity_is_rotated_by_one_command_and_no_packet_is_lost() -> None:
+    world = _world(PostQuantumMode.REQUIRED)
+    a, b = world.peer(Nat.PORT_RESTRICTED), world.peer(Nat.PORT_RESTRICTED)
+    world.until(lambda: world.is_direct(a, b) and _is_keyed(a, b), within=20.0)
+    old, sent = a.hybrid, world.now
+    a.stream(b, rate=4.0, seconds=240.0)
+    a.give(CommandArrived(1, "identity rotate"))
+    world.until(lambda: _is_keyed(a, b, 2), within=200.0)
+    new = a.hybrid.public.fingerprint()
+    assert new != old.public.fingerprint() and a.hybrid.ed448 != old.ed448
+    assert a.replies[-1].value == {"ok": True, "fingerprint": str(new)}
+    world.until(lambda: _report(world, a).identity == new, within=20.0)
+    assert _shown(b, a)["pinned"] == str(new) and _shown(b, a)["trust"] == "Registry"
+    world.run(5.0)
+    assert _lost(a, b, range(1, int((world.now - sent - 6.0) * 4))) == 0
+
+
+def test_a_full_disk_leaves_the_identity_as_it_is_and_is_said() -> None:
+    world = _world(PostQuantumMode.PREFERRED)
+    a, b = world.peer(Nat.NONE), world.peer(Nat.NONE)
+    world.until(lambda: _is_keyed(a, b), within=200.0)
+    a.disk_fails = True
+    before = a.hybrid
+    a.give(CommandArrived(1, "identity rotate"))
+    world.run(1.0)
+    assert a.replies[-1].value == {"ok": False, "error": "no space left on device"} and a.hybrid is before
+
+
+def test_another_identity_of_a_pinned_peer_is_refused_until_it_is_trusted() -> None:
+    world = _world(PostQuantumMode.PREFERRED)
+    a, b = world.peer(Nat.NONE), world.peer(Nat.NONE)
+    for machine in (a, b):
+        machine.trust = TrustPolicy(IdentityTrust.PINNED)
+        machine.restart()
+    world.until(
+        lambda: all("is not trusted yet" in _psk(*pair)["failure"] for pair in ((a, b), (b, a))), within=60.0
+    )
+    assert _shown(a, b)["trust"] is None
+    _trust(a, b)
+    _trust(b, a)
+    world.until(lambda: _is_keyed(a, b), within=300.0)
+    assert _shown(a, b)["trust"] == "Pinned"
+    b.hybrid = make_hybrid_identity(b.key_random.randbytes, b.provider)  # nobody signed that this follows
+    b.restart()
+    world.until(lambda: "another one than before" in _psk(a, b)["failure"], within=60.0)
+    a.give(CommandArrived(1, "rotate", ""))
+    world.run(300.0)
+    assert _is_keyed(a, b, 1) and _epoch(a, b) == 1
+    _trust(a, b)
+    world.until(lambda: _is_keyed(a, b, 2), within=900.0)
+
+
+def test_agents_with_a_ca_key_with_those_whom_it_certified_and_nobody_else() -> None:
+    world = _world(PostQuantumMode.PREFERRED)
+    members = [world.peer(Nat.NONE) for _ in range(3)]
+    a, b, c = members
+    ca = make_hybrid_identity(a.key_random.randbytes, a.provider)
+    for machine in members:
+        machine.trust = TrustPolicy(IdentityTrust.CA, ca.public)
+        machine.restart()
+    world.until(lambda: all("no certificate" in _psk(a, other)["failure"] for other in (b, c)), within=60.0)
+    for machine in (a, b):
+        signed = certify(ca, machine.name, machine.hybrid.public.fingerprint(), machine.provider)
+        machine.give(CommandArrived(2, "identity certify", argument=b64encode(signed).decode()))
+        world.run(1.0)
+        assert machine.replies[-1].value["ok"] is True
+    world.until(lambda: _is_keyed(a, b), within=400.0)
+    assert _shown(a, b)["trust"] == "CA"
+    assert _epoch(a, c) == 0 and "shows no certificate" in _shown(a, c)["reason"]
+    wrong = certify(ca, b.name, c.hybrid.public.fingerprint(), c.provider)
+    c.give(CommandArrived(2, "identity certify", argument=b64encode(wrong).decode()))
+    assert c.replies[-1].value["ok"] is False and c.name in str(c.replies[-1].value["error"])
+
+
+def test_commands_about_identities_say_what_is_wrong_with_them() -> None:
+    world = _world(PostQuantumMode.PREFERRED)
+    a, b = world.peer(Nat.NONE), world.peer(Nat.NONE)
+    world.run(10.0)
+    for command, peer, argument, expected in (
+        ("identity trust", b.name, "abc", "64 lowercase hexadecimal digits"),
+        ("identity trust", "nobody", "00" * 32, "no peer 'nobody'"),
+        ("identity certify", "", "abc", "that is no certificate"),
+        ("identity", "", "", "this agent knows: status"),
+    ):
+        a.give(CommandArrived(1, command, peer, argument))
+        assert a.replies[-1].value["ok"] is False and expected in str(a.replies[-1].value["error"])
+    _ask(world, PostQuantumMode.OFF)
+    world.run(10.0)
+    a.give(CommandArrived(1, "identity rotate"))
+    assert "makes no post-quantum keys" in str(a.replies[-1].value["error"])

@@ -34,6 +34,7 @@ from scope_agent.inputs import (
     DiskState,
     FactArrived,
     Failed,
+    IdentitySaved,
     Input,
     InterfacesChanged,
     KeysSetUp,
@@ -46,6 +47,7 @@ from scope_agent.inputs import (
     PskSaved,
     Relaying,
     Reply,
+    SaveIdentity,
     SavePsk,
     SaveState,
     Send,
@@ -57,7 +59,7 @@ from scope_agent.inputs import (
 )
 from scope_agent.membership import Membership
 from scope_agent.paths.core import Paths
-from scope_agent.psk.identity import KeyMaker, make_hybrid_identity
+from scope_agent.psk.identity import FIRST_CONTACT, HybridIdentity, KeyMaker, make_hybrid_identity
 from scope_agent.psk.slots import Record
 from scope_agent.state import make_identity
 from scope_agent.tree.rules import ForwardedPrefixes
@@ -305,6 +307,7 @@ class Machine:
         self.key_random = Random(f"{world.seed} {name}")
         self.provider = ToyProvider(self.key_random)
         self.hybrid = make_hybrid_identity(self.key_random.randbytes, self.provider)
+        self.trust = FIRST_CONTACT
         self.psk_disk: dict[PublicKey, Record] = {}
         self.key_trouble = ""  # why this machine makes no keys
         self.nudges = 0
@@ -678,8 +681,12 @@ class Machine:
             case SavePsk(peer, record):
                 self._later(DISK_DELAY, lambda: self._save_psk(peer, record))
             case SetUpKeys():
-                maker = self.key_trouble or KeyMaker(self.hybrid, self.provider, self.key_random.randbytes)
+                maker = self.key_trouble or KeyMaker(
+                    self.hybrid, self.provider, self.key_random.randbytes, trust=self.trust
+                )
                 self._later(SET_UP_DELAY, lambda: self.give(KeysSetUp(maker)))
+            case SaveIdentity(identity):
+                self._later(DISK_DELAY, lambda: self._save_identity(identity))
             case NudgeTunnel(address=address):
                 self.nudges += 1
                 self.device.send_packet(Packet(NUDGE, False, self.address, address))
@@ -750,6 +757,13 @@ class Machine:
             return
         self.disk = state
         self.give(Applied(Target.DISK))
+
+    def _save_identity(self, identity: HybridIdentity) -> None:
+        if self.disk_fails:
+            self.give(IdentitySaved("no space left on device"))
+        else:
+            self.hybrid = identity
+            self.give(IdentitySaved())
 
     def _save_psk(self, peer: PublicKey, record: Record | None) -> None:
         if self.disk_fails:

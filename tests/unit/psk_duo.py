@@ -13,14 +13,15 @@ from collections.abc import Callable
 from random import Random
 
 from scope_agent.psk.core import NudgePeer, Psk, SayPart, WriteRecord
-from scope_agent.psk.identity import KeyMaker, make_hybrid_identity
+from scope_agent.psk.identity import FIRST_CONTACT, KeyMaker, make_hybrid_identity
 from scope_agent.psk.pair import Reading
 from scope_agent.psk.provider import SUITES
 from scope_agent.psk.slots import Record
+from scope_agent.psk.trust import succeed
 from scope_agent.psk.view import PskPair
 from scope_agent.wireguard.device import NO_PSK
 
-from scope.model import PostQuantum, PostQuantumMode, PublicKey, Secret
+from scope.model import Fingerprint, PostQuantum, PostQuantumMode, PublicKey, Secret
 from scope.wire import KeyPart
 from tests.toy_provider import ToyProvider
 
@@ -35,6 +36,8 @@ class Side:
     def __init__(self, duo: Duo, key: PublicKey) -> None:
         self.duo, self.key = duo, key
         self.identity = make_hybrid_identity(duo.random.randbytes, duo.provider)
+        self.trust = FIRST_CONTACT
+        self.named: Fingerprint | None = None  # what the registry tells the other, where that is not so
         self.disk = Record()
         self.disk_fails = False
         self.suite = SUITES[1]
@@ -71,9 +74,23 @@ class Side:
 
     def equip(self) -> None:
         if self.room is not None:
-            maker = KeyMaker(self.identity, self.duo.provider, self.duo.random.randbytes, self.suite)
+            maker = KeyMaker(
+                self.identity, self.duo.provider, self.duo.random.randbytes, self.suite, self.trust
+            )
             self.room.equip(maker, self.duo.now)
             self.perform()
+
+    @property
+    def name(self) -> str:
+        return "mesh.external." + ("e", "d")[self.duo.sides.index(self)]
+
+    def rotate_identity(self) -> None:
+        """Be of a new identity, of which the registry has not heard yet."""
+        assert self.room is not None
+        self.named = self.identity.public.fingerprint()
+        self.identity = succeed(self.identity, self.duo.random.randbytes, self.duo.provider)
+        self.room.renew(self.identity, self.duo.now)
+        self.perform()
 
     def rotate(self) -> None:
         """Ask for a new key."""
@@ -90,7 +107,8 @@ class Side:
                 is_complete=True,
                 now=self.duo.now,
             )
-            self.room.identify(self.other.key, self.other.identity.public.fingerprint(), self.duo.now)
+            named = self.other.named or self.other.identity.public.fingerprint()
+            self.room.identify(self.other.key, named, self.other.name, self.duo.now)
             self.perform()
 
     def crash(self) -> None:

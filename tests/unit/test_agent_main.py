@@ -7,6 +7,7 @@ import io
 import secrets
 import socket
 import stat
+from base64 import b64decode
 from ipaddress import IPv4Interface, IPv4Network
 from pathlib import Path
 
@@ -16,7 +17,17 @@ from scope_agent import run as shell
 from scope_agent.__main__ import main
 from scope_agent.agent import Agent, AgentConfig
 from scope_agent.inputs import Applied, DiskState, FactArrived, Failed, SaveState, Target
-from scope_agent.state import Enrolment, Held, StateDir, enrolled_meshes, make_identity, sole_agent
+from scope_agent.psk.cryptography_provider import CryptographyProvider
+from scope_agent.psk.trust import is_certified
+from scope_agent.state import (
+    Enrolment,
+    Held,
+    StateDir,
+    enrolled_meshes,
+    load_public_ca,
+    make_identity,
+    sole_agent,
+)
 
 from scope.channel import BOOT_ID_BYTES, Channel
 from scope.join import JoinString
@@ -25,6 +36,7 @@ from scope.model import (
     Assignment,
     Condition,
     ConfigError,
+    Fingerprint,
     Kind,
     Mesh,
     MeshSpec,
@@ -310,3 +322,39 @@ def test_an_agent_that_was_removed_ends_with_a_status_at_which_systemd_leaves_it
     unit = (Path(__file__).parents[2] / "docs" / "systemd" / "scope-agent@.service").read_text()
     assert status == command.REMOVED
     assert f"\nRestartPreventExitStatus={status}\n" in unit
+
+
+def test_a_ca_signs_what_agents_that_have_its_public_half_believe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key, fingerprint = tmp_path / "ca.json", Fingerprint(bytes([7] * 32))
+    assert main(["ca", "init", str(key)]) == 0
+    assert main(["ca", "init", str(key)]) == 1
+    assert "made once" in capsys.readouterr().err
+    assert main(["ca", "sign", str(key), "home.nas", str(fingerprint)]) == 0
+    certificate = b64decode(capsys.readouterr().out)
+    ca = load_public_ca(tmp_path / "ca.json.pub")
+    provider = CryptographyProvider()
+    assert is_certified(certificate, by=ca, name="home.nas", fingerprint=fingerprint, provider=provider)
+    assert main(["ca", "sign", str(key), "home.nas", "07"]) == 1
+    assert "'07'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--identity-trust", "ca"], "give its public half with --identity-ca"),
+        (["--identity-trust", "pinned", "--identity-ca", "x"], "has no use for a CA"),
+        (["--identity-ca", "/nowhere/ca.pub"], "cannot read /nowhere/ca.pub"),
+    ],
+)
+def test_trust_that_cannot_be_had_is_refused_before_the_agent_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    state = StateDir("home", tmp_path)
+    state.prepare()
+    peer = {"peer_name": "home.nas", "peer_uid": "u"}
+    identity = make_identity(secrets.token_bytes)
+    state.save_enrolment(Enrolment("home", "scope0", identity, "", None, "", None, **peer))
+    assert main(["run", "--state", str(tmp_path), "--run-dir", str(tmp_path / "run"), *options]) == 1
+    assert said in capsys.readouterr().err

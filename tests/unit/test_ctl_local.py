@@ -314,3 +314,59 @@ def test_rotate_names_the_peer_or_all_and_says_when_it_is_over(
     assert main(["rotate", "--all", "--socket", str(path)]) == 0
     assert [request["peer"] for request in asked] == ["home.nas", ""]
     assert "new keys with 3 peers" in capsys.readouterr().out
+
+
+SHOWN = {
+    "peer": "home.nas",
+    "fingerprint": "ab" * 32,
+    "trust": "Pinned",
+    "ca": None,
+    "certified": False,
+    "peers": [
+        {"name": "home.a", "named": "11" * 32, "pinned": "11" * 32, "trust": "Pinned", "reason": ""},
+        {"name": "home.b", "named": "22" * 32, "pinned": "33" * 32, "trust": None, "reason": "is another"},
+        {"name": "home.c", "named": None, "pinned": None, "trust": None, "reason": "publishes none"},
+    ],
+}
+
+
+def test_identities_are_shown_with_what_is_kept_of_each_and_why_one_is_not_believed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("scope.ctl.identity.ask", lambda path, request: {"ok": True, "identity": SHOWN})
+    assert main(["identity", "show", "--socket", str(tmp_path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["Fingerprint:", "ab" * 32] in lines and ["Trust:", "Pinned"] in lines
+    assert ["home.a", "11" * 32, "yes", "Pinned"] in lines
+    assert ["home.b", "22" * 32, "33" * 32, "None", "is", "another"] in lines
+    assert ["home.c", "-", "no", "None", "publishes", "none"] in lines
+    assert main(["identity", "show", "-o", "json", "--socket", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out) == SHOWN
+
+
+def test_identity_commands_ask_for_what_they_say(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[dict[str, str]] = []
+
+    def answer(path: Path, request: dict[str, str], **_: float) -> dict[str, object]:
+        asked.append(request)
+        return {"ok": True, "fingerprint": "cd" * 32, "named": "22" * 32}
+
+    monkeypatch.setattr("scope.ctl.identity.ask", answer)
+    socket, certificate = ["--socket", str(tmp_path)], tmp_path / "certificate"
+    certificate.write_text("QUJD\n")
+    assert main(["identity", "trust", "home.b", "22" * 32, *socket]) == 0
+    assert main(["identity", "trust", "home.b", "33" * 32, *socket]) == 0
+    out = capsys.readouterr().out
+    assert "a key is agreed on" in out and f"the registry names {'22' * 32}" in out
+    assert main(["identity", "rotate", *socket]) == 0
+    assert "cd" * 32 in capsys.readouterr().out
+    assert main(["identity", "certify", str(certificate), *socket]) == 0
+    assert main(["identity", "certify", str(tmp_path / "none"), *socket]) == 1
+    assert asked == [
+        {"command": "identity trust", "peer": "home.b", "argument": "22" * 32},
+        {"command": "identity trust", "peer": "home.b", "argument": "33" * 32},
+        {"command": "identity rotate"},
+        {"command": "identity certify", "argument": "QUJD"},
+    ]

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import stat
+from base64 import b64encode
 from dataclasses import replace
 from ipaddress import IPv4Interface, IPv4Network
 from pathlib import Path
@@ -14,8 +15,17 @@ import pytest
 from scope_agent.inputs import DiskState
 from scope_agent.psk.cryptography_provider import CryptographyProvider
 from scope_agent.psk.slots import Keys, Record
+from scope_agent.psk.trust import succeed
 from scope_agent.relay.asking import HeldGrant
-from scope_agent.state import Enrolment, StateDir, enrolled_meshes, make_identity
+from scope_agent.state import (
+    Enrolment,
+    StateDir,
+    enrolled_meshes,
+    load_ca,
+    load_public_ca,
+    make_ca,
+    make_identity,
+)
 
 from scope.model import (
     Addressing,
@@ -267,6 +277,14 @@ def test_keys_of_pairs_come_back_from_the_disk_and_a_damaged_file_is_put_aside(d
     assert directory.load_psk() == ({}, [])
 
 
+def test_what_the_operator_said_of_an_identity_is_kept_with_the_keys(directory: StateDir) -> None:
+    record = Record(pinned=Fingerprint(bytes([1] * 32)), former=Fingerprint(bytes([2] * 32)), is_told=True)
+    key = PublicKey(bytes([3] * 32))
+    directory.prepare()
+    directory.save_psk(key, record)
+    assert directory.load_psk() == ({key: record}, [])
+
+
 def test_an_identity_is_made_once_and_refused_where_others_can_read_it(directory: StateDir) -> None:
     provider = CryptographyProvider()
     made = directory.hybrid_identity(numbers(), provider)  # type: ignore[arg-type]
@@ -276,3 +294,49 @@ def test_an_identity_is_made_once_and_refused_where_others_can_read_it(directory
         directory.hybrid_identity(numbers(), provider)  # type: ignore[arg-type]
     directory.remove()
     assert not directory.identity_file.exists() and not directory.psk_dir.exists()
+
+
+def test_a_rotated_identity_takes_the_place_of_the_old_one_whose_keys_are_gone(directory: StateDir) -> None:
+    provider, draw = CryptographyProvider(), numbers()
+    old = directory.hybrid_identity(draw, provider)  # type: ignore[arg-type]
+    new = replace(succeed(old, draw, provider), certificate=bytes([7]) * 3423)  # type: ignore[arg-type]
+    directory.save_hybrid_identity(new)
+    assert directory.hybrid_identity(draw, provider) == new  # type: ignore[arg-type]
+    assert stat.S_IMODE(directory.identity_file.stat().st_mode) == 0o600
+    on_disk = b"".join(path.read_bytes() for path in directory.path.iterdir() if path.is_file())
+    assert b64encode(old.mldsa.raw) not in on_disk and b64encode(new.mldsa.raw) in on_disk
+
+
+def test_an_identity_of_an_earlier_release_has_neither_certificate_nor_successions(
+    directory: StateDir,
+) -> None:
+    provider = CryptographyProvider()
+    made = directory.hybrid_identity(numbers(), provider)  # type: ignore[arg-type]
+    document = json.loads(directory.identity_file.read_text())
+    del document["certificate"], document["successions"]
+    directory.identity_file.write_text(json.dumps(document))
+    assert directory.hybrid_identity(numbers(), provider) == made  # type: ignore[arg-type]
+    document["successions"] = [{"ed448": "", "mldsa": "", "new": "", "signatures": ""}]
+    directory.identity_file.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="is damaged"):
+        directory.hybrid_identity(numbers(), provider)  # type: ignore[arg-type]
+
+
+def test_a_ca_is_made_once_and_its_public_half_is_what_agents_read(tmp_path: Path) -> None:
+    provider, key = CryptographyProvider(), tmp_path / "ca.json"
+    public, fingerprint = make_ca(key, numbers(), provider)  # type: ignore[arg-type]
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert load_public_ca(public) == load_ca(key, provider).public
+    assert load_public_ca(public).fingerprint() == fingerprint
+    with pytest.raises(ConfigError, match="already"):
+        make_ca(key, numbers(), provider)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"name the \.pub file"):
+        load_public_ca(key)
+    public.chmod(0o666)
+    with pytest.raises(ConfigError, match="others can write"):
+        load_public_ca(public)
+    key.chmod(0o640)
+    with pytest.raises(ConfigError, match="can be read by others"):
+        load_ca(key, provider)
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_public_ca(tmp_path / "none.pub")

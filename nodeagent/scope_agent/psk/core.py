@@ -1,20 +1,21 @@
 """All pairs' keys: who takes part, what arrives for whom, and how many exchanges run at once.
 
-Sans-IO, in verbs: `equip`, `configure`, `identify`, `reach`, `receive`, `observe`, `written`, `rotate`,
-`handle_timer`, `get_timer`, `outputs`. Peers are named by their WireGuard keys. Time is monotonic seconds.
+Sans-IO, in verbs: `equip`, `configure`, `identify`, `trust`, `renew`, `reach`, `receive`, `observe`,
+`written`, `rotate`, `handle_timer`, `get_timer`, `outputs`. Peers are named by their WireGuard keys. Time is
+monotonic seconds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias, assert_never
 
 from scope.model import Fingerprint, PostQuantum, PostQuantumMode, PublicKey
 from scope.wire import KeyPart, WireError
 from scope_agent.agenda import Agenda
 from scope_agent.psk.exchange import ExchangeError
-from scope_agent.psk.identity import KeyMaker
+from scope_agent.psk.identity import HybridIdentity, KeyMaker
 from scope_agent.psk.pair import Nudge, Pair, Reading, Say, Tools, Write
 from scope_agent.psk.parts import Joining, cut
 from scope_agent.psk.slots import Record
@@ -84,6 +85,11 @@ class Psk:
         return not self._pairs and not self._records
 
     @property
+    def maker(self) -> KeyMaker | None:
+        """What keys are made with; None before `equip`."""
+        return self._tools.maker
+
+    @property
     def fingerprint(self) -> Fingerprint | None:
         """Of our own identity; None before `equip`."""
         maker = self._tools.maker
@@ -131,11 +137,27 @@ class Psk:
             self._collect(key, now)
         return new
 
-    def identify(self, key: PublicKey, fingerprint: Fingerprint | None, now: float) -> None:
-        """What the peer's ScopePeer says of its identity."""
+    def identify(self, key: PublicKey, fingerprint: Fingerprint | None, name: str, now: float) -> None:
+        """What the peer's ScopePeer, which is called `name`, says of its identity."""
         pair = self._pairs.get(key)
         if pair is not None:
-            pair.identify(fingerprint, now)
+            pair.identify(fingerprint, name, now)
+            self._collect(key, now)
+
+    def trust(self, key: PublicKey, fingerprint: Fingerprint, now: float) -> None:
+        """Take the operator's word for a peer's identity."""
+        self._pairs[key].trust(fingerprint, now)
+        self._collect(key, now)
+
+    def renew(self, identity: HybridIdentity, now: float) -> None:
+        """Be of another identity from now on, or of the same with another certificate: it is on disk."""
+        maker = self._tools.maker
+        if maker is None:
+            return
+        self._tools.maker = replace(maker, identity=identity)
+        is_same = identity.public == maker.identity.public
+        for key in sorted(self._pairs):
+            self._pairs[key].renew(now, is_same=is_same)
             self._collect(key, now)
 
     def reach(self, key: PublicKey, now: float, *, is_reached: bool) -> None:

@@ -7,9 +7,9 @@ travel between the two agents, and are believed when they have the fingerprint t
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from scope.model import Fingerprint, Secret
+from scope.model import Fingerprint, IdentityTrust, Secret
 from scope_agent.psk.provider import (
     ED448_BYTES,
     MLDSA_PUBLIC_BYTES,
@@ -40,12 +40,42 @@ class PublicIdentity:
 
 
 @dataclass(frozen=True, slots=True)
+class Succession:
+    """What the holder of `old` signed with it: from now on I am `new`. `trust` makes and checks it."""
+
+    old: PublicIdentity
+    new: Fingerprint
+    signatures: bytes = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class HybridIdentity:
-    """Both signing keys, as seeds of ED448_BYTES and MLDSA_SEED_BYTES, with their public halves."""
+    """Both signing keys, as seeds of ED448_BYTES and MLDSA_SEED_BYTES, with their public halves.
+
+    Beside them what others may ask for: the signatures of a CA, none: empty, and how this identity followed
+    from earlier ones, the oldest first.
+    """
 
     ed448: Secret
     mldsa: Secret
     public: PublicIdentity
+    certificate: bytes = field(default=b"", repr=False)
+    successions: tuple[Succession, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TrustPolicy:
+    """By what this agent believes an identity. Raises ValueError for a CA that is missing, or of no use."""
+
+    mode: IdentityTrust = IdentityTrust.REGISTRY
+    ca: PublicIdentity | None = None
+
+    def __post_init__(self) -> None:
+        if (self.mode is IdentityTrust.CA) != (self.ca is not None):
+            raise ValueError("trust in a CA needs the CA, and no other trust has a use for one")
+
+
+FIRST_CONTACT = TrustPolicy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +86,7 @@ class KeyMaker:
     provider: Provider
     random_bytes: RandomBytes
     suite: Suite = SUITES[1]
+    trust: TrustPolicy = FIRST_CONTACT
 
 
 def hybrid_identity(ed448: Secret, mldsa: Secret, provider: Provider) -> HybridIdentity:

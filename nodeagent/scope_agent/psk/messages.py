@@ -3,12 +3,14 @@
 All numbers are big endian. The first byte is the type:
 
      1 Who        nothing: send me your Identity
-     2 Identity   Ed448 57, ML-DSA 1952
+     2 Identity   Ed448 57, ML-DSA 1952; a CA's signatures 3423, or nothing
      3 Wanted     the epoch that I use u64, its id 32 (zeros: none)
      4 Offer      header, KEM key, DH key; signatures 3423
      5 Answer     header, SHA3-512 of the Offer's body 64, KEM ciphertext, DH key; MAC 32, signatures 3423
      6 Control    what u8, epoch u64, id 32, MAC 32
      7 Refusal    reason u8, highest epoch u64
+     8 Whence     a fingerprint 32: how does your identity follow from this one?
+     9 Succeeded  the old keys, as in Identity, the new fingerprint 32, signatures of the old ones 3423
 
     header        suite u8, mesh uid (length u8, UTF-8), fingerprint of the decapsulator 32, of the
                   encapsulator 32, their WireGuard keys 32 each, epoch u64, id of the base epoch 32
@@ -30,7 +32,7 @@ from typing import TypeAlias, TypeVar, assert_never
 
 from scope.model import KEY_BYTES, Fingerprint, PublicKey
 from scope.wire import Reader, WireError, encode_uid
-from scope_agent.psk.identity import PublicIdentity
+from scope_agent.psk.identity import PublicIdentity, Succession
 from scope_agent.psk.provider import (
     ED448_BYTES,
     ED448_SIGNATURE_BYTES,
@@ -78,9 +80,10 @@ class Who:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The sender's public keys."""
+    """The sender's public keys, and what a CA signed of them: all of SIGNATURES_BYTES, or nothing."""
 
     keys: PublicIdentity
+    certificate: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +166,23 @@ class Refusal:
     epoch: int  # the highest that the sender knows
 
 
-PskMessage: TypeAlias = Who | Identity | Wanted | Offer | StrangeOffer | Answer | Control | Refusal
+@dataclass(frozen=True, slots=True)
+class Whence:
+    """Tell how your identity follows from this one, which I know as yours."""
+
+    known: Fingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Succeeded:
+    """My identity followed another one."""
+
+    succession: Succession
+
+
+PskMessage: TypeAlias = (
+    Who | Identity | Wanted | Offer | StrangeOffer | Answer | Control | Refusal | Whence | Succeeded
+)
 
 
 class _Type(enum.IntEnum):
@@ -174,6 +193,8 @@ class _Type(enum.IntEnum):
     ANSWER = 5
     CONTROL = 6
     REFUSAL = 7
+    WHENCE = 8
+    SUCCEEDED = 9
 
 
 def encode(message: PskMessage) -> bytes:
@@ -181,8 +202,8 @@ def encode(message: PskMessage) -> bytes:
     match message:
         case Who():
             return bytes((_Type.WHO,))
-        case Identity(keys):
-            return bytes((_Type.IDENTITY,)) + keys.ed448 + keys.mldsa
+        case Identity(keys, certificate):
+            return bytes((_Type.IDENTITY,)) + keys.ed448 + keys.mldsa + certificate
         case Wanted(epoch, id_):
             return bytes((_Type.WANTED,)) + _epoch(epoch) + id_
         case Offer():
@@ -195,6 +216,11 @@ def encode(message: PskMessage) -> bytes:
             return bytes((_Type.CONTROL, what)) + _epoch(epoch) + id_ + mac
         case Refusal(reason, epoch):
             return bytes((_Type.REFUSAL, reason)) + _epoch(epoch)
+        case Whence(known):
+            return bytes((_Type.WHENCE,)) + known.raw
+        case Succeeded(succession):
+            old = succession.old.ed448 + succession.old.mldsa
+            return bytes((_Type.SUCCEEDED,)) + old + succession.new.raw + succession.signatures
         case _:
             assert_never(message)
 
@@ -208,7 +234,8 @@ def decode(data: bytes) -> PskMessage:
         case _Type.WHO:
             message = Who()
         case _Type.IDENTITY:
-            message = Identity(PublicIdentity(reader.take(ED448_BYTES), reader.take(MLDSA_PUBLIC_BYTES)))
+            keys = reader.identity()
+            message = Identity(keys, reader.take(SIGNATURES_BYTES) if reader.has_more else b"")
         case _Type.WANTED:
             message = Wanted(reader.epoch(), reader.take(ID_BYTES))
         case _Type.OFFER:
@@ -220,6 +247,11 @@ def decode(data: bytes) -> PskMessage:
             message = Control(what, reader.epoch(), reader.take(ID_BYTES), reader.take(MAC_BYTES))
         case _Type.REFUSAL:
             message = Refusal(_member(RefusedFor, reader.u8()), reader.epoch())
+        case _Type.WHENCE:
+            message = Whence(Fingerprint(reader.take(KEY_BYTES)))
+        case _Type.SUCCEEDED:
+            old, new = reader.identity(), Fingerprint(reader.take(KEY_BYTES))
+            message = Succeeded(Succession(old, new, reader.take(SIGNATURES_BYTES)))
         case _:
             raise WireError(f"no such message about keys: {number}")
     reader.end()
@@ -291,6 +323,9 @@ class _Reader(Reader):
 
     def epoch(self) -> int:
         return int.from_bytes(self.take(EPOCH_BYTES), "big")
+
+    def identity(self) -> PublicIdentity:
+        return PublicIdentity(self.take(ED448_BYTES), self.take(MLDSA_PUBLIC_BYTES))
 
     def header(self) -> Header:
         return Header(

@@ -29,6 +29,7 @@ What keeps the two together, whatever is lost and whoever dies:
 - A side without any key, or one whose base the other does not know, is given a new key that builds on none:
   the exchange is signed, so that is no weaker against anybody but who broke both signature schemes.
 - E asks for an offer while it holds no key; D offers by itself, and again, ever more rarely, what failed.
+- A side whose identity is replaced says so to the other, signed with the old one, whenever that may not know.
 
 Sans-IO. Time is monotonic seconds; `offset` makes it the wall clock, which is for people.
 """
@@ -41,7 +42,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, assert_never
 
-from scope.model import Fingerprint, PostQuantum, PostQuantumMode, PublicKey, Secret
+from scope.model import Fingerprint, IdentityTrust, PostQuantum, PostQuantumMode, PublicKey, Secret
 from scope_agent.psk.exchange import (
     ExchangeError,
     Offered,
@@ -52,7 +53,7 @@ from scope_agent.psk.exchange import (
     make_offer,
     take_answer,
 )
-from scope_agent.psk.identity import KeyMaker, PublicIdentity
+from scope_agent.psk.identity import FIRST_CONTACT, KeyMaker, PublicIdentity, Succession, TrustPolicy
 from scope_agent.psk.messages import (
     NO_ID,
     Answer,
@@ -63,13 +64,16 @@ from scope_agent.psk.messages import (
     Refusal,
     RefusedFor,
     StrangeOffer,
+    Succeeded,
     Wanted,
     What,
+    Whence,
     Who,
     decode,
     encode,
 )
 from scope_agent.psk.slots import Keys, Record, find
+from scope_agent.psk.trust import Judgement, is_certified, is_signed_by_old, judge
 from scope_agent.psk.view import PskPair
 from scope_agent.wireguard.device import NO_PSK
 
@@ -90,6 +94,7 @@ AGAIN_FIRST, AGAIN_LONGEST = 30.0, 600.0  # after a failure
 AT_ONCE = 1.0  # after a refusal that says what to do better
 CONFIRM_TRIES = 6
 ANSWER_EVERY = 1.0  # an answer costs two milliseconds of a processor: one peer gets so much of it
+UNCERTIFIED_AGAIN = 60.0  # a peer that showed no certificate is asked again: it costs it 2 KB
 DISK_AGAIN = 30.0
 FOREIGN_MAX, FOREIGN_WINDOW = 3, 3600.0  # a key that another program replaced is put back so often
 SPREAD = 600.0  # after a restart overdue keys are rotated over so many seconds, not at once
@@ -174,8 +179,13 @@ class Pair:
         self._policy = PostQuantum()
         self._mesh_uid = ""
         self._named: Fingerprint | None = None
+        self._name = ""
+        self._judgement = Judgement()
         self._parties: Parties | None = None
         self._theirs: PublicIdentity | None = None
+        self._keyed_with = record.pinned if record.current is not None else None  # if they differ: at once
+        self._told: Fingerprint | None = None  # what waits for the disk
+        self._statement_at = now
         self._is_reached = False
         self._reading: Reading | None = None
         self._unsessioned_since: float | None = None
@@ -187,6 +197,8 @@ class Pair:
         self._offered_base: Keys | None = None
         self._builds_on_none = False
         self._begin_at = now
+        self._is_stale = False  # the exchange under way is of an identity that was replaced
+        self._is_distrusted = False  # the last one was refused for our identity
         self._failures = 0
         self._deadline = now + ATTEMPT
         self._repeat = _Repeat(now)
@@ -220,38 +232,78 @@ class Pair:
         if policy != self._policy:
             self._policy = policy
             self._begin_at = min(self._begin_at, self._next_rotation(now))
-        self._set_parties()
+        self._set_parties(now)
         self._drive(now)
 
-    def identify(self, fingerprint: Fingerprint | None, now: float) -> None:
-        """Take what the peer's ScopePeer says of its identity."""
-        self._named = fingerprint
-        self._set_parties()
+    def identify(self, fingerprint: Fingerprint | None, name: str, now: float) -> None:
+        """Take what the peer's ScopePeer, which is called `name`, says of its identity."""
+        self._named, self._name = fingerprint, name
+        self._set_parties(now)
         self._drive(now)
 
     def equip(self, now: float) -> None:
         """The tools have a maker of keys now."""
-        self._set_parties()
+        self._set_parties(now)
         self._drive(now)
 
-    def _set_parties(self) -> None:
+    def trust(self, fingerprint: Fingerprint, now: float) -> None:
+        """Take the operator's word for the peer's identity."""
+        self._told = fingerprint
+        self._drive(now)
+
+    def renew(self, now: float, *, is_same: bool) -> None:
+        """The maker's identity is another one now; `is_same`: only its certificate is."""
         maker = self._tools.maker
-        named, pinned = self._named, self._record.pinned
-        parties = None
-        if named is None:
-            self._identity_failure = "its agent publishes no identity for post-quantum keys"
-        elif pinned is not None and pinned != named:
-            self._identity_failure = (
-                "its identity is another one than before: the key in use stays; remove and join the peer "
-                "anew if that is meant"
-            )
-        else:
-            self._identity_failure = ""
-            if maker is not None:
-                own = maker.identity.public.fingerprint()
-                parties = Parties(self._mesh_uid, self._own, own, self._peer, named, maker.suite)
-        if parties != self._parties:
-            self._parties, self._theirs = parties, None
+        if is_same and maker is not None and self._is_reached:
+            self._say(Identity(maker.identity.public, maker.identity.certificate))
+        elif not is_same:
+            self._set_parties(now)
+            self._say_succession()
+            self._key_anew(now + AT_ONCE)  # not before the peer knows of it
+        self._drive(now)
+
+    def _set_parties(self, now: float) -> None:
+        record, maker = self._record, self._tools.maker
+        judgement = judge(
+            self._policy_of_trust,
+            name=self._name,
+            named=self._named,
+            pinned=record.pinned,
+            former=record.former,
+            is_told=record.is_told,
+        )
+        if judgement != self._judgement:
+            self._judgement, self._identity_failure = judgement, judgement.why
+        expected, parties = judgement.expected, None
+        if expected is not None and maker is not None:
+            own = maker.identity.public.fingerprint()
+            parties = Parties(self._mesh_uid, self._own, own, self._peer, expected, maker.suite)
+        if parties == self._parties:
+            return
+        self._parties = parties
+        if self._theirs is not None and self._theirs.fingerprint() != expected:
+            self._theirs = None
+        if self._theirs is None:
+            self._ask = _Repeat(now)
+        if self._step is _Step.OFFERED:
+            self._give_up(now)
+        if parties is not None:
+            before, self._keyed_with = self._keyed_with, expected
+            if before not in (None, expected):
+                self._key_anew(now)
+
+    @property
+    def _policy_of_trust(self) -> TrustPolicy:
+        maker = self._tools.maker
+        return maker.trust if maker is not None else FIRST_CONTACT
+
+    def _key_anew(self, at: float) -> None:
+        """One of the two identities is another one: so the key is to be, too."""
+        self._failures = 0
+        self._begin_at = at
+        self._is_wanted = not self.is_decapsulator
+        self._is_stale = self._record.active or self._step is not _Step.IDLE
+        self._ask = _Repeat(at)
 
     def _next_rotation(self, now: float) -> float:
         interval = self._policy.rotation_interval
@@ -330,9 +382,14 @@ class Pair:
         match message:
             case Who():
                 if self._tools.maker is not None:
-                    self._say(Identity(self._tools.maker.identity.public))
-            case Identity(keys):
-                self._take_identity(keys)
+                    identity = self._tools.maker.identity
+                    self._say(Identity(identity.public, identity.certificate))
+            case Identity(keys, certificate):
+                self._take_identity(keys, certificate, now)
+            case Whence(known):
+                self._take_whence(known, now)
+            case Succeeded(succession):
+                self._take_succession(succession, now)
             case Wanted(epoch, id_):
                 self._take_wanted(epoch, id_, now)
             case Offer():
@@ -349,12 +406,46 @@ class Pair:
                 assert_never(message)
         self._drive(now)
 
-    def _take_identity(self, keys: PublicIdentity) -> None:
-        if self._parties is None or self._theirs is not None:
+    def _take_identity(self, keys: PublicIdentity, certificate: bytes, now: float) -> None:
+        maker = self._tools.maker
+        if self._parties is None or self._theirs is not None or maker is None:
             return
-        if keys.fingerprint() != self._parties.peer_fingerprint:
+        fingerprint, ca, name = self._parties.peer_fingerprint, maker.trust.ca, self._name
+        if keys.fingerprint() != fingerprint:
             raise ExchangeError("an identity with another fingerprint than the expected one")
+        if ca is not None and not is_certified(
+            certificate, by=ca, name=name, fingerprint=fingerprint, provider=maker.provider
+        ):
+            shown = "another certificate than one" if certificate else "no certificate"
+            self._identity_failure = f"it shows {shown} of this agent's CA for {name} and its identity"
+            self._ask.at = now + UNCERTIFIED_AGAIN
+            return
+        self._identity_failure = ""
         self._theirs = keys
+
+    def _take_whence(self, known: Fingerprint, now: float) -> None:
+        maker = self._tools.maker
+        if maker is None or now < self._statement_at:
+            return
+        self._statement_at = now + ANSWER_EVERY
+        for succession in maker.identity.successions:
+            if succession.old.fingerprint() == known:
+                self._say(Succeeded(succession))
+
+    def _take_succession(self, succession: Succession, now: float) -> None:
+        pinned, maker = self._record.pinned, self._tools.maker
+        if maker is None or pinned is None or now < self._statement_at:
+            return
+        if succession.old.fingerprint() != pinned:
+            return
+        self._statement_at = now + ANSWER_EVERY
+        if not is_signed_by_old(succession, maker.provider):
+            raise ExchangeError("a new identity that the old one did not sign")
+        self._pin(replace(self._record, pinned=succession.new, former=pinned), now)
+
+    def _pin(self, record: Record, now: float) -> None:
+        self._note(record)
+        self._set_parties(now)
 
     def _take_wanted(self, epoch: int, id_: bytes, now: float) -> None:
         if not self.is_decapsulator or self._step is not _Step.IDLE or self._record.active:
@@ -364,10 +455,13 @@ class Pair:
             self._builds_on_none = True
         if self._failures == 0:
             self._begin_at = min(self._begin_at, now)
+        elif self._is_distrusted:
+            self._is_distrusted = False  # whoever wants a key believes us now
+            self._begin_at = min(self._begin_at, now + AT_ONCE)
 
     def _take_offer(self, offer: Offer, now: float) -> None:
         parties, theirs, maker, header = self._parties, self._theirs, self._tools.maker, offer.header
-        if self.is_decapsulator or parties is None or theirs is None or maker is None:
+        if self.is_decapsulator or maker is None or (parties is not None and theirs is None):
             return
         digest = hashlib.sha3_256(encode(offer)).digest()
         if self._answered is not None and self._answered[0] == digest:
@@ -379,10 +473,17 @@ class Pair:
         if self._is_off:
             self._say(Refusal(RefusedFor.OFF, self._record.counter))
             return
+        if parties is None or theirs is None:
+            if self._named is None:
+                return  # the registry will tell
+            self._say(Refusal(RefusedFor.IDENTITY, self._record.counter))
+            return
         expected = parties.header(epoch=header.epoch, base=header.base, nonce=header.nonce)
         if header != expected:
             reason = RefusedFor.SUITE if header.suite != expected.suite else RefusedFor.IDENTITY
             self._say(Refusal(reason, self._record.counter))
+            if reason is RefusedFor.IDENTITY:
+                self._say_succession()
             return
         if header.epoch <= self._record.counter:
             self._say(Refusal(RefusedFor.EPOCH, self._record.counter))
@@ -438,6 +539,8 @@ class Pair:
             case RefusedFor.SUITE:
                 self._fail("the peer is set to another suite of post-quantum keys", now)
             case RefusedFor.IDENTITY:
+                self._say_succession()
+                self._is_distrusted = True
                 self._fail("the peer expects another identity of ours, or of itself", now)
             case _:
                 assert_never(reason)
@@ -556,7 +659,7 @@ class Pair:
         self._set_at, self._is_fresh = None, False
         self._failure, self._failures, self._builds_on_none = "", 0, False
         self._step, self._offered = _Step.IDLE, None
-        self._begin_at = self._next_rotation(now)
+        self._begin_at = now if self._is_stale else self._next_rotation(now)
         self._confirm, self._confirm_tries = _Repeat(now), 0
 
     def _revert(self, why: str, now: float, *, tell: bool) -> None:
@@ -587,6 +690,9 @@ class Pair:
     def _drive(self, now: float) -> None:
         self._foreign = [at for at in self._foreign if now < at + FOREIGN_WINDOW]
         if self._pending is None or self._pending[1] is None:
+            if self._told is not None:
+                told, self._told = self._told, None
+                self._pin(replace(self._record, pinned=told, former=None, is_told=True), now)
             self._decide(now)
         if self._pending is not None and self._writing is None and now >= self._write_at:
             self._writing = self._pending[0]
@@ -599,13 +705,12 @@ class Pair:
             self._lead(now)
         if not self._is_reached:
             return
-        if (
-            self._parties is not None
-            and self._theirs is None
-            and self._policy.mode is not PostQuantumMode.OFF
-        ):
+        if self._needs_identity:
             if self._ask.due(now):
                 self._say(Who())
+        elif self._needs_succession:
+            if self._ask.due(now) and self._record.pinned is not None:
+                self._say(Whence(self._record.pinned))
         elif self._wants_offer() and self._ask.due(now):
             current = self._record.current
             self._say(Wanted(current.epoch, current.id) if current is not None else Wanted(0, NO_ID))
@@ -666,7 +771,11 @@ class Pair:
         base = None if self._builds_on_none else self._record.current
 
         def offer(now: float) -> None:
+            if parties != self._parties:
+                self._give_up(now)
+                return
             self._offered_base = base
+            self._is_stale = False
             self._offered = make_offer(parties, maker, epoch=epoch, base=base)
             self._enter(_Step.OFFERED, now, within=ATTEMPT)
 
@@ -729,6 +838,16 @@ class Pair:
         return self._parties is not None and self._theirs is None and not self._is_off
 
     @property
+    def _needs_succession(self) -> bool:
+        return self._judgement.is_changed and not self._is_off
+
+    @property
+    def _trust(self) -> IdentityTrust | None:
+        """By what the peer's identity is believed; what a CA certified is not before it was shown."""
+        by = self._judgement.by
+        return None if by is IdentityTrust.CA and self._theirs is None else by
+
+    @property
     def _is_withheld(self) -> bool:
         return self._policy.mode is PostQuantumMode.REQUIRED and self._record.current is None
 
@@ -778,6 +897,9 @@ class Pair:
             confirmed=record.confirmed,
             failure="" if self._is_off else self._identity_failure or self._failure,
             conflict=conflict,
+            trust=None if self._is_off else self._trust,
+            named=self._named,
+            pinned=record.pinned,
         )
 
     def wants_look(self, now: float) -> bool:
@@ -803,12 +925,7 @@ class Pair:
         if now < self._look_until:
             times.append(self._look_until)
         if self._is_reached:
-            asks = (
-                self._parties is not None
-                and self._theirs is None
-                and self._policy.mode is not PostQuantumMode.OFF
-            )
-            if asks or self._wants_offer():
+            if self._needs_identity or self._needs_succession or self._wants_offer():
                 times.append(self._ask.at)
             if self._confirm is not None:
                 times.append(self._confirm.at)
@@ -847,6 +964,11 @@ class Pair:
 
     def _say(self, message: PskMessage) -> None:
         self._out.append(Say(encode(message)))
+
+    def _say_succession(self) -> None:
+        maker = self._tools.maker
+        if maker is not None and maker.identity.successions and self._is_reached:
+            self._say(Succeeded(maker.identity.successions[-1]))
 
     def _say_of(self, what: What, keys: Keys) -> None:
         self._say(control(what, keys, by_decapsulator=self.is_decapsulator))

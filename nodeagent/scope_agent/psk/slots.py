@@ -29,7 +29,9 @@ class Keys:
 class Record:
     """One pair's keys. `active` only where there is a `next`."""
 
-    pinned: Fingerprint | None = None  # of the peer's identity, from the first agreed key on
+    pinned: Fingerprint | None = None  # of the peer's identity, from the first agreed key on, or as told
+    former: Fingerprint | None = None  # the one that it followed, by what that signed
+    is_told: bool = False  # the operator told this agent `pinned`, or one that it followed
     counter: int = 0  # the highest epoch that was ever offered or taken
     current: Keys | None = None
     next: Keys | None = None

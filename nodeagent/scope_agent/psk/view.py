@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scope.model import Secret
+from scope.model import Fingerprint, IdentityTrust, Secret
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,3 +19,6 @@ class PskPair:
     confirmed: float = 0.0  # wall clock
     failure: str = ""
     conflict: bool = False  # another program replaces the key again and again
+    trust: IdentityTrust | None = None  # by what the peer's identity is believed; None: it is not
+    named: Fingerprint | None = None  # of the peer's identity, as its ScopePeer has it
+    pinned: Fingerprint | None = None  # the one that is kept for it
