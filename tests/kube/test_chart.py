@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -141,6 +142,7 @@ def test_the_plain_manifests_are_what_the_chart_makes() -> None:
         ({"mesh": MESH, "registry": {"url": "https://registry.example.net"}}, "set mesh there"),
         ({"mesh": MESH, "operator": {"enabled": False}}, "enable the operator"),
         ({"gateway": {"tls": {"source": "CertManager"}}}, "gateway.tls.issuer.name"),
+        ({"gateway": {"service": {"type": "NodePort"}}}, "gateway.service.nodePorts"),
     ],
     ids=lambda part: part if isinstance(part, str) else None,
 )
@@ -182,6 +184,7 @@ def test_monitors_choose_what_the_chart_installs(helm: Helm) -> None:
 
 # --- what the API server says -------------------------------------------------------------------------------
 
+NODE_PORTS = {"gateway": 30443, "reflector1": 30478, "reflector2": 30479}
 VARIANTS: dict[str, dict[str, object]] = {
     "as it is": {},
     "everything": {
@@ -190,7 +193,7 @@ VARIANTS: dict[str, dict[str, object]] = {
         "imagePullSecrets": [{"name": "pull"}],
         "gateway": {
             "advertise": ["scope.example.net"],
-            "service": {"type": "NodePort", "nodePorts": {"gateway": 30443}},
+            "service": {"type": "NodePort", "nodePorts": NODE_PORTS},
             "tls": {"source": "Secret", "secretName": "own"},
         },
         "operator": {"affinity": {"nodeAffinity": {}}, "podLabels": {"team": "net"}},
@@ -231,6 +234,35 @@ def test_a_joining_cluster_gets_no_gateway_and_no_rights_for_its_agents(helm: He
     ]
     agent = pod_of(only(documents, "DaemonSet", "scope-agent"))
     assert "--gateway=/var/run/secrets/scope-gateway" in agent["containers"][0]["args"]
+
+
+def test_behind_node_ports_the_reflector_listens_on_the_numbers_that_peers_are_told(helm: Helm) -> None:
+    documents = rendered(helm, VARIANTS["everything"])
+    [container] = pod_of(only(documents, "Deployment", "scope-operator"))["containers"]
+    assert "--reflector-ports=30478,30479" in container["args"]
+    listening = {port["name"]: port["containerPort"] for port in container["ports"]}
+    service = only(documents, "Service", "scope-gateway")["spec"]
+    for port in service["ports"]:
+        if port["name"] != "gateway":
+            assert port["port"] == port["nodePort"] == listening[port["targetPort"]]
+    assert service["externalTrafficPolicy"] == "Local"
+
+
+def test_a_cluster_that_is_too_old_is_refused(helm: Helm) -> None:
+    with pytest.raises(KubeLabError, match=r"requires kubeVersion: >=1\.32\.0-0"):
+        helm("template", "scope", str(chart.CHART), "--kube-version=1.31.9")
+
+
+def test_the_chart_installs_the_version_that_this_tree_is(helm: Helm) -> None:
+    project = tomllib.loads((chart.ROOT / "pyproject.toml").read_text())["project"]
+    about = yaml.safe_load(helm("show", "chart", str(chart.CHART)))
+    assert about["appVersion"] == project["version"]
+
+
+def test_a_budget_for_disruptions_is_for_several_replicas(helm: Helm) -> None:
+    kinds = {each["kind"] for each in rendered(helm, {"operator": {"replicas": 1}})}
+    assert "PodDisruptionBudget" not in kinds
+    assert "PodDisruptionBudget" in {each["kind"] for each in rendered(helm, {})}
 
 
 def test_low_ports_are_a_capability_of_their_own(helm: Helm) -> None:

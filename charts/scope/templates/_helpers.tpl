@@ -37,6 +37,21 @@ app.kubernetes.io/name: {{ . }}
 {{ if and .Values.operator.enabled .Values.gateway.enabled (not .Values.registry.url) }}true{{ end }}
 {{- end }}
 
+{{/*
+The UDP ports of the reflectors, with a comma. Peers are told the ports that the operator listens on, so behind node
+ports it listens on the same numbers.
+*/}}
+{{- define "scope.reflectorPorts" -}}
+{{- $service := .Values.gateway.service -}}
+{{- if ne $service.type "NodePort" -}}
+7478,7479
+{{- else if and $service.nodePorts.reflector1 $service.nodePorts.reflector2 -}}
+{{ $service.nodePorts.reflector1 }},{{ $service.nodePorts.reflector2 }}
+{{- else -}}
+{{- fail "gateway.service.nodePorts: choose reflector1 and reflector2, since peers are told these ports before they connect" -}}
+{{- end -}}
+{{- end }}
+
 {{/* Whether this cluster's API server is the registry, whose ScopePeers its agents write. */}}
 {{- define "scope.agentsWriteHere" -}}
 {{ if and .Values.agent.enabled (not .Values.registry.url) }}true{{ end }}
