@@ -75,7 +75,7 @@ def _perform(options: argparse.Namespace) -> int:
                 story.perform()
         finally:
             if story.watch.pairs:
-                summary.write(options.output, story.watch)
+                summary.write(options.output, story.as_full or summary.document(story.watch))
             if options.logs is not None:
                 _save_logs(lab, options.logs)
         _sum_up(out, story, options.output)

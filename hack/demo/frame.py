@@ -32,6 +32,7 @@ class Show(Enum):
     IMPOSSIBLE = "impossible"
     DIRECT = "direct"
     RELAYED = "relayed"
+    ROUTED = "routed"
     LOST = "lost"
 
 
@@ -87,6 +88,7 @@ class Tally:
     relayed: int = 0
     relayable: int = 0  # not direct, but through a hub
     impossible: int = 0
+    routed: int = 0  # by the hubs of a tree
     ipv6: int = 0
     direct_s: Spread | None = None
     first_ping_s: Spread | None = None
@@ -110,7 +112,7 @@ def rows_of(watch: Watch) -> tuple[Row, ...]:
     return tuple(
         Row(
             source.name,
-            place_text(source.machine),
+            place_text(source.machine, hub=hub_of(source, watch)),
             tuple(_cell(source, target, watch, now) for target in watch.members),
         )
         for source in watch.members
@@ -123,23 +125,27 @@ def tally_of(watch: Watch) -> Tally:
     both = [(way, ways[b, a]) for (a, b), way in ways.items() if a < b and (b, a) in ways]
     settled = [pair for pair in both if all(way.is_at_best and way.is_pinged for way in pair)]
     direct = [pair for pair in settled if all(way.is_direct for way in pair)]
+    routed = [pair for pair in settled if any(way.is_routed for way in pair)]
     possible = [there for there, _ in both if there.obstacle is None]
     relayable = [there for there, _ in both if there.obstacle is not None and there.is_possible]
     return Tally(
         direct=len(direct),
         possible=len(possible),
-        relayed=len(settled) - len(direct),
+        relayed=len(settled) - len(direct) - len(routed),
         relayable=len(relayable),
         impossible=len(both) - len(possible) - len(relayable),
+        routed=len(routed),
         ipv6=sum(there.reach is not None and there.reach.family == "IPv6" for there, _ in direct),
         direct_s=Spread.of([s for way in ways.values() if (s := way.direct_s) is not None]),
         first_ping_s=Spread.of([s for way in ways.values() if (s := way.first_ping_s) is not None]),
     )
 
 
-def place_text(machine: Machine) -> str:
-    """Where a machine is, and behind what."""
+def place_text(machine: Machine, *, hub: str = "") -> str:
+    """Where a machine is, and behind what or, in a tree, attached to which hub."""
     site = machine.site
+    if hub:
+        return f"{site.name}, attached to {hub}"
     also = " + IPv6" if site.place.ipv6 and site.plan.public_ipv4 is not None else ""
     return f"{site.name}, {site.nat.value.replace('none', 'no NAT')}{also}"
 
@@ -154,11 +160,20 @@ def _cell(source: Member, target: Member, watch: Watch, now: float) -> Cell:
         if pair.flow.last is not None and now - pair.flow.last > _QUIET_S:
             return Cell(Show.LOST)
         fresh = pair.flow.first is not None and now - pair.flow.first < _FRESH_S
-        show = Show.DIRECT if pair.is_direct else Show.RELAYED
+        show = Show.DIRECT if pair.is_direct else Show.ROUTED if pair.is_routed else Show.RELAYED
         return Cell(show, pair.reach.family, pair.rtt_ms, fresh)
     if not pair.is_possible and not pair.is_direct:
         return Cell(Show.IMPOSSIBLE)
     return Cell(Show.LOST if _was_direct(pair) else Show.SEARCHING)
+
+
+def hub_of(member: Member, watch: Watch) -> str:
+    """The machine that an edge of a tree is attached to, and by which it reaches others; "" for no edge."""
+    status = watch.statuses.get(member.name)
+    if status is None or not any(reach.is_routed for reach in status.peers.values()):
+        return ""
+    machines = {said.peer: name for name, said in watch.statuses.items()}
+    return machines.get(status.hub, "")
 
 
 def _was_direct(pair: PairRecord) -> bool:

@@ -28,8 +28,7 @@ class Kubernetes:
 
     def serve(self, lab: Lab) -> None:
         self._cluster = Cluster(lab.server("cluster"))
-        hubs = {"names": [f"{MESH}.{CLUSTER}.{name}" for name in HUBS]}
-        self._cluster.apply(mesh_document(MESH, hubs=hubs))
+        self.reshape("Full")
         self._token = self._cluster.token(MESH)
 
     def join(self, machine: Machine, *, arguments: Sequence[str]) -> Member:
@@ -42,6 +41,10 @@ class Kubernetes:
 
     def leave(self, member: Member) -> None:
         self._cluster.remove_node(member)
+
+    def reshape(self, topology: str) -> None:
+        hubs = {"names": [f"{MESH}.{CLUSTER}.{name}" for name in HUBS]}
+        self._cluster.apply(mesh_document(MESH, hubs=hubs, topology=topology))
 
     def tour(self) -> Sequence[str]:
         kubectl = f"{kubernetes_program('kubectl')} --kubeconfig={self._cluster.kubeconfig}"

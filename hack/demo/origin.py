@@ -34,6 +34,9 @@ class Origin(Protocol):
     def leave(self, member: Member) -> None:
         """Make a member none."""
 
+    def reshape(self, topology: str) -> None:
+        """Apply the mesh with this topology, `Full` or `Tree`."""
+
     def tour(self) -> Sequence[str]:
         """Commands that show what is kept, where `enter HOST COMMAND` runs one in a host."""
 
@@ -49,8 +52,7 @@ class Embedded:
 
     def serve(self, lab: Lab) -> None:
         self._registry = Registry(lab.server("registry"))
-        hubs = {"names": [f"{MESH}.external.{name}" for name in HUBS]}
-        self._registry.apply(mesh_document(MESH, hubs=hubs))
+        self.reshape("Full")
         self._token = self._registry.token(MESH)
 
     def join(self, machine: Machine, *, arguments: Sequence[str]) -> Member:
@@ -60,6 +62,10 @@ class Embedded:
 
     def leave(self, member: Member) -> None:
         member.leave()
+
+    def reshape(self, topology: str) -> None:
+        hubs = {"names": [f"{MESH}.external.{name}" for name in HUBS]}
+        self._registry.apply(mesh_document(MESH, hubs=hubs, topology=topology))
 
     def tour(self) -> Sequence[str]:
         return ("enter registry scopectl get peers         # what the registry holds",)

@@ -17,7 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from demo.frame import Cell, Event, Frame, Mood, Row, Show
+from demo.frame import Cell, Event, Frame, Mood, Row, Show, Tally
 
 # What eleven machines need; on a smaller terminal lines tell the same.
 MIN_WIDTH, MIN_HEIGHT = 100, 28
@@ -28,6 +28,7 @@ _SEARCHING = ("·  ", "·· ", "···", " ··", "  ·", "   ")
 MOOD_STYLES = {Mood.PLAIN: "default", Mood.GOOD: "green", Mood.BAD: "bold red"}
 _SUPERSCRIPT = {"IPv4": "⁴", "IPv6": "⁶"}
 _RELAYED_STYLE, _RELAYED_MARK = "magenta", "ʰ"
+_ROUTED_STYLE, _ROUTED_MARK = "yellow", "ʳ"
 _FAMILY_STYLE = {"IPv4": "cyan", "IPv6": "green"}
 
 
@@ -138,15 +139,18 @@ def _drawn(cell: Cell, now: float) -> Text:
             return Text("—", style="bright_black")
         case Show.LOST:
             return Text("lost", style="bold red")
-        case Show.DIRECT | Show.RELAYED:
+        case Show.DIRECT:
             family = cell.family or ""
-            is_direct = cell.show is Show.DIRECT
-            style = _FAMILY_STYLE.get(family, "default") if is_direct else _RELAYED_STYLE
-            mark = _SUPERSCRIPT.get(family, " ") if is_direct else _RELAYED_MARK
-            return Text(
-                f"{rtt_text(cell.rtt_ms)}{mark}", style=style + (" bold reverse" if cell.fresh else "")
-            )
+            return _rtt(cell, _SUPERSCRIPT.get(family, " "), style=_FAMILY_STYLE.get(family, "default"))
+        case Show.RELAYED:
+            return _rtt(cell, _RELAYED_MARK, style=_RELAYED_STYLE)
+        case Show.ROUTED:
+            return _rtt(cell, _ROUTED_MARK, style=_ROUTED_STYLE)
     assert_never(cell.show)
+
+
+def _rtt(cell: Cell, mark: str, *, style: str) -> Text:
+    return Text(f"{rtt_text(cell.rtt_ms)}{mark}", style=style + (" bold reverse" if cell.fresh else ""))
 
 
 def rtt_text(rtt_ms: float | None) -> str:
@@ -199,6 +203,19 @@ class _Bottom:
 
 def _tally(frame: Frame) -> RenderableType:
     tally = frame.tally
+    lines: list[RenderableType] = _tree_lines(tally) if tally.routed else _full_lines(tally)
+    lines.append(Text("numbers: round trip in ms", style="bright_black"))
+    return Panel(Group(*lines), title="pairs", title_align="left", border_style="bright_black")
+
+
+def _tree_lines(tally: Tally) -> list[RenderableType]:
+    return [
+        Text.assemble("routed by hubs  ", (f"{tally.routed}{_ROUTED_MARK}", f"bold {_ROUTED_STYLE}")),
+        Text(f"linked with each other  {tally.direct + tally.relayed}"),
+    ]
+
+
+def _full_lines(tally: Tally) -> list[RenderableType]:
     lines: list[RenderableType] = [
         Text.assemble("direct and pinged  ", (f"{tally.direct} of {tally.possible}", "bold")),
         # A bar alone ends no line.
@@ -217,8 +234,7 @@ def _tally(frame: Frame) -> RenderableType:
     for name, spread in (("path found", tally.direct_s), ("first ping", tally.first_ping_s)):
         if spread is not None:
             lines.append(Text(f"{name}  {spread.median:.2f} s, slowest {spread.largest:.2f} s"))
-    lines.append(Text("numbers: round trip in ms", style="bright_black"))
-    return Panel(Group(*lines), title="pairs", title_align="left", border_style="bright_black")
+    return lines
 
 
 def console() -> Console:

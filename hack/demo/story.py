@@ -13,17 +13,23 @@ from lab import Lab
 from meshlab import Flow, Member, PairRecord, Pinger, Watch, WatchError
 
 from demo.cast import HUBS, LEAVER, NEWCOMER, REBOOTS, ROAMER, ROAMS_TO, ROLES, SCENES, Role
-from demo.frame import Event, Frame, Mood, Spread, Tally, rows_of, tally_of
+from demo.frame import Event, Frame, Mood, Spread, Tally, hub_of, rows_of, tally_of
 from demo.origin import Origin
 from demo.screen import Screen
+from demo.summary import document
 
-STAGES = ("internet", "registry", "join", "hubs", "roam", "reboot", "leave", "newcomer", "done")
+STAGES = ("internet", "registry", "join", "hubs", "roam", "reboot", "leave", "newcomer", "tree", "done")
 # Far above what is seen, so that only what does not work at all runs into it; all of them together stay
 # below a minute and a half on an idle machine, because none of them is then reached.
 ALL_JOINED_S = 90.0  # ten programs' imports are as many seconds of the processor
 HEALED_S = 25.0
 # How long a hub's agent stays dead: every relayed pair pings once a second, and some knock.
 DEAD_S = 4.0
+# While the topology changes, pairs of edges ping each other so often, and none is to be silent for longer
+# than is promised. A machine that does ten other things adds to that, so it is told, and fails nothing.
+TREE_PING_S, PROMISED_S = 0.2, 3.0
+RESHAPED_S = 60.0
+SETTLED_S = 1.0  # what a change does to a pair shows within that
 # To be seen by a person before the next thing happens.
 PAUSE_S = 2.0
 UNDER_WAY_S = 1.0  # an answer may take so long
@@ -53,6 +59,7 @@ class Story:
         self._options = ("--verbose",) if verbose else ()
         self.watch = Watch([], pinger, has_hubs=True)
         self.failures: list[str] = []
+        self.as_full: dict[str, object] | None = None  # the file, of the mesh before it became a tree
 
     def perform(self) -> None:
         """All stages. LabError when a program does not even start or dies."""
@@ -66,6 +73,7 @@ class Story:
                 self._reboot,
                 self._leave,
                 self._join_late,
+                self._grow_tree,
             )
         ):
             self._stage = number
@@ -209,6 +217,45 @@ class Story:
             Mood.GOOD,
         )
         self._pause()
+
+    def _grow_tree(self) -> None:
+        self.as_full = document(self.watch)
+        edges = [member for member in self.watch.members if member.name not in HUBS]
+        pairs = [p for p in self.watch.pairs.values() if p.source in edges and p.target in edges]
+        is_tree = lambda: all(pair.is_routed for pair in pairs) and self.watch.is_complete()  # noqa: E731
+        is_full = lambda: not any(p.is_routed for p in pairs) and self.watch.is_complete()  # noqa: E731
+        if self._reshape("Tree", pairs, is_tree):
+            attached = {hub: [edge.name for edge in edges if hub_of(edge, self.watch) == hub] for hub in HUBS}
+            named = "; ".join(f"to {hub} {', '.join(names) or 'nobody'}" for hub, names in attached.items())
+            self._tell(f"edges are attached {named}, and go by these hubs to each other", Mood.GOOD)
+            self._pause()
+        self._reshape("Full", pairs, is_full)
+
+    def _reshape(self, topology: str, pairs: list[PairRecord], done: Callable[[], bool]) -> bool:
+        """Apply another topology while these pairs ping; whether it became true in time."""
+        pinging = [pair for pair in pairs if pair.source.name < pair.target.name]  # a ping goes both ways
+        self.watch.mark(pinging)
+        self.watch.pace(pinging, TREE_PING_S)
+        if not self._until(lambda: all(pair.is_pinged for pair in pinging), within_s=HEALED_S):
+            return False
+        self._tell(f"the mesh is to be {topology}, while {len(pinging)} pairs of edges ping each other")
+        self._origin.reshape(topology)
+        applied = time.monotonic()
+        if not self._until(done, within_s=RESHAPED_S):
+            return False
+        took = time.monotonic() - applied
+        self._wait(SETTLED_S)
+        now = time.monotonic()
+        flows = [pair.flow for pair in pinging if pair.flow is not None]
+        silent_s = max((flow.silent_s(now) for flow in flows), default=0.0)
+        self.watch.pace(pinging)
+        self._tell(
+            f"it is {topology} {took:.1f} s after that was applied; {self._lost(flows)} of "
+            f"{sum(flow.sent for flow in flows)} pings are lost, no pair is silent for longer than "
+            f"{silent_s:.1f} s",
+            Mood.GOOD if silent_s <= PROMISED_S else Mood.BAD,
+        )
+        return True
 
     def _carried(self, hub: str, pairs: Iterable[PairRecord]) -> list[PairRecord]:
         """Those of the pairs that talk through a hub."""

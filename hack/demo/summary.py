@@ -22,10 +22,10 @@ def document(watch: Watch) -> dict[str, object]:
     }
 
 
-def write(path: Path, watch: Watch) -> None:
+def write(path: Path, pairs: dict[str, object]) -> None:
     """Replace the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document(watch), indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(pairs, indent=1, ensure_ascii=False) + "\n")
 
 
 def obstacles(watch: Watch, *, relayed: bool) -> dict[str, list[str]]:

@@ -28,7 +28,7 @@ class Reach:
 
     peer: str
     address: str | None  # IPv4, inside the mesh
-    path: str  # Direct, Relayed, None
+    path: str  # Direct, Relayed, Routed, None
     family: str | None
     endpoint: str | None
     rtt_ms: float | None
@@ -37,7 +37,7 @@ class Reach:
     rx: int
     tx: int
     reason: str
-    hub: str  # name of the ScopePeer that relays, else empty
+    hub: str  # name of the ScopePeer that relays or routes, else empty
     birthday: bool = False  # direct by a port of a symmetric NAT that was guessed
     carried: bool = False  # over TCP between the hub and one of the two
 
@@ -48,6 +48,10 @@ class Reach:
     @property
     def is_relayed(self) -> bool:
         return self.path == "Relayed"
+
+    @property
+    def is_routed(self) -> bool:
+        return self.path == "Routed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,7 @@ class Status:
     connected: bool
     device: str
     drift: int
+    hub: str  # of an edge of a tree: name of the ScopePeer that it is attached to, else empty
     peers: Mapping[str, Reach]
     birthday: Mapping[str, object]  # what guessing ports took so far; empty where the mesh does not allow it
 
@@ -75,6 +80,7 @@ class Status:
             connected=bool(_Json(said.mapping("registry")).get("connected")),
             device=_Json(said.mapping("device")).text("kind") or "",
             drift=int(_Json(said.mapping("device")).number("drift") or 0),
+            hub=said.text("hub") or "",
             peers={reach.peer: reach for reach in peers},
             birthday=said.mapping("birthday"),
         )

@@ -38,12 +38,18 @@ class Flow:
     address: str
     since: float
     next_at: float
+    every_s: float | None = None  # once answered; None: at the pinger's own pace
     sent: int = 0
     answered: int = 0
     first: float | None = None  # arrival of the first answer to a ping sent after `since`
     last: float | None = None
     rtt_ms: float | None = None
+    gap_s: float = 0.0  # the longest between two answers to pings sent after `since`
     stopped: bool = False
+
+    def silent_s(self, now: float) -> float:
+        """The longest time without an answer since the first one, up to now."""
+        return 0.0 if self.first is None or self.last is None else max(self.gap_s, now - self.last)
 
 
 class Pinger:
@@ -79,8 +85,13 @@ class Pinger:
         with self._lock:
             flow.since = flow.next_at = time.monotonic()
             flow.sent = flow.answered = 0
-            flow.first = None
+            flow.first, flow.gap_s = None, 0.0
             heapq.heappush(self._due, (flow.next_at, flow.number))
+
+    def pace(self, flow: Flow, every_s: float | None) -> None:
+        """Send so often once answered, from the next ping on; None: at the pinger's own pace."""
+        with self._lock:
+            flow.every_s = every_s
 
     def stop(self, flow: Flow) -> None:
         """Send no more."""
@@ -122,7 +133,7 @@ class Pinger:
         if flow.stopped or at != flow.next_at:  # a restart has made another time the due one
             return
         eager = flow.first is None and now - flow.since < self._patience_s
-        flow.next_at = now + (self._eager_s if eager else self._calm_s)
+        flow.next_at = now + (self._eager_s if eager else flow.every_s or self._calm_s)
         heapq.heappush(self._due, (flow.next_at, number))
         flow.sent += 1
         body = _PAYLOAD.pack(number, time.monotonic())
@@ -151,6 +162,8 @@ class Pinger:
             if flow is None or sent < flow.since:
                 return
             flow.answered += 1
+            if flow.first is not None and flow.last is not None:
+                flow.gap_s = max(flow.gap_s, arrived - flow.last)
             flow.first = flow.first or arrived
             flow.last, flow.rtt_ms = arrived, (arrived - sent) * 1e3
 

@@ -59,9 +59,14 @@ class PairRecord:
         return self.reach is not None and self.reach.is_relayed
 
     @property
+    def is_routed(self) -> bool:
+        """Whether hubs of a tree lead from one to the other."""
+        return self.reach is not None and self.reach.is_routed
+
+    @property
     def is_at_best(self) -> bool:
-        """Whether the path is direct, or relayed where it cannot be direct."""
-        return self.is_direct or (self.is_relayed and self.obstacle is not None)
+        """Whether the path is direct, or relayed where it cannot be direct; in a tree also routed."""
+        return self.is_direct or self.is_routed or (self.is_relayed and self.obstacle is not None)
 
     @property
     def is_pinged(self) -> bool:
@@ -99,7 +104,7 @@ class PairRecord:
         handshake = "never" if reach.handshake_s is None else f"{reach.handshake_s:g} s ago"
         pinged = "pinged" if self.is_pinged else "not pinged"
         return (
-            f"{name}: {reach.path} {reach.endpoint or reach.reason}, {pinged}, "
+            f"{name}: {reach.path} {reach.endpoint or reach.reason or reach.hub}, {pinged}, "
             f"last handshake {handshake}, {reach.rx} bytes in and {reach.tx} out"
         )
 
@@ -156,6 +161,12 @@ class Watch:
             if pair.flow is not None and self._pinger is not None:
                 self._pinger.restart(pair.flow)
         return now
+
+    def pace(self, pairs: Iterable[PairRecord], every_s: float | None = None) -> None:
+        """Ping these pairs so often; None: as ever."""
+        for pair in pairs:
+            if pair.flow is not None and self._pinger is not None:
+                self._pinger.pace(pair.flow, every_s)
 
     def of(self, *members: Member) -> list[PairRecord]:
         """The pairs that have one of these members on either side."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 
@@ -9,8 +10,8 @@ import pytest
 
 from tests.demo_fixture import Demo
 
-pytestmark = pytest.mark.timeout(240)
-DEMO_S = 200.0  # half of it is what it takes on a machine that does nothing else
+pytestmark = pytest.mark.timeout(400)
+DEMO_S = 300.0  # a fifth of it is what it takes on a machine that does nothing else
 
 
 def test_the_demo_shows_every_pair_direct_or_relayed_and_says_why_not_direct(tmp_path: Path) -> None:
@@ -26,6 +27,12 @@ def test_the_demo_shows_every_pair_direct_or_relayed_and_says_why_not_direct(tmp
         else:
             assert all(pair[key] >= 0.0 for key in ("rtt_ms", "first_ping_s"))
             assert pair["reason"]
+    for changed in (
+        r"edges are attached to hub \w.*; to web \w",
+        r"it is Tree \d.* pings",
+        r"it is Full \d.* pings",
+    ):
+        assert re.search(changed, demo.said), demo.said
     demo.assert_nothing_is_left()
 
 
