@@ -34,6 +34,27 @@ def _current(member: Member) -> dict[str, Any]:
     return current
 
 
+def _await(member: Member, command: list[str], expected: str) -> str:
+    """The first answer of the member's agent that holds what is expected."""
+    deadline = time.monotonic() + CONVERGED_S
+    while True:
+        answer = member.machine.run([program("scopectl"), *command], check=False)
+        if expected in answer.stdout:
+            return answer.stdout
+        assert time.monotonic() < deadline, answer
+        time.sleep(0.2)
+
+
+def _rotate_identity(member: Member, other: Member) -> str:
+    """Be another one by one command, and have the other follow; the new fingerprint."""
+    before = json.loads(_await(member, ["identity", "show", "-o", "json"], "fingerprint"))["fingerprint"]
+    said = member.machine.run([program("scopectl"), "identity", "rotate"]).stdout
+    fingerprint = said.split()[0]
+    assert len(fingerprint) == 64 and fingerprint != before
+    _await(other, ["identity", "show", "-o", "json"], f'"pinned": "{fingerprint}"')
+    return fingerprint
+
+
 def test_a_pair_that_requires_a_key_talks_once_a_handshake_has_proved_it() -> None:
     with Lab(delay_ms=10, private=PRIVATE) as lab, Pinger() as pinger:
         registry = Registry(lab.server("registry"))
@@ -65,10 +86,19 @@ def test_a_pair_that_requires_a_key_talks_once_a_handshake_has_proved_it() -> No
             assert not re.search(r"Secret\((?!\.\.\.)", log)
         said = members[0].machine.run([program("scopectl"), "rotate", "--all"]).stdout
         assert "new keys with 1 peers" in said
+        fingerprint = _rotate_identity(*members)
+        members[0].kill()
+        (identity,) = [path for path in _files(members[0]) if path.name == "identity.json"]
+        assert identity.stat().st_mode & 0o777 == 0o600
+        identity.chmod(0o644)
+        members[0].run_again()
+        with Watch(members, pinger) as watch:  # with the key in use: it makes no other one
+            watch.until(watch.is_complete, within_s=CONVERGED_S, missing=watch.describe_unfinished)
+        _await(members[0], ["status"], "identity.json can be read by others: chmod 600")
+        identity.chmod(0o600)
         members[0].kill()
         members[0].run_again()
-        with Watch(members, pinger) as watch:
-            watch.until(watch.is_complete, within_s=CONVERGED_S, missing=watch.describe_unfinished)
+        _await(members[0], ["identity", "show"], fingerprint)
         for member in members:
             member.leave()
             assert not [path for path in _files(member) if path.suffix == ".json"]
