@@ -99,6 +99,7 @@ from scope_agent.paths.candidates import contains, public_addresses
 from scope_agent.paths.core import Call, Changes, Outgoing, Paths, PathsView, PeerReading
 from scope_agent.paths.route import Relay
 from scope_agent.relay.asking import Ask, Asking, Hub, Knock, Knocked, Offered, Standing
+from scope_agent.relay.counting import Counted
 from scope_agent.relay.serving import Serving
 from scope_agent.reporting import Reporting
 from scope_agent.status import DeviceStatus, candidates, identities, status
@@ -1031,7 +1032,7 @@ class Agent:
     def _answer(self, asked: CommandArrived, now: float) -> dict[str, object]:
         match asked.command:
             case "status":
-                return {"status": self.status(now)}
+                return {"status": self.status(now, asked.counted)}
             case "explain":
                 key = next((k for k, p in self._snapshot.peers.items() if p.meta.name == asked.peer), None)
                 if key is None:
@@ -1051,8 +1052,8 @@ class Agent:
                     "identity show, identity trust, identity rotate, identity certify"
                 )
 
-    def status(self, now: float) -> dict[str, object]:
-        """What `scopectl status` shows: plain JSON values."""
+    def status(self, now: float, counted: Counted | None = None) -> dict[str, object]:
+        """What `scopectl status` shows: plain JSON values. `counted`: what we relayed, where we are a hub."""
         return status(
             self._snapshot,
             self._paths.view(now),
@@ -1082,6 +1083,7 @@ class Agent:
             dropped=self._carrying.dropped + self._serving.dropped + self._keying.dropped,
             home=self._home_name(),
             birthday=self._paths.birthday_spent,
+            relayed=self._serving.relayed(counted),
             now=now,
         )
 

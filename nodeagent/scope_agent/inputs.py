@@ -27,6 +27,7 @@ from scope.registry.port import Fact
 from scope.relay import Grants
 from scope_agent.carrier.core import ApplyCarrier, CarrierSeen
 from scope_agent.relay.asking import HeldGrant
+from scope_agent.relay.counting import Counted
 from scope_agent.tree.rules import ForwardedPrefixes
 from scope_agent.wireguard.device import DesiredDevice, ObservedDevice, PlannedAction
 from scope_agent.wireguard.port_rules import PortRules
@@ -197,6 +198,7 @@ class CommandArrived:
     command: str
     peer: str = ""  # the name of the ScopePeer that it is about
     argument: str = ""  # what else it is given
+    counted: Counted | None = None  # of a hub that is asked for its status: what it relayed
 
 
 @dataclass(frozen=True, slots=True)

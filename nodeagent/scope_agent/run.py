@@ -90,6 +90,7 @@ if TYPE_CHECKING:
     from scope_agent.psk.identity import HybridIdentity, KeyMaker, TrustPolicy
     from scope_agent.psk.provider import Provider
     from scope_agent.psk.slots import Record
+    from scope_agent.relay.counting import Counted
     from scope_agent.relay.shell.hub import HubMachine, Outcome
     from scope_agent.tree.rules import ForwardedPrefixes
     from scope_agent.tree.shell.forwarding import TreeForwarding
@@ -100,6 +101,10 @@ READ_AGAIN_AFTER = 0.02  # seconds of handling inputs: what arrives meanwhile is
 TRAFFIC_INTERVAL = 0.25  # how soon the device's counters tell that someone uses the mesh
 HUB_CHECK = 2.0  # seconds: with the knocks that follow, relayed pairs are back within three
 HUB_CHECK_SHARE = 20.0  # a check that took t seconds is followed by t times this of not checking
+# A status says what was relayed some seconds ago: whoever asks all the time has it counted no more often, and
+# nobody waits for long for a machine whose rules are at work.
+COUNT_AGAIN = 5.0
+COUNT_PATIENCE = 1.0
 PORTS_CHECK = 2.0  # seconds: a path that needs the rules is back as soon
 NO_PORTS = range(0)
 CARRIER_CHECK = 0.25  # seconds: a carrier that died is back within two
@@ -228,6 +233,9 @@ class Runner:
         self._hub: HubMachine | None = None  # made when there is something to relay, or to undo
         self._forwarding: TreeForwarding | None = None  # made likewise
         self._hub_lock = asyncio.Lock()
+        self._counted: Counted | None = None  # what the hub relayed
+        self._counting: asyncio.Task[None] | None = None
+        self._count_again = 0.0
         self._ports_lock = asyncio.Lock()
         self._carrier: CarrierMachine | None = None  # made when there is something to carry, or to undo
         self._carrier_lock = asyncio.Lock()
@@ -393,7 +401,7 @@ class Runner:
             case _:
                 assert_never(output)
 
-    def _spawn(self, work: Awaitable[None]) -> None:
+    def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
         async def guarded() -> None:
             try:
                 await work
@@ -403,6 +411,7 @@ class Runner:
         task = asyncio.ensure_future(guarded())
         self._tasks.add(task)
         task.add_done_callback(self._done)
+        return task
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -592,6 +601,24 @@ class Runner:
             if outcome is not None:
                 log.warning("relay.changed forwarding=%s reason=%s", outcome.forwarding, outcome.reason)
                 self._post(_relaying(outcome, answers=False))
+
+    async def _count(self) -> Counted | None:
+        """What we relay for others, as it was counted a little while ago; None where it was not."""
+        if self._hub is None:
+            return None
+        if self._counting is None and time.monotonic() >= self._count_again:
+            self._counting = self._spawn(self._count_now(self._hub))
+        if self._counting is not None:
+            await asyncio.wait([self._counting], timeout=COUNT_PATIENCE)
+        return self._counted
+
+    async def _count_now(self, hub: HubMachine) -> None:
+        async with self._hub_lock:
+            started = time.monotonic()
+            self._counted = await asyncio.to_thread(hub.counters)
+        now = time.monotonic()
+        self._count_again = now + max(COUNT_AGAIN, HUB_CHECK_SHARE * (now - started))
+        self._counting = None
 
     def _check_hub(self, hub: HubMachine) -> Outcome | None:
         if self._forwarding is not None:
@@ -834,11 +861,12 @@ class Runner:
                 return {"ok": True}
         except (ValueError, KeyError, TypeError, ConfigError):
             return {"ok": False, "error": 'one JSON object a line: {"command": "status"}'}
+        counted = await self._count() if command == "status" else None
         self._commands += 1
         future: asyncio.Future[dict[str, object]] = asyncio.get_running_loop().create_future()
         self._replies[self._commands] = future
         peer, argument = (str(request.get(name, "")) for name in ("peer", "argument"))
-        self._post(CommandArrived(self._commands, str(command), peer, argument))
+        self._post(CommandArrived(self._commands, str(command), peer, argument, counted))
         return await future
 
 

@@ -13,6 +13,7 @@ from scope_agent.paths.birthday import Spent
 from scope_agent.paths.core import PathsView
 from scope_agent.paths.explaining import Attempt
 from scope_agent.psk.view import PskPair
+from scope_agent.relay.counting import Relayed
 from scope_agent.wireguard.device import ObservedDevice
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def status(
     dropped: int,
     home: str,
     birthday: Spent | None = None,
+    relayed: Relayed | None = None,
     now: float,
     wall: float,
 ) -> dict[str, object]:
@@ -79,6 +81,7 @@ def status(
         ],
         "dropped": dropped,
         "birthday": asdict(birthday) if birthday is not None else None,
+        "relayed": _relayed_status(relayed, snapshot) if relayed is not None else None,
         "conditions": [{"type": kind, "message": message} for kind, message in errors.items() if message],
     }
 
@@ -124,6 +127,29 @@ def identities(
             if (view := keyed.get(key, PskPair()))
         ],
     }
+
+
+def _relayed_status(relayed: Relayed, snapshot: Snapshot) -> dict[str, object]:
+    """What a hub relays for whom. Of members alone: whoever left has no grant any more."""
+    return {
+        "pairs": relayed.pairs,
+        **asdict(relayed.sent),
+        "error": relayed.error,
+        "busiest": [
+            {
+                "peers": [_name(key, snapshot) for key in pair.peers],
+                "sent": [asdict(sent) for sent in pair.sent],
+                "by": list(pair.by),
+                "capped": pair.is_capped,
+            }
+            for pair in relayed.busiest
+        ],
+    }
+
+
+def _name(key: PublicKey, snapshot: Snapshot) -> str:
+    peer = snapshot.peers.get(key)
+    return peer.meta.name if peer is not None else str(key)
 
 
 def _rounded(seconds: float | None) -> float | None:

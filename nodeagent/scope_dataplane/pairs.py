@@ -29,6 +29,7 @@ LEFT: Final = 25.0
 # A bucket holds what its rate brings in this time, so a limit lets short bursts through: WireGuard sends 64
 # kB at once where it can, and TCP inside grows by bursts.
 BURST_S: Final = 0.25
+CAPPED: Final = 60.0  # seconds for which a side counts as over its limit: a person looks meanwhile
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +54,7 @@ class End:
     passed_bytes: int = 0
     passed_packets: int = 0
     dropped_packets: int = 0  # granted, and yet not passed on
+    capped_at: float = float("-inf")  # when some of it was last over a limit
 
     @property
     def other(self) -> End:
@@ -173,6 +175,7 @@ class Pairs:
         """Whether so many bytes may pass now, which are then taken from what the pair and all may."""
         pair, total = end.pair.bucket, self._total
         if not (pair.has_room(now) and total.has_room(now)):
+            end.capped_at = now
             return False
         pair.take(size)
         total.take(size)
@@ -193,6 +196,7 @@ class Pairs:
                         "bytes": end.passed_bytes,
                         "packets": end.passed_packets,
                         "dropped": end.dropped_packets,
+                        "capped": now - end.capped_at <= CAPPED,
                     }
                     for end in pair.ends
                 ]

@@ -48,6 +48,29 @@ class PeerView:
 
 
 @dataclass(frozen=True, slots=True)
+class RelayedPairView:
+    """Two peers that this hub relays for. `to_first`, `to_second`: bytes that each was sent."""
+
+    first: str
+    second: str
+    to_first: int
+    to_second: int
+    by: tuple[str, ...] = ()  # Kernel, UserSpace: what relayed any of it
+    capped: bool = False  # over a limit within the last minute
+
+
+@dataclass(frozen=True, slots=True)
+class RelayedView:
+    """What this hub relays: in all, and for its busiest pairs."""
+
+    pairs: int
+    packets: int
+    bytes: int
+    error: str = ""  # why counts are missing
+    busiest: tuple[RelayedPairView, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ConditionView:
     """A condition that the agent knows of."""
 
@@ -75,6 +98,7 @@ class AgentStatus:
     reflector: str = ""
     hub: str = ""  # of an edge of a tree: name of the ScopePeer that it is attached to
     peers: tuple[PeerView, ...] = ()
+    relayed: RelayedView | None = None  # of a hub
     conditions: tuple[ConditionView, ...] = ()
     unread: int = 0  # datagrams that were not for us, or not readable
     inbox_lost: int = 0  # datagrams that came faster than they were read
@@ -159,6 +183,7 @@ def parse_status(status: object) -> AgentStatus:
         reflector=string(status, "reflector"),
         hub=string(status, "hub"),
         peers=tuple(_parse_peer(peer) for peer in objects(status, "peers")),
+        relayed=_parse_relayed(status.get("relayed")),
         conditions=tuple(
             ConditionView(*(string(condition, name) for name in ("type", "status", "reason", "message")))
             for condition in objects(status, "conditions")
@@ -210,6 +235,26 @@ def _parse_peer(peer: Mapping[str, object]) -> PeerView:
         psk_epoch=_whole(psk, "epoch") or None,
         psk_age=number(psk, "ageSeconds"),
         psk_note=_psk_note(psk),
+    )
+
+
+def _parse_relayed(relayed: object) -> RelayedView | None:
+    if not isinstance(relayed, Mapping):
+        return None
+    return RelayedView(
+        pairs=_whole(relayed, "pairs"),
+        packets=_whole(relayed, "packets"),
+        bytes=_whole(relayed, "bytes"),
+        error=string(relayed, "error"),
+        busiest=tuple(_parse_relayed_pair(pair) for pair in objects(relayed, "busiest")),
+    )
+
+
+def _parse_relayed_pair(pair: Mapping[str, object]) -> RelayedPairView:
+    first, second, *_ = (*_strings(pair, "peers"), "", "")
+    to_first, to_second, *_ = (*(_whole(sent, "bytes") for sent in objects(pair, "sent")), 0, 0)
+    return RelayedPairView(
+        first, second, to_first, to_second, by=_strings(pair, "by"), capped=pair.get("capped") is True
     )
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from scope.ctl.local import AgentStatus, PeerView
+from scope.ctl.local import AgentStatus, PeerView, RelayedPairView, RelayedView
 from scope.ctl.ping import Target
 from scope.model import Condition, Mesh, Peer
 from scope.resources import API_VERSION, parse_time, to_dict
@@ -27,6 +27,8 @@ STYLES = {
     "Offline": "dim",
     "Removed": "dim",
 }
+
+_FORWARDED_BY = {"Kernel": "kernel", "UserSpace": "user space"}
 
 Row = Sequence[str]
 
@@ -149,11 +151,15 @@ def status_text(status: AgentStatus, *, color: bool) -> str:
             for condition in status.conditions
         ),
         *((("Lost", lost),) if (lost := _lost_text(status)) else ()),
+        *((("Relaying", _relayed_text(status.relayed)),) if status.relayed is not None else ()),
         ("Peers", _peers_summary(status.peers)),
     ]
     first = max(len(name) for name, _ in facts) + 3
     top = "".join(f"{name + ':':<{first}}{value}\n" for name, value in facts)
-    return f"{top}\n{_status_table(status.peers, color=color)}" if status.peers else top
+    tables = [_status_table(status.peers, color=color)] if status.peers else []
+    if status.relayed is not None and status.relayed.busiest:
+        tables.append(_relayed_table(status.relayed.busiest, color=color))
+    return "\n".join((top, *tables))
 
 
 def ping_line(target: Target, sequence: int, result: float | str, peer: PeerView | None) -> str:
@@ -292,6 +298,21 @@ def _status_table(peers: Sequence[PeerView], *, color: bool) -> str:
     return table((*first, *keyed, "ADDRESS", "WHY NOT DIRECT"), rows, color=color)
 
 
+def _relayed_table(pairs: Sequence[RelayedPairView], *, color: bool) -> str:
+    rows = [
+        (
+            pair.first,
+            pair.second,
+            byte_count(pair.to_first),
+            byte_count(pair.to_second),
+            ", ".join(_FORWARDED_BY.get(by, by) for by in pair.by) or NOTHING,
+            "over its limit" if pair.capped else "",
+        )
+        for pair in pairs
+    ]
+    return table(("RELAYED FOR", "AND", "TO THE FIRST", "TO THE SECOND", "BY", "OF LATE"), rows, color=color)
+
+
 def _key(peer: PeerView) -> str:
     """The proved key by its number and age, and what stands against a newer one; never the key."""
     note = f" ({peer.psk_note})" if peer.psk_note else ""
@@ -331,6 +352,14 @@ def _registry_text(status: AgentStatus) -> str:
         return f"connected{since}"
     reason = f": {status.registry_reason}" if status.registry_reason else ""
     return f"not connected{since}{reason} (the mesh goes on without it; new peers wait)"
+
+
+def _relayed_text(relayed: RelayedView) -> str:
+    pairs = "1 pair" if relayed.pairs == 1 else f"{relayed.pairs} pairs"
+    error = f" ({relayed.error})" if relayed.error else ""
+    rest = relayed.pairs - len(relayed.busiest)
+    listed = f"; the busiest {len(relayed.busiest)} are below" if relayed.busiest and rest else ""
+    return f"{pairs}, {byte_count(relayed.bytes)} in {relayed.packets} packets{error}{listed}"
 
 
 def _lost_text(status: AgentStatus) -> str:

@@ -458,6 +458,7 @@ def test_a_pair_gets_no_more_than_its_rate(hub: Hub, peer: Made) -> None:
     # What it holds at first, what the rate brings until now, and one batch more.
     assert 20_000 <= counters.pairs[0][0].bytes <= 25_000 + 100_000 * (time.monotonic() - began) + 65_536
     assert counters.drops["rate"] == counters.pairs[0][0].dropped > 0
+    assert [side.is_capped for pair in counters.pairs for side in pair] == [True, False, False, False]
 
 
 # --- the file -----------------------------------------------------------------------------------------------

@@ -19,11 +19,12 @@ import pytest
 from lab import Host, Lab, Nat, Server
 from lab.netns import NETNS, call_in, flush_conntrack, ip_batch, load_nft, write_sysctls
 from scope_agent.relay import rules
+from scope_agent.relay.counting import Sent
 from scope_agent.relay.shell import selftest
 from scope_agent.relay.shell.forwarding import FORWARDING, plan_forwarding, read_sysctls, restore_sysctls
 from scope_agent.relay.shell.forwarding import write_sysctls as forward
 from scope_agent.relay.shell.hub import HubMachine, Outcome
-from scope_agent.relay.shell.rules import KernelRelay, Sent
+from scope_agent.relay.shell.rules import KernelRelay
 from scope_agent.relay.shell.selftest import why_not
 
 from scope.model import Family, Forwarding, IPAddress, PublicKey, RelayLimits
@@ -733,6 +734,19 @@ def test_the_agent_reads_what_each_side_was_sent(internet: Internet) -> None:
         relay.passes()
         size = len(DATA) + 28
         assert kernel.counters() == {2: Sent(2, 2 * size), 3: Sent(2, 2 * size)}
+
+
+def test_the_agent_reads_which_pairs_were_over_a_limit(internet: Internet) -> None:
+    with relayed(internet, Family.IPV4) as relay, inside(internet.hub):
+        kernel = KernelRelay(DEVICE, seed=SEED)
+        limited = replace(GRANTS, limits=RelayLimits(pair=1000), grants=(*GRANTS.grants, SECOND))
+        kernel.apply(limited, time.time(), families=frozenset({Family.IPV4}))
+        relay.passes()
+        assert kernel.capped() == frozenset()
+        for _ in range(200):  # a burst is 256 KiB
+            relay.b.send(b"\4\0\0\0" + bytes(1396), relay.hub, B_PORT)
+        assert relay.a.count() < 200
+        assert kernel.capped() == {2}
 
 
 def test_nothing_is_left_behind(empty: Internet) -> None:

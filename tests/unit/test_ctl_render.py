@@ -197,6 +197,38 @@ def test_the_status_names_the_hub_of_each_relayed_peer() -> None:
     ]
 
 
+def test_the_status_of_a_hub_says_for_whom_it_relays_and_how_much() -> None:
+    told = {
+        "pairs": 3,
+        "packets": 2050,
+        "bytes": 2_099_000,
+        "error": "",
+        "busiest": [
+            {
+                "peers": ["home.nas", "home.tv"],
+                "sent": [{"packets": 2000, "bytes": 2_097_152}, {"packets": 40, "bytes": 1536}],
+                "by": ["Kernel", "UserSpace"],
+                "capped": True,
+            },
+            {"peers": ["home.pi", "home.tv"], "sent": [{"bytes": 312}], "by": ["Kernel"], "capped": False},
+        ],
+    }
+    status = {"mesh": "home", "peers": [{"name": "home.tv", "path": "Direct"}], "relayed": told}
+    text = render.status_text(parse_status(status), color=False)
+    assert "Relaying:   3 pairs, 2.0 MiB in 2050 packets; the busiest 2 are below\n" in text
+    assert text.splitlines()[-4:] == [
+        "",
+        "RELAYED FOR  AND      TO THE FIRST  TO THE SECOND  BY                  OF LATE",
+        "home.nas     home.tv  2.0 MiB       1.5 KiB        kernel, user space  over its limit",
+        "home.pi      home.tv  312 B         0 B            kernel",
+    ]
+    idle = {"pairs": 1, "error": "nft does not answer"}
+    text = render.status_text(parse_status(status | {"relayed": idle}), color=False)
+    assert "Relaying:   1 pair, 0 B in 0 packets (nft does not answer)\n" in text.partition("PEER ")[0]
+    assert "RELAYED FOR" not in text
+    assert "Relaying" not in render.status_text(parse_status(status | {"relayed": None}), color=False)
+
+
 def test_a_mesh_with_hubs_says_how_many_there_are() -> None:
     hubs = (HubChoice("home.a", True, ""), HubChoice("home.b", True, ""), HubChoice("home.c", False, ""))
     lost = Condition("HubsAvailable", "False", "AllOffline", "no hub is online, of home.a, home.b: start")

@@ -33,7 +33,7 @@ from scope_dataplane.batches import (
     sendable,
     token_of,
 )
-from scope_dataplane.pairs import BURST_S, LEFT, PLACES, Address, End, Pairs
+from scope_dataplane.pairs import BURST_S, CAPPED, LEFT, PLACES, Address, End, Pairs
 
 from scope.model import PublicKey, RelayLimits
 from scope.relay import MAPPING_VALID, Grant, Grants, GrantsFileError, Side, encode_grants, knock
@@ -444,6 +444,16 @@ def test_a_pair_gets_its_rate_and_a_burst_both_ways_together() -> None:
     assert pairs.admit(source(pairs, STRANGER), 1, NOW + 9.99)
 
 
+def test_a_side_is_told_as_over_its_limit_for_a_minute() -> None:
+    pairs = pairs_of(grant(1), limits=RelayLimits(pair=1000))
+    knock_at(pairs, 1, ALICE)
+    assert pairs.admit(source(pairs, ALICE), 1000, NOW)
+    for after, told in ((0.0, False), (CAPPED, True), (CAPPED + 0.1, False)):
+        sides = pairs.report(NOW + after)[0]["sides"]
+        assert [side["capped"] for side in sides] == [told, False]
+        assert after or not pairs.admit(source(pairs, ALICE), 1, NOW)
+
+
 def test_all_pairs_share_the_total() -> None:
     pairs = pairs_of(grant(1), grant(3), limits=RelayLimits(total=100_000))
     knock_at(pairs, 1, ALICE)
@@ -530,9 +540,10 @@ def test_a_file_that_is_right_is_read(tmp_path: Path) -> None:
 def test_counters_are_read_as_they_are_told() -> None:
     pairs = pairs_of(grant(1))
     knock_at(pairs, 2, BOB6, own=HERE6)
+    reported = pairs.report(NOW)
     told = {
         "version": 1,
-        "pairs": pairs.report(NOW),
+        "pairs": reported,
         "taken": [{"port": 26001, "family": 6, "reason": "Address already in use"}],
         "drops": {"rate": 3},
         "sent": {"batches": 2},
@@ -541,6 +552,9 @@ def test_counters_are_read_as_they_are_told() -> None:
     ((first, second),) = counters.pairs
     assert (first.id, first.families, second.id, second.families) == (1, (), 2, (6,))
     assert [(taken.port, taken.version) for taken in counters.taken] == [(26001, 6)]
+    assert not (first.is_capped or second.is_capped)
+    del reported[0]["sides"][0]["capped"]  # as of a process that an earlier release started
+    assert parse_counters(json.dumps(told)).pairs == counters.pairs
     assert (counters.drops, counters.sent) == ({"rate": 3}, {"batches": 2})
 
 

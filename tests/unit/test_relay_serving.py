@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 
+from scope_agent.relay.counting import Counted, Sent
 from scope_agent.relay.granting import LIFETIME, Telling
 from scope_agent.relay.serving import Apply, Serving
 
@@ -155,6 +156,19 @@ def test_who_becomes_a_hub_again_tries_its_machine_again() -> None:
     configure(made)
     assert made.report(NOW) is None
     assert made.take_apply() == Apply(Grants(26000, 26255, RelayLimits(), ()))
+
+
+def test_what_is_relayed_is_told_by_who_is_a_hub_and_says_when_it_is_not_counted() -> None:
+    assert serving().relayed(None) is None
+    made = hub()
+    made.ask(A, AskRelay(B), NOW)
+    applied = made.take_apply()
+    assert applied is not None and applied.grants is not None
+    (side, _) = applied.grants.grants[0].sides
+    found = made.relayed(Counted({side.id: Sent(2, 200)}, {}))
+    assert found is not None and (found.pairs, found.sent, found.error) == (1, Sent(2, 200), "")
+    found = made.relayed(None)
+    assert found is not None and (found.pairs, found.error) == (1, "not counted yet: ask again")
 
 
 def test_other_limits_are_applied() -> None:

@@ -56,7 +56,8 @@ _MARK_MASK: Final = 0xFFFFFFFF & ~_ID_MASK
 # said, which the kernel clears away once a second; and beyond sixteen that wait for it, it can note no new
 # one.
 _KNOCKS_PER_SECOND, _KNOCK_BURST = 3, 10
-_PACE_FORGOTTEN: Final = 60  # seconds after which a pair's pace starts anew: many times its burst
+# Seconds after which a pair's pace starts anew, many times its burst; and it is over its limit no more.
+_PACE_FORGOTTEN: Final = 60
 _LEARNED_SIZE: Final = 32768  # every side there can be, and as many that the kernel has yet to clear away
 _MOVING_SIZE: Final = 16384  # every side there can be
 _MOVING_VALID: Final = 5  # seconds; it is needed within one packet
@@ -185,6 +186,7 @@ def mark_of(side_id: int) -> int:
 _KNOCKED: Final = "udp dport . @th,96,64"  # what a knock says: port and token
 _SIDE: Final = f"meta mark set {_KNOCKED} map @token"
 _OTHER: Final = "meta mark set meta mark xor 1"
+_PAIR: Final = "meta mark & 0xfffffffe"
 _GRANTED: Final = (
     ("map", "token", f"typeof {_KNOCKED} : meta mark; flags timeout;"),
     ("set", "sides", f"typeof {_KNOCKED} . meta mark;"),  # a side's token, with the mark of the other one
@@ -252,7 +254,8 @@ def _learned() -> Iterable[tuple[str, str, str]]:
             yield "map", f"new_{name}", f"type mark : {type_}; {_kept(_MOVING_VALID, size=_MOVING_SIZE)}"
 
 
-_PACED: Final = ("pace", "knocks")
+# By pair and by side: how much passes; pairs that were over a limit of late.
+_PACED: Final = ("pace", "knocks", "capped")
 
 
 def _kept(seconds: float, *, size: int = _LEARNED_SIZE) -> str:
@@ -352,11 +355,12 @@ def _dress(known: dict[str, str], *, prefix: str = "") -> str:
 
 
 def _limit(limits: RelayLimits) -> Iterable[str]:
-    """What is over a limit is dropped. Bytes are those of IP packets."""
+    """What is over a limit is dropped, and its pair noted. Bytes are those of IP packets."""
+    dropped = f"update @capped {{ {_PAIR} }} drop"
     if limits.total:
-        yield f"{_over(limits.total)} drop"
+        yield f"{_over(limits.total)} {dropped}"
     if limits.pair:
-        yield f"update @pace {{ meta mark & 0xfffffffe {_over(limits.pair)} }} drop"
+        yield f"update @pace {{ {_PAIR} {_over(limits.pair)} }} {dropped}"
 
 
 def _over(rate: int) -> str:

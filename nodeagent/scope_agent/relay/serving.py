@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from scope.model import Forwarding, Hubs, PublicKey, RelayReport
 from scope.relay import Grants
 from scope.wire import AskRelay
+from scope_agent.relay.counting import Counted, Relayed, relayed
 from scope_agent.relay.granting import Granting, Telling
 
 
@@ -47,6 +48,12 @@ class Serving:
     def dropped(self) -> int:
         """Asks that got no answer."""
         return self._granting.dropped
+
+    def relayed(self, counted: Counted | None) -> Relayed | None:
+        """What the pairs were sent that the machine relays; None where it is to relay nothing."""
+        if self._applied is None:
+            return None
+        return relayed(self._applied, counted or Counted({}, {}, error="not counted yet: ask again"))
 
     def report(self, now: float) -> RelayReport | None:
         """What our own status says of it."""

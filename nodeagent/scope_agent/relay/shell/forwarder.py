@@ -29,6 +29,7 @@ class SideCounters:
     bytes: int  # of payload, passed on
     packets: int  # datagrams, passed on
     dropped: int  # datagrams, for whatever reason
+    is_capped: bool  # some of these, within the last minute, for being over a limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,7 @@ def parse_counters(text: str) -> ForwarderCounters:
                 bytes=int(side["bytes"]),
                 packets=int(side["packets"]),
                 dropped=int(side["dropped"]),
+                is_capped=bool(side.get("capped")),  # a process of an earlier release does not say
             )
             for side in pair["sides"]
         )

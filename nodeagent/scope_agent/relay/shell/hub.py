@@ -16,7 +16,8 @@ from typing import Final
 
 from scope.model import Family, Forwarding
 from scope.relay import Grants
-from scope_agent.relay.shell.forwarder import ForwarderProcess, grants_path
+from scope_agent.relay.counting import Counted, Sent
+from scope_agent.relay.shell.forwarder import ForwarderCounters, ForwarderProcess, grants_path
 from scope_agent.relay.shell.forwarding import (
     is_on,
     plan_forwarding,
@@ -118,6 +119,25 @@ class HubMachine:
         is_news = before is None or replace(before, forgot=after.forgot) != after
         return after if is_news or after.forgot else None
 
+    def counters(self) -> Counted | None:
+        """What was relayed, and for whom too much; None where nothing is to be."""
+        if self._grants is None:
+            return None
+        kernel: Mapping[int, Sent] = {}
+        capped: frozenset[int] = frozenset()
+        told: ForwarderCounters | None = None
+        errors = []
+        try:
+            kernel, capped = self._kernel.counters(), self._kernel.capped()
+        except NftError as error:
+            errors.append(str(error))
+        try:
+            told = self._forwarder.counters()
+        except ApplyError as error:
+            errors.append(str(error))
+        sent, also_capped = what_was_sent(told) if told is not None else ({}, frozenset())
+        return Counted(kernel, sent, capped | also_capped, "; ".join(errors))
+
     def stop(self) -> list[str]:
         """Be no hub: nothing stays behind. What could not be undone comes back, in words."""
         failed = []
@@ -184,6 +204,14 @@ class HubMachine:
             reasons = "; ".join(filter(None, (reasons, str(error))))
             by = Forwarding.KERNEL if families else Forwarding.NONE
         return Outcome(by, reasons, forgot, self._taken)
+
+
+def what_was_sent(told: ForwarderCounters) -> tuple[dict[int, Sent], frozenset[int]]:
+    """What each side was sent by the forwarder, by its id; and the sides that were over a limit."""
+    sides = [both for pair in told.pairs for both in (pair, pair[::-1])]
+    # It counts what came from a side and was passed on, to the other one.
+    sent = {side.id: Sent(other.packets, other.bytes) for side, other in sides}
+    return sent, frozenset(side.id for side, _ in sides if side.is_capped)
 
 
 def _present() -> list[Family]:

@@ -13,20 +13,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import Any
 
-from scope.model import Family
+from scope.model import Family, RelayLimits
 from scope.relay import Grants
+from scope_agent.relay.counting import Sent
 from scope_agent.relay.rules import change, delete, is_change, load, mark_of, table
 from scope_agent.wireguard.shell.nft import NftError, ask_nft, read_generation, run_nft
-
-
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """What a side was sent since the rules were last loaded whole: IP packets, and their bytes."""
-
-    packets: int
-    bytes: int
 
 
 class KernelRelay:
@@ -82,16 +75,22 @@ class KernelRelay:
         return True
 
     def counters(self) -> Mapping[int, Sent]:
-        """What each side was sent, by its id. Raises NftError."""
-        if self._loaded is None:
-            return {}
-        ids = {mark_of(side.id): side.id for grant in self._loaded.grants for side in grant.sides}
+        """What each side was sent since the rules were loaded whole, by its id. Raises NftError."""
+        ids = self._ids()
         counted: dict[int, Sent] = {}
-        for key, _ in self._elements("port"):
+        for key in self._keys("port"):
             mark, counter = (key["val"], key["counter"]) if isinstance(key, dict) else (key, None)
             if counter is not None and mark in ids:
                 counted[ids[mark]] = Sent(counter["packets"], counter["bytes"])
         return counted
+
+    def capped(self) -> frozenset[int]:
+        """Ids of pairs, the even ones, that were over a limit within the last minute. Raises NftError."""
+        if self._loaded is None or self._loaded.limits == RelayLimits():
+            return frozenset()
+        ids = self._ids()
+        marks = (_plain(element) for element in self._listed("set", "capped"))
+        return frozenset(ids[mark] for mark in marks if isinstance(mark, int) and mark in ids)
 
     def remove(self) -> None:
         """Relay nothing, and leave nothing behind. Raises NftError."""
@@ -126,14 +125,24 @@ class KernelRelay:
         return ask_nft(["--terse", "list", "table", "inet", table(self._device)]) or ""
 
     def _count_tokens(self) -> int:
-        return len(self._elements("token"))
+        return len(self._keys("token"))
 
-    def _elements(self, name: str) -> list[tuple[object, object]]:
-        shown = ask_nft(["--json", "list", "map", "inet", table(self._device), name])
+    def _ids(self) -> dict[int, int]:
+        """Sides by their marks."""
+        grants = self._loaded.grants if self._loaded is not None else ()
+        return {mark_of(side.id): side.id for grant in grants for side in grant.sides}
+
+    def _keys(self, name: str) -> list[object]:
+        """Of a map."""
+        return [_plain(key) for key, _ in self._listed("map", name)]
+
+    def _listed(self, kind: str, name: str) -> list[Any]:
+        """The elements of a map or set as `nft` has them in JSON."""
+        shown = ask_nft(["--json", "list", kind, "inet", table(self._device), name])
         if shown is None:
             return []
-        (listed,) = (entry["map"] for entry in json.loads(shown)["nftables"] if "map" in entry)
-        return [(_plain(key), value) for key, value in listed.get("elem", [])]
+        (listed,) = (entry[kind] for entry in json.loads(shown)["nftables"] if kind in entry)
+        return list(listed.get("elem", []))
 
 
 def _plain(key: object) -> object:
