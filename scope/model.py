@@ -351,6 +351,28 @@ class PostQuantum:
     rotation_interval: float = 3600.0
 
 
+class PskFailure(enum.StrEnum):
+    """What stands against a pair's post-quantum key, or against a newer one; the gravest first."""
+
+    CONFLICT = "Conflict"  # another program replaces it in the device, again and again
+    UNTRUSTED = "Untrusted"  # the peer's identity is another one than before, or not trusted
+    UNCONFIRMED = "Unconfirmed"  # no handshake proved it in time
+    DISK = "Disk"  # it could not be written down
+    REFUSED = "Refused"  # by the peer's policy
+    NO_IDENTITY = "NoIdentity"  # the peer publishes none
+    UNANSWERED = "Unanswered"  # the peer does not answer
+    NO_SESSION = "NoYoungSession"  # there was none to lay the key into
+
+
+@dataclass(frozen=True, slots=True)
+class KeyCounts:
+    """Of how many peers, or pairs, the post-quantum key is proved, or not; `failed` may be of either."""
+
+    keyed: int = 0
+    unkeyed: int = 0  # with a path, and without a proved key
+    failed: int = 0  # something stands against a key, or a newer one
+
+
 @dataclass(frozen=True, slots=True)
 class MeshSpec:
     """What the user asks of a mesh."""
@@ -385,6 +407,7 @@ class MeshCounts:
     direct: int = 0
     relayed: int = 0
     unreachable: int = 0
+    post_quantum: KeyCounts | None = None  # None: nobody makes post-quantum keys
 
 
 class Curve(enum.StrEnum):
@@ -518,10 +541,13 @@ class PeerKeys:
 
 @dataclass(frozen=True, slots=True)
 class LinkPsk:
-    """The post-quantum pre-shared key in use on a link: which one, and since when."""
+    """The proved post-quantum pre-shared key of a link, if there is one, and what stands against it."""
 
-    epoch: int  # 1 and up
-    since: float  # wall clock of its proof by a handshake
+    epoch: int = 0  # 0: none is proved; then `since` and `suite` are 0, too
+    since: float = 0.0  # wall clock of its proof by a handshake
+    suite: int = 0  # the number of its primitives
+    trust: IdentityTrust | None = None  # None: no identity of the peer is believed
+    failure: PskFailure | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -538,7 +564,7 @@ class Link:
     user_space: bool = False  # what relays is a process on the hub, not its kernel
     birthday: bool = False  # direct, by a port of a symmetric NAT that was guessed
     carried: bool = False  # over TCP between the hub and one of the two
-    psk: LinkPsk | None = None  # the proved post-quantum key; never the key itself
+    psk: LinkPsk | None = None  # about the post-quantum key; never the key itself
 
 
 class Forwarding(enum.StrEnum):
@@ -586,7 +612,7 @@ class PeerReport:
     relay: RelayReport | None = None  # of a hub
     hub: str = ""  # of an edge of a tree: name of the ScopePeer by which it is reached
     identity: Fingerprint | None = None  # for post-quantum keys; None: the agent makes none
-    post_quantum: int = 0  # peers with which a post-quantum key is proved
+    post_quantum: KeyCounts | None = None  # None: as `identity`
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ def _projected_report(report: PeerReport) -> PeerReport:
         held_addresses=(),
         relay=RelayReport(Forwarding.NONE, carrier=carrier) if listens else None,
         hub="",
-        post_quantum=0,
+        post_quantum=None,
     )
 
 

@@ -213,7 +213,8 @@ def everything_of_a_mesh() -> Document:
         status={
             "signingKey": KEY,
             "reflectors": [{"probeKey": KEY, "endpoints": ["192.0.2.1:51820", "[2001:db8::1]:51820"]}],
-            "counts": {"peers": 3, "online": 3, "direct": 2, "relayed": 1, "unreachable": 0},
+            "counts": {"peers": 3, "online": 3, "direct": 2, "relayed": 1, "unreachable": 0}
+            | {"postQuantum": {"keyed": 2, "unkeyed": 1, "failed": 1}},
             "conditions": [_condition()],
             "observedGeneration": 7,
             "clusters": [JOINED, {"name": "ber", "uid": "77"}],
@@ -246,7 +247,10 @@ def everything_of_a_peer() -> Document:
                 link
                 | {"observed": "[2001:db8::1]:9", "reason": "no echo"}
                 | {"hub": "home.external.nas", "userSpace": True, "birthday": True, "carried": True}
-                | {"psk": {"epoch": 3, "since": "2026-01-31T12:00:00Z"}}
+                | {
+                    "psk": {"epoch": 3, "since": "2026-01-31T12:00:00Z", "suite": 1}
+                    | {"trust": "Registry", "failure": "Unanswered"}
+                }
             ],
             "direct": 0,
             "relayed": 1,
@@ -257,7 +261,7 @@ def everything_of_a_peer() -> Document:
             | {"carrier": {"port": 443, "pin": KEY, "reason": "port 443 is taken"}},
             "hub": "home.external.nas",
             "identity": "0f" * 32,
-            "postQuantum": 2,
+            "postQuantum": {"keyed": 2, "unkeyed": 1, "failed": 1},
             "addresses": ["100.80.0.7/16", "fd5c::7/64"],
             "role": "Edge",
             "online": True,
@@ -569,15 +573,22 @@ def _wrong_reports() -> Iterator[Case]:
         parts = {part: each for part, each in (carrier | {name: value}).items() if each != ""}
         odd = report(relay={"forwarding": "None", "carrier": parts})
         yield Case(f"a carrier with {name} {value!r}"[:60], odd, f"status.relay.carrier.{name}")
+    proved = {"epoch": 1, "since": "2026-01-31T12:00:00Z", "suite": 1}
     for name, psk in (
-        ("epoch", {"epoch": 0, "since": "2026-01-31T12:00:00Z"}),
-        ("since", {"epoch": 1, "since": "today"}),
-        ("since", {"epoch": 1}),
+        (".epoch", proved | {"epoch": 0}),
+        (".since", proved | {"since": "today"}),
+        (".suite", proved | {"suite": 256}),
+        (".trust", {"trust": "Blind"}),
+        (".failure", {"failure": "Bad luck"}),
+        ("", {"epoch": 1, "suite": 1}),
+        ("", {"since": "2026-01-31T12:00:00Z"}),
     ):
-        yield Case(f"a link keyed as {psk}"[:60], peer(status=_links(psk=psk)), f"status.links[0].psk.{name}")
+        yield Case(f"a link keyed as {psk}"[:60], peer(status=_links(psk=psk)), f"status.links[0].psk{name}")
     for identity in ("0f" * 31, "0F" * 32, "0f " * 21 + "0", 5):
         yield Case(f"identity {identity!r}"[:60], report(identity=identity), "status.identity")
-    yield Case("fewer than no peers with keys", report(postQuantum=-1), "status.postQuantum")
+    for name in ("keyed", "unkeyed", "failed"):
+        counts = report(postQuantum={name: -1})
+        yield Case(f"fewer than no peers {name}", counts, f"status.postQuantum.{name}")
     yield Case("an identity without keys", peer(status={"identity": "0f" * 32}), "status")
     yield Case("relaying without keys", peer(status={"relay": {"forwarding": "None"}}), "status")
     yield Case("17 links", report(links=[{"peer": "a", "path": "None"}] * 17), "status.links")

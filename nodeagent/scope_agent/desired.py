@@ -16,6 +16,7 @@ from scope.model import (
     Endpoint,
     Fingerprint,
     IPNetwork,
+    KeyCounts,
     Link,
     LinkPsk,
     PathKind,
@@ -35,6 +36,7 @@ from scope_agent.wireguard.device import DesiredDevice, DesiredPeer
 
 KEEPALIVE = 20  # seconds; AWS security groups forget one-way UDP after 30 s
 WIREGUARD_OVERHEAD = 80  # IPv6 (40), UDP (8) and WireGuard's header and tag (32)
+_UNKEYED = PskPair()
 NOBODY_KEYED: Mapping[PublicKey, PskPair] = MappingProxyType({})
 LATENCY_STEP = 1.5  # a latency is worth a write when it changed by this factor,
 LATENCY_FLOOR = 0.005  # and by this many seconds
@@ -127,8 +129,7 @@ def report(
     keyed: Mapping[PublicKey, PskPair] = NOBODY_KEYED,
 ) -> PeerReport:
     """Our part of our own ScopePeer's status. `keyed`: how each pair is, by its post-quantum key."""
-    nothing = PskPair()
-    linked = (_link(snapshot, key, pair, keyed.get(key, nothing)) for key, pair in paths.pairs.items())
+    linked = (_link(snapshot, key, pair, keyed.get(key, _UNKEYED)) for key, pair in paths.pairs.items())
     links = sorted((link for link in linked if link is not None), key=_link_order)
     kinds = [link.path for link in links]
     own = snapshot.own
@@ -149,9 +150,19 @@ def report(
         relay=relay,
         hub=hub,
         identity=fingerprint,
-        post_quantum=sum(1 for key in snapshot.peers if fingerprint and keyed.get(key, nothing).epoch),
+        post_quantum=_key_counts(snapshot, paths, keyed) if fingerprint is not None else None,
     )
     return fit_report(whole)
+
+
+def _key_counts(snapshot: Snapshot, paths: PathsView, keyed: Mapping[PublicKey, PskPair]) -> KeyCounts:
+    known = {key: keyed.get(key, _UNKEYED) for key in snapshot.peers}
+    reached = {key for key, pair in paths.pairs.items() if pair.path is not PathKind.NONE}
+    return KeyCounts(
+        keyed=sum(1 for pair in known.values() if pair.epoch),
+        unkeyed=sum(1 for key, pair in known.items() if key in reached and not pair.epoch),
+        failed=sum(1 for pair in known.values() if pair.failed is not None),
+    )
 
 
 def _link(snapshot: Snapshot, key: PublicKey, pair: PairView, keyed: PskPair) -> Link | None:
@@ -171,8 +182,15 @@ def _link(snapshot: Snapshot, key: PublicKey, pair: PairView, keyed: PskPair) ->
         user_space=pair.user_space,
         birthday=pair.birthday,
         carried=pair.carried,
-        psk=LinkPsk(keyed.epoch, round(keyed.confirmed)) if keyed.epoch else None,
+        psk=_link_psk(keyed),
     )
+
+
+def _link_psk(keyed: PskPair) -> LinkPsk | None:
+    if not keyed.epoch and keyed.failed is None:
+        return None
+    since = round(keyed.confirmed) if keyed.epoch else 0
+    return LinkPsk(keyed.epoch, since, suite=keyed.suite, trust=keyed.trust, failure=keyed.failed)
 
 
 def is_loopback(endpoint: Endpoint | None) -> bool:
@@ -180,10 +198,11 @@ def is_loopback(endpoint: Endpoint | None) -> bool:
     return endpoint is not None and is_carried(endpoint)
 
 
-def _link_order(link: Link) -> tuple[int, int, float, str]:
-    """Not direct first, then those whose observation the peer does not publish, then the slowest."""
+def _link_order(link: Link) -> tuple[int, int, int, float, str]:
+    """Not direct first, then in trouble with a key, then seen where the peer does not publish, then slow."""
     return (
         0 if link.path is PathKind.NONE else 1 if link.path is PathKind.RELAYED else 2,
+        0 if link.psk is not None and link.psk.failure is not None else 1,
         0 if link.observed is not None else 1,
         -(link.latency or 0.0),
         link.peer,

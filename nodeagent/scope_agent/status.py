@@ -171,8 +171,10 @@ def _psk_status(keyed: PskPair, wall: float) -> dict[str, object]:
         "suite": keyed.suite or None,
         "ageSeconds": round(max(wall - keyed.confirmed, 0.0)) if keyed.epoch else None,
         "trust": keyed.trust,
+        "laidEpoch": keyed.laid or None,
         "withheld": keyed.is_withheld,
         "conflict": keyed.conflict,
+        "reason": keyed.failed,
         "failure": keyed.failure,
     }
 

@@ -49,7 +49,7 @@ def _run(args: argparse.Namespace) -> bool:
         case "rotate":
             from scope.ctl.inspection import rotate
 
-            rotate(args)
+            return rotate(args)
         case "identity":
             from scope.ctl.identity import run_identity
 

@@ -88,7 +88,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     whom = rotate.add_mutually_exclusive_group(required=True)
     whom.add_argument("peer", nargs="?", metavar="PEER", help="a peer's name, as `scopectl status` shows")
-    whom.add_argument("--all", action="store_true", help="with every peer")
+    whom.add_argument("--all", action="store_true", help="with every peer that we have a path to")
+    rotate.add_argument(
+        "--wait", action="store_true", help="until handshakes confirmed them, not just until they are laid in"
+    )
 
     _add_identity(
         commands.add_parser("identity", help="whose identity for post-quantum keys this agent believes"),

@@ -12,6 +12,7 @@ from scope.ctl import render
 from scope.ctl.explaining import parse_candidates, peer_text
 from scope.ctl.local import AgentStatus, ask, find_socket, parse_status
 from scope.ctl.ping import INTERVAL, NONCE_BYTES, Pinger, choose_target, find_peer, named
+from scope.ctl.rotating import Progress, choose, follow, outcome
 
 
 def show_status(args: argparse.Namespace) -> None:
@@ -32,14 +33,20 @@ def explain(args: argparse.Namespace) -> None:
     print(peer_text(peer, parse_candidates(answer), color=render.in_color(sys.stdout)), end="")
 
 
-def rotate(args: argparse.Namespace) -> None:
-    """Have the agent agree on new post-quantum keys. Raises CommandError."""
-    request = {"command": "rotate", "peer": "" if args.all else args.peer}
-    peers = ask(find_socket(args.socket), request).get("peers")
-    print(
-        f"new keys with {peers} peers are under way: each is laid in early in a session of WireGuard and "
-        "proved by its next handshake, two minutes later; `scopectl status` shows the number rise"
-    )
+def rotate(args: argparse.Namespace) -> bool:
+    """Have new post-quantum keys made, and follow them. True when none failed. Raises CommandError."""
+    path = find_socket(args.socket)
+    name = "" if args.all else args.peer
+    before = choose(_status(path), name)
+    ask(path, {"command": "rotate", "peer": name})
+    last = Progress()
+    for last in follow(
+        lambda: _status(path), before, confirmed=args.wait, clock=time.monotonic, sleep=time.sleep
+    ):
+        if args.wait:
+            print(last.text(), flush=True)
+    print("\n".join(outcome(last)))
+    return not last.failed and not last.awaited and not (args.wait and last.laid)
 
 
 def ping(args: argparse.Namespace) -> bool:

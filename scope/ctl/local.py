@@ -44,7 +44,11 @@ class PeerView:
     carried: bool = False  # over TCP between the hub and one of the two
     psk_epoch: int | None = None  # of the post-quantum key that a handshake proved
     psk_age: float | None = None  # seconds since then
-    psk_note: str = ""  # why there is none, or no newer one
+    psk_suite: int | None = None  # of its exchange
+    psk_trust: str = ""  # why the other's identity is believed
+    psk_laid: int | None = None  # epoch of a key that waits for its proof
+    psk_reason: str = ""  # why there is none, or no newer one: in one word,
+    psk_note: str = ""  # and in a sentence
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +238,10 @@ def _parse_peer(peer: Mapping[str, object]) -> PeerView:
         carried=peer.get("carried") is True,
         psk_epoch=_whole(psk, "epoch") or None,
         psk_age=number(psk, "ageSeconds"),
+        psk_suite=_whole(psk, "suite") or None,
+        psk_trust=string(psk, "trust"),
+        psk_laid=_whole(psk, "laidEpoch") or None,
+        psk_reason=string(psk, "reason"),
         psk_note=_psk_note(psk),
     )
 

@@ -14,11 +14,12 @@ from rich.text import Text
 
 from scope.ctl.local import AgentStatus, PeerView, RelayedPairView, RelayedView
 from scope.ctl.ping import Target
-from scope.model import Condition, Mesh, Peer
+from scope.model import Condition, KeyCounts, Mesh, Peer
 from scope.resources import API_VERSION, parse_time, to_dict
 
 WIDE = 10_000  # columns: one row is one line, as in kubectl, also where the terminal then breaks it
 NOTHING = "-"
+HOLDING = ("Ready", "HubsAvailable", "PostQuantum")  # conditions that ought to be true
 STYLES = {
     "Direct": "green",
     "Routed": "green",
@@ -57,6 +58,7 @@ def yaml_text(value: object) -> str:
 def meshes_table(meshes: Sequence[Mesh], *, wall: float, color: bool) -> str:
     """One line per mesh, which answers whether it works."""
     are_hubs = any(mesh.status.hubs for mesh in meshes)
+    are_keyed = any(mesh.status.counts.post_quantum is not None for mesh in meshes)
     rows = [
         (
             mesh.meta.name,
@@ -67,18 +69,21 @@ def meshes_table(meshes: Sequence[Mesh], *, wall: float, color: bool) -> str:
             str(mesh.status.counts.direct),
             str(mesh.status.counts.relayed),
             str(mesh.status.counts.unreachable),
+            *((_key_counts(mesh.status.counts.post_quantum),) if are_keyed else ()),
             age(mesh.meta.created, wall),
             troubles(mesh.status.conditions),
         )
         for mesh in sorted(meshes, key=lambda mesh: mesh.meta.name)
     ]
     first = ("NAME", "IPV6", "IPV4", "ONLINE", *(("HUBS",) if are_hubs else ()))
-    return table((*first, "DIRECT", "RELAYED", "UNREACHABLE", "AGE", "TROUBLE"), rows, color=color)
+    counts = ("DIRECT", "RELAYED", "UNREACHABLE", *(("POST-QUANTUM",) if are_keyed else ()))
+    return table((*first, *counts, "AGE", "TROUBLE"), rows, color=color)
 
 
 def peers_table(peers: Sequence[Peer], *, wall: float, color: bool) -> str:
     """One line per peer, which answers whether it is there and whom it reaches."""
     are_attached = any(peer.report is not None and peer.report.hub for peer in peers)
+    are_keyed = any(peer.report is not None and peer.report.post_quantum is not None for peer in peers)
     rows = []
     for peer in sorted(peers, key=lambda peer: (peer.spec.mesh, peer.meta.name)):
         report, assignment = peer.report, peer.assignment
@@ -96,6 +101,7 @@ def peers_table(peers: Sequence[Peer], *, wall: float, color: bool) -> str:
                     if report
                     else (NOTHING,) * 3
                 ),
+                *((_key_counts(report.post_quantum if report else None),) if are_keyed else ()),
                 age(peer.meta.created, wall),
                 troubles(assignment.conditions),
             )
@@ -111,6 +117,7 @@ def peers_table(peers: Sequence[Peer], *, wall: float, color: bool) -> str:
         "DIRECT",
         "RELAYED",
         "UNREACHABLE",
+        *(("POST-QUANTUM",) if are_keyed else ()),
         "AGE",
         "TROUBLE",
     )
@@ -211,8 +218,7 @@ def troubles(conditions: Sequence[Condition]) -> str:
     return "; ".join(
         f"{condition.type}: {condition.message or condition.reason}"
         for condition in conditions
-        if (condition.status == "False") == (condition.type in ("Ready", "HubsAvailable"))
-        and condition.status != "Unknown"
+        if (condition.status == "False") == (condition.type in HOLDING) and condition.status != "Unknown"
     )
 
 
@@ -314,12 +320,27 @@ def _relayed_table(pairs: Sequence[RelayedPairView], *, color: bool) -> str:
 
 
 def _key(peer: PeerView) -> str:
-    """The proved key by its number and age, and what stands against a newer one; never the key."""
-    note = f" ({peer.psk_note})" if peer.psk_note else ""
+    """The proved key by number, age, suite and trust, and what stands against a newer one; never the key."""
+    notes = [
+        note for note in (peer.psk_laid and f"#{peer.psk_laid} waits for its proof", peer.psk_note) if note
+    ]
+    note = f" ({'; '.join(notes)})" if notes else ""
     if peer.psk_epoch is None:
         return f"none{note}"
     age_ = "" if peer.psk_age is None else f" for {short_duration(peer.psk_age)}"
-    return f"#{peer.psk_epoch}{age_}{note}"
+    suite = peer.psk_suite and f"suite {peer.psk_suite}"
+    made = ", ".join(part for part in (suite, peer.psk_trust and f"trust {peer.psk_trust}") if part)
+    return f"#{peer.psk_epoch}{age_}{f', {made}' if made else ''}{note}"
+
+
+def _key_counts(counts: KeyCounts | None) -> str:
+    """How many have a proved key, and what is not as it should be."""
+    if counts is None:
+        return NOTHING
+    rest = [
+        f"{count} {word}" for word, count in (("without", counts.unkeyed), ("failed", counts.failed)) if count
+    ]
+    return f"{counts.keyed} ({', '.join(rest)})" if rest else str(counts.keyed)
 
 
 def _by_hub(peer: PeerView) -> str:

@@ -41,6 +41,7 @@ SHOWN_VALUE = 60  # characters of a refused value that are repeated in the refus
 FINGERPRINT_DIGITS = 64  # of 32 bytes
 MIN_ROTATION = 300.0  # a key is proved by WireGuard's next rekey, two minutes after it was laid in
 MAX_ROTATION = 30 * 86400.0
+MAX_SUITE = 255  # a byte on the wire
 
 MIN_PROBE = 0.1  # ten pings a second towards every peer is the most that is polite
 MAX_PROBE = 60.0  # NAT mappings for UDP may last no longer than two minutes (RFC 4787, REQ-5)

@@ -25,7 +25,12 @@ from scope.resources.addresses import read_endpoint, read_mesh_ipv4, read_mesh_i
 from scope.resources.cluster import cluster_to_dict, read_cluster
 from scope.resources.fields import Fields, each_once, unless_empty
 from scope.resources.hubs import hub_choice_dict, hubs_dict, read_hub_choice, read_hubs
-from scope.resources.keys import post_quantum_dict, read_post_quantum
+from scope.resources.keys import (
+    key_counts_dict,
+    post_quantum_dict,
+    read_key_counts,
+    read_post_quantum,
+)
 from scope.resources.limits import (
     MAX_CANDIDATES,
     MAX_CLUSTERS,
@@ -141,11 +146,10 @@ def _read_timers(fields: Fields) -> Timers:
 
 def read_mesh_status(fields: Fields) -> MeshStatus:
     """Read the status of a mesh."""
-    counts = fields.sub("counts")
     return MeshStatus(
         signing_key=fields.optional("signingKey", read_key, None),
         reflectors=fields.parts("reflectors", _read_reflector, limit=MAX_REFLECTORS),
-        counts=MeshCounts(*(counts.optional(name, read_count, 0) for name in _COUNTS)),
+        counts=_read_counts(fields.sub("counts")),
         conditions=read_conditions(fields),
         observed_generation=fields.optional(
             "observedGeneration", lambda value: read_integer(value, 0, 2**63 - 1), 0
@@ -161,6 +165,19 @@ def read_mesh_status(fields: Fields) -> MeshStatus:
 
 
 _COUNTS = ("peers", "online", "direct", "relayed", "unreachable")
+
+
+def _read_counts(fields: Fields) -> MeshCounts:
+    peers, online, direct, relayed, unreachable = (fields.optional(name, read_count, 0) for name in _COUNTS)
+    keys = fields.sub_if_any("postQuantum")
+    return MeshCounts(
+        peers,
+        online,
+        direct=direct,
+        relayed=relayed,
+        unreachable=unreachable,
+        post_quantum=read_key_counts(keys) if keys is not None else None,
+    )
 
 
 def _read_reflector(fields: Fields) -> Reflector:
@@ -201,7 +218,11 @@ def mesh_spec_dict(spec: MeshSpec) -> dict[str, object]:
 def mesh_status_dict(status: MeshStatus) -> dict[str, object]:
     """The document of a mesh's status."""
     # A zero is written out: kubectl shows what is not there as a blank, which could mean anything.
-    counts = {name: getattr(status.counts, name) for name in _COUNTS} if status != MeshStatus() else {}
+    counts: dict[str, object] = {}
+    if status != MeshStatus():
+        counts = {name: getattr(status.counts, name) for name in _COUNTS}
+    if status.counts.post_quantum is not None:
+        counts["postQuantum"] = key_counts_dict(status.counts.post_quantum)
     reflectors = [
         {"probeKey": str(reflector.probe_key), **unless_empty("endpoints", reflector.endpoints)}
         for reflector in status.reflectors

@@ -33,7 +33,13 @@ from scope.resources.addresses import (
     read_static_endpoint,
 )
 from scope.resources.fields import Fields, unless_empty
-from scope.resources.keys import link_psk_dict, read_fingerprint, read_link_psk
+from scope.resources.keys import (
+    key_counts_dict,
+    link_psk_dict,
+    read_fingerprint,
+    read_key_counts,
+    read_link_psk,
+)
 from scope.resources.limits import MAX_ADDRESSES, MAX_CANDIDATES, MAX_LINKS, MAX_REASON, MAX_ROUTES
 from scope.resources.meta import conditions_dict, read_conditions, read_meta
 from scope.resources.problems import Problem, show
@@ -159,7 +165,7 @@ def read_report(fields: Fields) -> PeerReport:
         relay=_read_relay(relay) if (relay := fields.sub_if_any("relay")) else None,
         hub=fields.optional("hub", read_subdomain, ""),
         identity=fields.optional("identity", read_fingerprint, None),
-        post_quantum=fields.optional("postQuantum", read_count, 0),
+        post_quantum=read_key_counts(counts) if (counts := fields.sub_if_any("postQuantum")) else None,
     )
 
 
@@ -261,11 +267,8 @@ def report_dict(report: PeerReport) -> dict[str, object]:
         "protocol": report.protocol,
         **({"relay": _relay_dict(report.relay)} if report.relay else {}),
         **({"hub": report.hub} if report.hub else {}),
-        **(
-            {"identity": str(report.identity), "postQuantum": report.post_quantum}
-            if report.identity is not None
-            else {}
-        ),
+        **({"identity": str(report.identity)} if report.identity is not None else {}),
+        **({"postQuantum": key_counts_dict(report.post_quantum)} if report.post_quantum is not None else {}),
     }
 
 

@@ -219,7 +219,9 @@ def test_null_is_no_value_to_either(control_plane: ControlPlane) -> None:
 
 def test_what_kubectl_shows_says_whether_it_works_and_why_not(control_plane: ControlPlane) -> None:
     ready = {"type": "Ready", "status": "False", "reason": "NoAddressLeft", "message": "widen it"}
-    counts = {"peers": 3, "online": 2, "direct": 0, "relayed": 1, "unreachable": 0}
+    counts = {"peers": 3, "online": 2, "direct": 0, "relayed": 1, "unreachable": 0} | {
+        "postQuantum": {"keyed": 4}
+    }
     mesh = corpus.mesh(status={"counts": counts, "conditions": [ready]})
     peer = corpus.everything_of_a_peer()
 
@@ -236,14 +238,27 @@ def test_what_kubectl_shows_says_whether_it_works_and_why_not(control_plane: Con
         "DIRECT",
         "RELAYED",
         "UNREACHABLE",
+        "PQ",
         "READY",
         "AGE",
     ]
-    assert meshes[1].split()[:7] == ["home", "3", "2", "0", "1", "0", "False"]
-    columns = ["NAME", "ROLE", "ADDRESS", "NAT", "DIRECT", "RELAYED", "UNREACHABLE", "READY", "REASON", "AGE"]
+    assert meshes[1].split()[:8] == ["home", "3", "2", "0", "1", "0", "4", "False"]
+    columns = [
+        "NAME",
+        "ROLE",
+        "ADDRESS",
+        "NAT",
+        "DIRECT",
+        "RELAYED",
+        "UNREACHABLE",
+        "PQ",
+        "READY",
+        "REASON",
+        "AGE",
+    ]
     assert peers[0].split() == columns
-    shown = ["home.nas", "Edge", "100.80.0.7/16", "EndpointIndependent", "0", "1", "0", "True", "Ready"]
-    assert peers[1].split()[:9] == shown
+    shown = ["home.nas", "Edge", "100.80.0.7/16", "EndpointIndependent", "0", "1", "0", "2", "True", "Ready"]
+    assert peers[1].split()[:10] == shown
 
 
 @pytest.mark.parametrize(

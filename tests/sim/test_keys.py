@@ -13,7 +13,7 @@ from scope_agent.inputs import CommandArrived
 from scope_agent.psk.identity import TrustPolicy, make_hybrid_identity
 from scope_agent.psk.trust import certify
 
-from scope.model import IdentityTrust, PeerReport, PostQuantum, PostQuantumMode
+from scope.model import IdentityTrust, KeyCounts, PeerReport, PostQuantum, PostQuantumMode
 from tests.sim.world import Machine, World
 
 
@@ -84,8 +84,10 @@ def test_the_report_says_which_key_and_since_when_and_not_the_key() -> None:
     world.until(lambda: _is_keyed(a, b), within=200.0)
     world.run(60.0)
     report = _report(world, a)
-    assert report.post_quantum == 1
-    assert [link.psk and link.psk.epoch for link in report.links] == [1]
+    assert report.post_quantum == KeyCounts(keyed=1)
+    (link,) = report.links
+    assert link.psk is not None and link.psk.failure is None
+    assert (link.psk.epoch, link.psk.suite, link.psk.trust) == (1, 1, IdentityTrust.REGISTRY)
     psk = a.device.peers[b.key].psk
     assert psk is not None and psk.raw.hex() not in repr(report)
 

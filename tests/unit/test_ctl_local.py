@@ -298,24 +298,6 @@ def test_what_the_agent_lost_is_read_and_an_older_agent_lost_nothing() -> None:
     assert parse_status({"mesh": "home"}).unsent == ()
 
 
-def test_rotate_names_the_peer_or_all_and_says_when_it_is_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = []
-
-    def answer(path: Path, request: dict[str, str]) -> dict[str, object]:
-        asked.append(request)
-        return {"ok": True, "peers": 3}
-
-    monkeypatch.setattr("scope.ctl.inspection.ask", answer)
-    path = tmp_path / "home.sock"
-    path.touch()
-    assert main(["rotate", "home.nas", "--socket", str(path)]) == 0
-    assert main(["rotate", "--all", "--socket", str(path)]) == 0
-    assert [request["peer"] for request in asked] == ["home.nas", ""]
-    assert "new keys with 3 peers" in capsys.readouterr().out
-
-
 SHOWN = {
     "peer": "home.nas",
     "fingerprint": "ab" * 32,

@@ -348,7 +348,7 @@ def test_the_status_shows_the_key_of_each_pair_where_a_mesh_has_keys() -> None:
         return {"name": name, "path": "Direct", "psk": psk}
 
     peers = [
-        peer("home.nas", epoch=7, ageSeconds=2040, withheld=False, conflict=False, failure=""),
+        peer("home.nas", epoch=7, ageSeconds=2040, suite=2, trust="CA", laidEpoch=8, failure=""),
         peer("home.pi", epoch=None, ageSeconds=None, withheld=True, conflict=False, failure="no answer"),
         peer("home.tv", epoch=2, ageSeconds=5, withheld=False, conflict=True, failure="too late"),
     ]
@@ -357,7 +357,7 @@ def test_the_status_shows_the_key_of_each_pair_where_a_mesh_has_keys() -> None:
     ).splitlines()[-4:]
     at = header.index("POST-QUANTUM KEY")
     assert [row[at:].partition("  ")[0] for row in rows] == [
-        "#7 for 34m",
+        "#7 for 34m, suite 2, trust CA (#8 waits for its proof)",
         "none (no traffic without a key: no answer)",
         "#2 for 5s (another program replaces it)",
     ]

@@ -7,19 +7,26 @@ from ipaddress import ip_interface, ip_network
 
 import pytest
 from scope_operator.plan.addresses import HOLD
-from scope_operator.plan.conditions import mesh_conditions, peer_conditions
+from scope_operator.plan.conditions import keys_failed, mesh_conditions, peer_conditions
 from scope_operator.plan.routes import route_conflicts
 from scope_operator.plan.status import count, is_expired, plan_assignment
 
 from scope.model import (
     Assignment,
     Condition,
+    KeyCounts,
+    Link,
+    LinkPsk,
     Mesh,
     MeshCounts,
     Meta,
+    PathKind,
     Peer,
     PeerReport,
     PeerSpec,
+    PostQuantum,
+    PostQuantumMode,
+    PskFailure,
     PublicKey,
     Role,
     Tombstone,
@@ -189,3 +196,77 @@ def test_counts_are_of_members_and_of_pairs() -> None:
         member(6),
     ]
     assert count(peers) == MeshCounts(peers=5, online=4, direct=3, relayed=0, unreachable=2)
+
+
+def _keyed(number: int, *links: Link, failed: int = 0, keyed: int = 0, unkeyed: int = 0) -> Peer:
+    counts = KeyCounts(keyed=keyed, unkeyed=unkeyed, failed=failed)
+    peer = member(number, assignment=Assignment(online=True))
+    return replace(peer, report=PeerReport(keys(number), links=links, post_quantum=counts))
+
+
+def _failed(other: str, failure: PskFailure, *, epoch: int = 0) -> Link:
+    return Link(other, PathKind.DIRECT, psk=LinkPsk(epoch, failure=failure))
+
+
+def _asking(mode: PostQuantumMode) -> Mesh:
+    return replace(HOME, spec=replace(HOME.spec, post_quantum=PostQuantum(mode)))
+
+
+def _post_quantum(mesh: Mesh, *peers: Peer) -> Condition | None:
+    told = mesh_conditions(
+        mesh, overlaps=None, without_address=(), conflicting=(), wall=5.0, keys=keys_failed(mesh, peers)
+    )
+    return next((each for each in told if each.type == "PostQuantum"), None)
+
+
+def test_keys_are_counted_by_pairs_and_by_nobody_where_there_are_none() -> None:
+    peers = [_keyed(1, keyed=2), _keyed(2, keyed=1, unkeyed=1), _keyed(3, keyed=1, unkeyed=1, failed=1)]
+    assert count(peers).post_quantum == KeyCounts(keyed=2, unkeyed=1, failed=1)
+    assert count([member(1)]).post_quantum is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "failures", "reason", "told"),
+    [
+        (
+            PostQuantumMode.REQUIRED,
+            [(PskFailure.UNANSWERED, 0), (PskFailure.CONFLICT, 3)],
+            "Conflict",
+            "p1 with p3: another program replaces the key",
+        ),
+        (
+            PostQuantumMode.REQUIRED,
+            [(PskFailure.UNANSWERED, 0), (PskFailure.DISK, 3)],
+            "Unconfirmed",
+            "p1 with p2: no traffic before a key is proved; the other one does not answer",
+        ),
+        (
+            PostQuantumMode.PREFERRED,
+            [(PskFailure.UNANSWERED, 0), (PskFailure.DISK, 3)],
+            "Disk",
+            "p1 with p3: a key could not be written down",
+        ),
+        (PostQuantumMode.PREFERRED, [(PskFailure.UNANSWERED, 2)], "Unanswered", "p1 with p2"),
+    ],
+)
+def test_what_stands_against_keys_is_told_of_mesh_and_peer_the_gravest_first(
+    mode: PostQuantumMode, failures: list[tuple[PskFailure, int]], reason: str, told: str
+) -> None:
+    mesh = _asking(mode)
+    links = [_failed(f"p{number}", kind, epoch=at) for number, (kind, at) in enumerate(failures, start=2)]
+    peer = _keyed(1, *links, failed=len(links))
+    condition = _post_quantum(mesh, peer)
+    assert condition is not None and (condition.status, condition.reason) == ("False", reason)
+    assert told in condition.message
+    _, own = peer_conditions(peer, mesh=mesh, lacks_address=False, conflict=None, online=True, wall=5.0)
+    assert (own.type, own.status, own.reason) == ("PostQuantumFailed", "True", reason)
+    assert own.message == condition.message
+    assert (
+        len(peer_conditions(peer, mesh=HOME, lacks_address=False, conflict=None, online=True, wall=5.0)) == 1
+    )
+
+
+def test_a_mesh_whose_keys_are_well_says_so_and_one_without_says_nothing() -> None:
+    condition = _post_quantum(_asking(PostQuantumMode.REQUIRED), _keyed(1, keyed=1))
+    assert condition is not None and condition.status == "True"
+    assert _post_quantum(HOME, _keyed(1, _failed("p2", PskFailure.DISK), failed=1)) is None

@@ -42,7 +42,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias, assert_never
 
-from scope.model import Fingerprint, IdentityTrust, PostQuantum, PostQuantumMode, PublicKey, Secret
+from scope.model import (
+    Fingerprint,
+    IdentityTrust,
+    PostQuantum,
+    PostQuantumMode,
+    PskFailure,
+    PublicKey,
+    Secret,
+)
 from scope_agent.psk.exchange import (
     ExchangeError,
     Offered,
@@ -120,6 +128,17 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
+class _Failure:
+    """Why there is no key, or no newer one."""
+
+    kind: PskFailure
+    why: str
+
+
+_CONFLICT = _Failure(PskFailure.CONFLICT, "another program replaces it: find out which, and stop it")
+
+
+@dataclass(frozen=True, slots=True)
 class Say:
     """Send a message to the peer."""
 
@@ -190,7 +209,8 @@ class Pair:
         self._reading: Reading | None = None
         self._unsessioned_since: float | None = None
         self._out: list[PairOutput] = []
-        self._failure = self._identity_failure = ""
+        self._failure: _Failure | None = None  # the last one, until a key is proved
+        self._identity_failure: _Failure | None = None
         # D
         self._step = _Step.COMMITTED if record.next is not None and not record.active else _Step.IDLE
         self._offered: Offered | None = None
@@ -273,7 +293,8 @@ class Pair:
             is_told=record.is_told,
         )
         if judgement != self._judgement:
-            self._judgement, self._identity_failure = judgement, judgement.why
+            self._judgement = judgement
+            self._identity_failure = self._of_identity(judgement.why)
         expected, parties = judgement.expected, None
         if expected is not None and maker is not None:
             own = maker.identity.public.fingerprint()
@@ -291,6 +312,11 @@ class Pair:
             before, self._keyed_with = self._keyed_with, expected
             if before not in (None, expected):
                 self._key_anew(now)
+
+    def _of_identity(self, why: str) -> _Failure | None:
+        if not why:
+            return None
+        return _Failure(PskFailure.NO_IDENTITY if self._named is None else PskFailure.UNTRUSTED, why)
 
     @property
     def _policy_of_trust(self) -> TrustPolicy:
@@ -350,7 +376,7 @@ class Pair:
     def rotate(self, now: float) -> None:
         """Make a new key now."""
         self._begin_at = now
-        self._failures = 0
+        self._failures, self._failure = 0, None
         self._is_wanted = not self.is_decapsulator
         self._ask = _Repeat(now)
         self._drive(now)
@@ -366,7 +392,7 @@ class Pair:
                 if pending[1] is not None:
                     pending[1](now)
             elif pending[1] is not None:
-                self._fail(f"the disk: {error}", now)
+                self._fail(PskFailure.DISK, f"the disk: {error}", now)
             else:
                 self._pending = pending
                 self._write_at = now + DISK_AGAIN
@@ -417,10 +443,12 @@ class Pair:
             certificate, by=ca, name=name, fingerprint=fingerprint, provider=maker.provider
         ):
             shown = "another certificate than one" if certificate else "no certificate"
-            self._identity_failure = f"it shows {shown} of this agent's CA for {name} and its identity"
+            self._identity_failure = self._of_identity(
+                f"it shows {shown} of this agent's CA for {name} and its identity"
+            )
             self._ask.at = now + UNCERTIFIED_AGAIN
             return
-        self._identity_failure = ""
+        self._identity_failure = None
         self._theirs = keys
 
     def _take_whence(self, known: Fingerprint, now: float) -> None:
@@ -535,13 +563,13 @@ class Pair:
                 self._builds_on_none = True
                 self._give_up(now + AT_ONCE)
             case RefusedFor.OFF:
-                self._fail("the peer's mesh asks for no post-quantum keys yet", now)
+                self._fail(PskFailure.REFUSED, "the peer's mesh asks for no post-quantum keys yet", now)
             case RefusedFor.SUITE:
-                self._fail("the peer is set to another suite of post-quantum keys", now)
+                self._fail(PskFailure.REFUSED, "the peer is set to another suite of post-quantum keys", now)
             case RefusedFor.IDENTITY:
                 self._say_succession()
                 self._is_distrusted = True
-                self._fail("the peer expects another identity of ours, or of itself", now)
+                self._fail(PskFailure.REFUSED, "the peer expects another identity of ours, or of itself", now)
             case _:
                 assert_never(reason)
 
@@ -657,7 +685,7 @@ class Pair:
             replace(record, current=record.next, next=None, active=False, confirmed=now + self._tools.offset)
         )
         self._set_at, self._is_fresh = None, False
-        self._failure, self._failures, self._builds_on_none = "", 0, False
+        self._failure, self._failures, self._builds_on_none = None, 0, False
         self._step, self._offered = _Step.IDLE, None
         self._begin_at = now if self._is_stale else self._next_rotation(now)
         self._confirm, self._confirm_tries = _Repeat(now), 0
@@ -667,12 +695,12 @@ class Pair:
         keys = self._record.next
         self._note(replace(self._record, active=False))
         self._set_at, self._is_fresh = None, False
-        self._fail(why, now)
+        self._fail(PskFailure.UNCONFIRMED, why, now)
         if tell and keys is not None:
             self._say_of(What.ABORT if self.is_decapsulator else What.REVERTED, keys)
 
-    def _fail(self, why: str, now: float) -> None:
-        self._failure = why
+    def _fail(self, kind: PskFailure, why: str, now: float) -> None:
+        self._failure = _Failure(kind, why)
         delay = min(AGAIN_FIRST * 2**self._failures, AGAIN_LONGEST)
         self._failures = min(self._failures + 1, 16)
         self._give_up(now + delay * (0.9 + 0.2 * self._tools.random()))
@@ -732,17 +760,17 @@ class Pair:
                 self._begin(now)
             case _Step.OFFERED:
                 if now >= self._deadline:
-                    self._fail("the peer does not answer", now)
+                    self._fail(PskFailure.UNANSWERED, "the peer does not answer", now)
                 elif self._offered is not None and self._repeat.due(now):
                     self._say(self._offered.offer)
             case _Step.COMMITTED:
                 if now >= self._deadline:
-                    self._fail("the peer does not answer", now)
+                    self._fail(PskFailure.UNANSWERED, "the peer does not answer", now)
                 elif self._record.next is not None and self._repeat.due(now):
                     self._say_of(What.COMMIT, self._record.next)
             case _Step.READY:
                 if now >= self._deadline:
-                    self._fail("no young session to lay the key into", now)
+                    self._fail(PskFailure.NO_SESSION, "no young session to lay the key into", now)
                 elif self._record.next is not None and self._may_activate(now) and now >= self._repeat.at:
                     self._repeat.at = now + ACTIVATE_EVERY
                     self._say_of(What.ACTIVATE, self._record.next)
@@ -886,21 +914,27 @@ class Pair:
 
     def view(self) -> PskPair:
         """What the rest of the agent may know."""
-        record = self._record
-        conflict = len(self._foreign) > FOREIGN_MAX
+        record, failure = self._record, self._shown_failure
         return PskPair(
-            psk=None if conflict else self._psk(),
+            psk=None if failure is _CONFLICT else self._psk(),
             is_withheld=self._is_withheld,
             is_silent=self._is_withheld and not self._is_set,
             epoch=record.current.epoch if record.current is not None else 0,
             suite=record.current.suite if record.current is not None else 0,
             confirmed=record.confirmed,
-            failure="" if self._is_off else self._identity_failure or self._failure,
-            conflict=conflict,
+            laid=record.next.epoch if record.next is not None and self._is_set else 0,
+            failed=failure.kind if failure is not None else None,
+            failure=failure.why if failure is not None else "",
             trust=None if self._is_off else self._trust,
             named=self._named,
             pinned=record.pinned,
         )
+
+    @property
+    def _shown_failure(self) -> _Failure | None:
+        if len(self._foreign) > FOREIGN_MAX:
+            return _CONFLICT
+        return None if self._is_off else self._identity_failure or self._failure
 
     def wants_look(self, now: float) -> bool:
         """Whether the device is to be read often: a key waits for its time, or for its proof."""

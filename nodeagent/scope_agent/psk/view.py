@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from scope.model import Fingerprint, IdentityTrust, Secret
+from scope.model import Fingerprint, IdentityTrust, PskFailure, Secret
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +17,14 @@ class PskPair:
     epoch: int = 0  # of the proved key; 0: none
     suite: int = 0  # of its exchange
     confirmed: float = 0.0  # wall clock
-    failure: str = ""
-    conflict: bool = False  # another program replaces the key again and again
+    laid: int = 0  # epoch of a key that the device has and no handshake has proved; 0: none
+    failed: PskFailure | None = None  # what stands against a key, or a newer one,
+    failure: str = ""  # and in words
     trust: IdentityTrust | None = None  # by what the peer's identity is believed; None: it is not
     named: Fingerprint | None = None  # of the peer's identity, as its ScopePeer has it
     pinned: Fingerprint | None = None  # the one that is kept for it
+
+    @property
+    def conflict(self) -> bool:
+        """Whether another program replaces the key again and again."""
+        return self.failed is PskFailure.CONFLICT

@@ -23,6 +23,7 @@ from scope_operator.plan.conditions import (
     ADDRESSES_EXHAUSTED,
     HUBS_AVAILABLE,
     PORT_CONFLICT,
+    POST_QUANTUM,
     READY,
     REMOVED,
     ROUTE_CONFLICT,
@@ -50,6 +51,7 @@ PROBLEMS = {
     PORT_CONFLICT: ("True", PORT_CONFLICT),
     ROUTE_CONFLICT: ("True", ROUTE_CONFLICT),
     HUBS_AVAILABLE: ("False", "HubsUnavailable"),
+    POST_QUANTUM: ("False", "PostQuantumFailed"),
 }
 WORTH = frozenset(
     {"ClusterNameTaken", "AddressesOverlap"}

@@ -10,7 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from scope.model import Condition, Forwarding, IPAddress, IPNetwork, Mesh, Peer, Role
+from scope.model import (
+    Condition,
+    Forwarding,
+    IPAddress,
+    IPNetwork,
+    Mesh,
+    Peer,
+    PostQuantumMode,
+    PskFailure,
+    Role,
+)
 
 READY = "Ready"
 ADDRESSES_EXHAUSTED = "AddressesExhausted"
@@ -19,6 +29,8 @@ PORT_CONFLICT = "PortConflict"
 ADDRESS_CONFLICT = "AddressConflict"
 HUBS_AVAILABLE = "HubsAvailable"
 RELAY_FAILED = "RelayFailed"  # False: it did, of a peer that is no hub any more; told to whoever chooses hubs
+POST_QUANTUM = "PostQuantum"  # of a mesh
+POST_QUANTUM_FAILED = "PostQuantumFailed"  # of a peer
 REMOVED = "Removed"  # its `changed` is the time of the removal
 
 REMEMBERED = 86400.0  # seconds after which a former hub that did not forward may be chosen again
@@ -75,6 +87,16 @@ class HubsState:
     without_port: tuple[str, ...]  # some pair found none
 
 
+@dataclass(frozen=True, slots=True)
+class KeysFailed:
+    """A pair whose post-quantum key, or a newer one, has something against it, as `peer` reports."""
+
+    peer: str
+    other: str
+    failure: PskFailure
+    is_keyed: bool  # an earlier key is in use
+
+
 def mesh_conditions(
     mesh: Mesh,
     *,
@@ -85,8 +107,9 @@ def mesh_conditions(
     ports: PortConflict | None = None,
     impostor: str = "",
     hubs: HubsState | None = None,
+    keys: tuple[KeysFailed, ...] = (),
 ) -> tuple[Condition, ...]:
-    """The conditions of a mesh; that of its hubs only where it asks for some.
+    """The conditions of a mesh; those of its hubs and of its post-quantum keys only where it asks for some.
 
     `overlaps` is an older mesh whose address space this one overlaps, `without_address` the peers for which
     no address was left, `conflicting` those with a route that another has. `impostor` is this cluster's name
@@ -114,6 +137,7 @@ def mesh_conditions(
         _problem(earlier, ADDRESSES_EXHAUSTED, exhausted if lacking else None, wall),
         _problem(earlier, ROUTE_CONFLICT, conflict if disputed else None, wall),
         *((_hubs_available(earlier, hubs, wall),) if hubs is not None else ()),
+        *((_post_quantum(mesh, keys, wall),) if _asks_for_keys(mesh) else ()),
     )
     # Only where there are Nodes, and two meshes, can this be: elsewhere it is left out.
     if ports is None and all(each.type != PORT_CONFLICT for each in earlier):
@@ -163,6 +187,8 @@ def peer_conditions(
     else:
         told.extend(each for each in earlier if each.type == ADDRESS_CONFLICT)
     told.extend(_relay_failed(peer, role=role, wall=wall))
+    if mesh is not None and online and (failed := keys_failed(mesh, (peer,))):
+        told.append(_problem(earlier, POST_QUANTUM_FAILED, _keys_failed(mesh, failed), wall))
     return tuple(told)
 
 
@@ -194,6 +220,67 @@ def _hubs_available(earlier: Iterable[Condition], hubs: HubsState, wall: float) 
     )
     holds = f"{'routed' if hubs.is_tree else 'relayed'} by {_some(hubs.hubs)}"
     return _holds(earlier, HUBS_AVAILABLE, chain, holds, wall)
+
+
+def keys_failed(mesh: Mesh, peers: Iterable[Peer]) -> tuple[KeysFailed, ...]:
+    """What these peers say of keys, as far as their bounded links tell; nothing where none are asked for."""
+    if not _asks_for_keys(mesh):
+        return ()
+    return tuple(
+        KeysFailed(peer.meta.name, link.peer, link.psk.failure, is_keyed=link.psk.epoch > 0)
+        for peer in peers
+        if peer.report is not None and peer.report.post_quantum is not None
+        if peer.report.post_quantum.failed
+        for link in peer.report.links
+        if link.psk is not None and link.psk.failure is not None
+    )
+
+
+def _asks_for_keys(mesh: Mesh) -> bool:
+    return mesh.spec.post_quantum.mode is not PostQuantumMode.OFF
+
+
+def _post_quantum(mesh: Mesh, keys: tuple[KeysFailed, ...], wall: float) -> Condition:
+    failure = _keys_failed(mesh, keys) if keys else None
+    return _holds(mesh.status.conditions, POST_QUANTUM, (failure,), "nothing stands against a key", wall)
+
+
+def _keys_failed(mesh: Mesh, keys: tuple[KeysFailed, ...]) -> Failure:
+    """The gravest first; what holds traffic up is graver than what holds up a newer key."""
+
+    def pairs(failure: PskFailure) -> str:
+        return _some(
+            tuple(sorted(f"{each.peer} with {each.other}" for each in keys if each.failure is failure))
+        )
+
+    present = {each.failure for each in keys}
+    for kind in (PskFailure.CONFLICT, PskFailure.UNTRUSTED):
+        if kind in present:
+            return Failure(str(kind), f"{pairs(kind)}: {_MEND[kind]}")
+    if mesh.spec.post_quantum.mode is PostQuantumMode.REQUIRED:
+        waiting = [each for each in keys if not each.is_keyed]
+        if waiting:
+            names = _some(tuple(sorted(f"{each.peer} with {each.other}" for each in waiting)))
+            why = min((each.failure for each in waiting), key=list(PskFailure).index)
+            return Failure(
+                str(PskFailure.UNCONFIRMED), f"{names}: no traffic before a key is proved; {_MEND[why]}"
+            )
+    kind = min(present, key=list(PskFailure).index)
+    return Failure(str(kind), f"{pairs(kind)}: {_MEND[kind]}")
+
+
+_MEND = {
+    PskFailure.CONFLICT: "another program replaces the key in the device: find out which, and stop it",
+    PskFailure.UNTRUSTED: "the other's identity is not trusted, and the key in use stays: `scopectl identity "
+    "show` on both says why",
+    PskFailure.UNCONFIRMED: "no handshake proved a key in time: see `scopectl status` on both",
+    PskFailure.DISK: "a key could not be written down: make room on the disk",
+    PskFailure.REFUSED: "the other one refuses: bring both to the same release and settings",
+    PskFailure.NO_IDENTITY: "the other one makes no post-quantum keys: update scope-agent there; its own "
+    "`scopectl status` says why",
+    PskFailure.UNANSWERED: "the other one does not answer: do datagrams of 1,164 bytes arrive?",
+    PskFailure.NO_SESSION: "WireGuard has not rekeyed for six minutes: does anything pass between the two?",
+}
 
 
 def _all_offline(hubs: HubsState) -> Failure:

@@ -43,7 +43,7 @@ from scope.model import (
     kind_of,
 )
 from scope.registry.port import Deleted, Listed, Put
-from scope_operator.plan.conditions import RouteConflict, mesh_conditions
+from scope_operator.plan.conditions import RouteConflict, keys_failed, mesh_conditions
 from scope_operator.plan.nodes import NodeFact, NodePeers
 from scope_operator.plan.roles import Asked, HubPlan, asked_of, assign_role, hubs_state, plan_hubs
 from scope_operator.plan.routes import route_conflicts
@@ -532,6 +532,7 @@ class Planner:
                     asked=self._asked(mesh, members),
                     chosen=self._chosen(members),
                 ),
+                keys=keys_failed(mesh, (peer for peer in members.peers.values() if peer.assignment.online)),
             ),
             signing_key=self._signing_key,
             reflectors=self._reflectors,

@@ -16,6 +16,7 @@ from scope.model import (
     HubChoice,
     IPAddress,
     IPInterface,
+    KeyCounts,
     Mesh,
     MeshCounts,
     MeshStatus,
@@ -124,7 +125,8 @@ def plan_mesh_status(
 
 def count(peers: Iterable[Peer]) -> MeshCounts:
     """Totals over a mesh. Both ends of a link report it, so links are halved; half a link counts as one."""
-    members = online = direct = relayed = unreachable = 0
+    members = online = direct = relayed = unreachable = keyed = unkeyed = failed = 0
+    are_keyed = False
     for peer in peers:
         if peer.assignment.tombstone is not None:
             continue
@@ -134,4 +136,15 @@ def count(peers: Iterable[Peer]) -> MeshCounts:
             direct += peer.report.direct
             relayed += peer.report.relayed
             unreachable += peer.report.unreachable
-    return MeshCounts(members, online, -(-direct // 2), -(-relayed // 2), -(-unreachable // 2))
+            if (keys := peer.report.post_quantum) is not None:
+                are_keyed = True
+                keyed, unkeyed, failed = keyed + keys.keyed, unkeyed + keys.unkeyed, failed + keys.failed
+    keys = KeyCounts(*(-(-halves // 2) for halves in (keyed, unkeyed, failed)))
+    return MeshCounts(
+        members,
+        online,
+        direct=-(-direct // 2),
+        relayed=-(-relayed // 2),
+        unreachable=-(-unreachable // 2),
+        post_quantum=keys if are_keyed else None,
+    )
