@@ -275,6 +275,17 @@ def test_low_ports_are_a_capability_of_their_own(helm: Helm) -> None:
     assert added({"agent": {"lowPorts": True}}) == ["NET_ADMIN", "NET_RAW", "NET_BIND_SERVICE"]
 
 
+def test_agents_are_given_what_is_said_of_their_environment(helm: Helm) -> None:
+    given = {"SCOPE_IDENTITY_TRUST": "pinned", "SCOPE_KEY_SUITE": "2"}
+    agent = pod_of(only(rendered(helm, {"agent": {"env": given}}), "DaemonSet", "scope-agent"))
+    environment = agent["containers"][0]["env"]
+    assert [each for each in environment if each["name"] in given] == [
+        {"name": name, "value": value} for name, value in given.items()
+    ]
+    with pytest.raises(KubeLabError, match=r"agent.*env"):
+        rendered(helm, {"agent": {"env": {"SCOPE_KEY_SUITE": 2}}})
+
+
 def test_the_operator_runs_where_pod_security_is_restricted_and_an_agent_does_not(
     plane: ControlPlane, helm: Helm
 ) -> None:
