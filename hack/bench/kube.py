@@ -69,13 +69,13 @@ async def _restarts(size: int, attempts: int) -> tuple[list[float], Row]:
             late, fleet = f"{FIRST_MESH}.{CLUSTER}.{node}", here.fleet
             await here.until(lambda: late in fleet.addressed, f"{late} has an address")  # noqa: B023
             addressed = time.monotonic() - began
-            await here.await_idle()
+            await here.await_steady()
             samples.append(time.monotonic() - began)
             row = row or {
                 "peers": size,
                 "to ready, s": ready,
                 "to the address of a Node that came meanwhile, s": addressed,
-                "to an empty queue, s": samples[-1],
+                "to nothing left to do now, s": samples[-1],
                 "operator's processor, s": here.operator.program.cpu_seconds(),
             }
     return samples, row

@@ -141,10 +141,14 @@ class Operator:
         lines = (line.split(" ") for line in (answer or "").splitlines() if line[:1] not in ("#", ""))
         return {name: float(value) for name, value in lines if "{" not in name}
 
-    async def is_idle(self) -> bool:
-        """Whether it leads and has nothing to do."""
+    async def is_steady(self) -> bool:
+        """Whether it leads and has nothing to do now."""
         figures = await self.figures()
         return bool(figures.get("scope_operator_leader")) and figures.get("scope_operator_queue_depth") == 0
+
+    async def is_idle(self) -> bool:
+        """Whether it leads and has nothing to do, at a later time neither."""
+        return await self.is_steady() and (await self.figures()).get("scope_operator_delayed") == 0
 
     async def _is_ready(self) -> bool:
         return await self._page("/readyz") is not None
@@ -402,13 +406,20 @@ class Cluster:
         await self.until(lambda: len(fleet.online) == len(fleet.nodes), "every peer is online")
         await self.await_idle()
 
+    async def await_steady(self) -> None:
+        """Return when the operator has nothing to do now."""
+        await self._await(self.operator.is_steady)
+
     async def await_idle(self) -> None:
-        """Return when the operator has nothing to do."""
+        """Return when the operator has nothing to do, at a later time neither."""
+        await self._await(self.operator.is_idle)
+
+    async def _await(self, holds: Callable[[], Awaitable[bool]]) -> None:
         deadline = time.monotonic() + PATIENCE_S
-        while not await self.operator.is_idle():
+        while not await holds():
             self.operator.check()
             if time.monotonic() > deadline:
-                raise BenchError(f"the operator is not idle after {PATIENCE_S:.0f} s")
+                raise BenchError(f"the operator still has work after {PATIENCE_S:.0f} s")
             await asyncio.sleep(LOOK_S)
 
     async def add_node(self, name: str) -> None:

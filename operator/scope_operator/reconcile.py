@@ -61,6 +61,7 @@ class ReconcileHealth:
     listed: bool
     event_age: float | None
     queue: int
+    delayed: int
     last_error: str
     error_age: float | None
 
@@ -138,6 +139,7 @@ class Reconciler:
             listed=self._planner.is_listed,
             event_age=None if self._event_at is None else now - self._event_at,
             queue=self._planner.depth,
+            delayed=self._planner.delayed,
             last_error=self._error,
             error_age=None if self._error_at is None else now - self._error_at,
         )

@@ -155,7 +155,7 @@ def test_at_rest_nothing_is_written() -> None:
     for _ in range(20):
         world.later(60.0, alive=names)
     assert world.writes == before
-    assert world.planner.depth == 0
+    assert (world.planner.depth, world.planner.delayed) == (0, 0)
 
 
 def test_nothing_is_planned_before_meshes_and_peers_are_listed() -> None:

@@ -30,7 +30,7 @@ SILENT = 900.0  # seconds
 BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
-STARTING = ReconcileHealth(listed=False, event_age=None, queue=0, last_error="", error_age=None)
+STARTING = ReconcileHealth(listed=False, event_age=None, queue=0, delayed=0, last_error="", error_age=None)
 
 
 class Report:
@@ -56,8 +56,13 @@ class Report:
         gauges: tuple[tuple[str, str, Callable[[], float]], ...] = (
             (
                 "queue_depth",
-                "Resources that wait to be planned, on the replica that writes.",
+                "Resources that wait to be planned or written, on the replica that writes.",
                 lambda: self._health().queue if self._is_leader() else 0,
+            ),
+            (
+                "delayed",
+                "Resources that wait for a time, as meshes do for that of their counts' next write.",
+                lambda: self._health().delayed if self._is_leader() else 0,
             ),
             (
                 "watch_age_seconds",

@@ -183,8 +183,13 @@ class Planner:
 
     @property
     def depth(self) -> int:
-        """How many keys wait, those that wait for a time included."""
-        return len(self._queue) + len(self._later)
+        """How many keys wait to be planned or for the end of their write."""
+        return len(self._queue) + len(self._in_flight)
+
+    @property
+    def delayed(self) -> int:
+        """How many keys wait for a time, such as meshes for that of their counts' next write."""
+        return len(self._later)
 
     def announce(self, *, signing_key: PublicKey | None, reflectors: tuple[Reflector, ...]) -> None:
         """What every mesh says of the registry, from now on."""
