@@ -197,7 +197,7 @@ VARIANTS: dict[str, dict[str, object]] = {
             "tls": {"source": "Secret", "secretName": "own"},
         },
         "operator": {"affinity": {"nodeAffinity": {}}, "podLabels": {"team": "net"}},
-        "agent": {"lowPorts": True, "apiServer": "https://192.0.2.1:6443", "maxUnavailable": 2},
+        "agent": {"lowPorts": True, "tun": True, "apiServer": "https://192.0.2.1:6443", "maxUnavailable": 2},
         "wireguard": {"enabled": True, "devices": ["scope0", "scope1"]},
         "networkPolicy": {"enabled": True, "metricsFrom": [{"namespaceSelector": {}}]},
         "mesh": MESH,
@@ -263,6 +263,33 @@ def test_a_budget_for_disruptions_is_for_several_replicas(helm: Helm) -> None:
     kinds = {each["kind"] for each in rendered(helm, {"operator": {"replicas": 1}})}
     assert "PodDisruptionBudget" not in kinds
     assert "PodDisruptionBudget" in {each["kind"] for each in rendered(helm, {})}
+
+
+def test_agent_and_user_space_wireguard_meet_on_the_node_and_the_agent_opens_no_tunnel_itself(
+    helm: Helm,
+) -> None:
+    documents = rendered(helm, {"wireguard": {"enabled": True, "devices": ["scope0", "scope1"]}})
+
+    def mounted(name: str) -> list[dict[str, str]]:
+        pod = pod_of(only(documents, "DaemonSet", name))
+        volumes = {each["name"]: each["hostPath"]["path"] for each in pod["volumes"] if "hostPath" in each}
+        return [
+            {
+                volumes[mount["name"]]: mount["mountPath"]
+                for mount in each["volumeMounts"]
+                if mount["name"] in volumes
+            }
+            for each in pod["containers"]
+        ]
+
+    met = {path: path for path in ("/run/scope", "/run/wireguard")}
+    assert mounted("scope-wireguard") == [met | {"/dev/net/tun": "/dev/net/tun"}] * 2
+    assert mounted("scope-agent") == [met | {"/var/lib/scope": "/var/lib/scope"}]
+    containers = pod_of(only(documents, "DaemonSet", "scope-wireguard"))["containers"]
+    assert [each["args"] for each in containers] == [
+        [name, "--state", f"/run/scope/wireguard/{name}.json"] for name in ("scope0", "scope1")
+    ]
+    assert only(documents, "DaemonSet", "scope-wireguard")["spec"]["updateStrategy"] == {"type": "OnDelete"}
 
 
 def test_low_ports_are_a_capability_of_their_own(helm: Helm) -> None:

@@ -51,13 +51,14 @@ class Two:
         file.write_text(line + "\n")
         return file
 
-    async def join(self, file: Path, *, name: str = "west") -> Replica:
+    async def join(self, file: Path, *options: str, name: str = "west") -> Replica:
         """The western operator, with no more rights than the manifests give it."""
         token = await self.west.plane.token("scope-operator", namespace=NAMESPACE)
         return await self.west.operator(
             f"--cluster-name={name}",
             f"--kubeconfig={self.west.plane.kubeconfig(token=token)}",
             f"--join-string-file={file}",
+            *options,
         )
 
     async def agent(self, node: str, *, of: Cluster | None = None) -> HttpRegistry:
@@ -100,7 +101,8 @@ def test_the_nodes_of_both_clusters_are_peers_of_one_mesh(
         await two.east.plane.create_node("n1")
         uids = {name: await two.west.plane.create_node(name) for name in ("n1", "n2")}
         file = await two.invite()
-        first = await two.join(file)
+        gateway = JoinString.parse(await asyncio.to_thread(file.read_text)).url
+        first = await two.join(file, f"--registry-url={gateway}")
         peers = await two.east.addressed("home.east.n1", "home.west.n1", "home.west.n2")
         spec = peers["home.west.n1"]["spec"]
         assert (spec["cluster"], spec["nodeName"], spec["nodeUID"]) == ("west", "n1", uids["n1"])

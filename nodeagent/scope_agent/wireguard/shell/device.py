@@ -113,7 +113,7 @@ def _choose_driver(name: str, links: Links, run_dir: Path, only: DeviceKind | No
         kind = DeviceKind.USER_SPACE
         if only is DeviceKind.KERNEL:
             raise ConfigError("This kernel has no WireGuard: load the module `wireguard`")
-        require_program()
+        require_program(run_dir, name)
     else:
         kind = DeviceKind.KERNEL
     if kind is DeviceKind.KERNEL:

@@ -38,7 +38,7 @@ from scope_agent.wireguard.device import (
     SetUp,
 )
 from scope_agent.wireguard.shell.links import Links, failure
-from scope_agent.wireguard.shell.process import DataplaneProcess
+from scope_agent.wireguard.shell.process import DataplaneProcess, is_locked
 
 PROGRAM = "wireguard-go"
 CONTROL_SOCKETS = Path("/var/run/wireguard")  # fixed by the program
@@ -269,8 +269,13 @@ def is_ours(run_dir: Path, name: str) -> bool:
     return state_path(run_dir, name).exists() or lock_path(run_dir, name).exists()
 
 
-def require_program() -> None:
-    """Raises ConfigError, naming the package, where no user-space WireGuard could run."""
+def require_program(run_dir: Path, name: str) -> None:
+    """Raises ConfigError, naming the package, where no user-space WireGuard could run.
+
+    What a `scope-wireguard` needs that waits for us already is its own affair: it may be in another container.
+    """
+    if is_locked(lock_path(run_dir, name)):
+        return
     if not any(_is_program(Path(folder) / PROGRAM) for folder in os.get_exec_path()):
         raise ConfigError(
             f"This kernel has no WireGuard, and {PROGRAM} is not on the PATH. Install it (Debian, Ubuntu: "
@@ -279,7 +284,7 @@ def require_program() -> None:
     if not Path("/dev/net/tun").exists():
         raise ConfigError(
             "User-space WireGuard needs /dev/net/tun: load the module `tun` (modprobe tun), or pass the "
-            "device into the container"
+            "device into the container; on Kubernetes set wireguard.enabled of the chart"
         )
 
 
