@@ -593,6 +593,7 @@ class RelayReport:
     refused: int = 0  # pairs that got none because no port was left, and asked lately
     reason: str = ""  # why not in the kernel, or not at all
     carrier: HubCarrier | None = None  # None: none is asked for, or it is not known yet
+    unrouted: str = ""  # of a tree's hub: why it does not forward what edges send each other
 
 
 @dataclass(frozen=True, slots=True)

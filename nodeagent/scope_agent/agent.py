@@ -34,6 +34,7 @@ from scope.model import (
     Tombstone,
 )
 from scope.relay import Grants
+from scope.resources import as_reason
 from scope.topology import Topology, peers_for, rehomed
 from scope.wire import (
     AskRelay,
@@ -71,6 +72,7 @@ from scope_agent.inputs import (
     DiskState,
     FactArrived,
     Failed,
+    ForwardingSeen,
     IdentitySaved,
     Input,
     InterfacesChanged,
@@ -246,6 +248,7 @@ class Agent:
         self._forwarding_busy = False
         self._forwarding_after = now
         self._forwarding_error = ""
+        self._lost = ""  # why what this hub forwards does not get through
         # gossip and forwarding
         self._passed: dict[str, tuple[Tombstone, float]] = {}
         self._known_tombstones: set[str] = {t.peer_uid for t in state.snapshot.tombstones}
@@ -301,6 +304,8 @@ class Agent:
                 self._failed(event, now)
             case Relaying(by, reason, forgot=forgot, answers=answers, taken=taken):
                 self._serving.relaying(by, reason, forgot=forgot, answers=answers, taken=taken, now=now)
+            case ForwardingSeen(lost):
+                self._lost = lost
             case PortsApplied(error):
                 self._paths.port_rules_applied(error, now)
             case CarrierSeen():
@@ -532,7 +537,14 @@ class Agent:
     def _relaying(self, now: float) -> RelayReport | None:
         """What our own status says of relaying and carrying."""
         report = self._serving.report(now)
-        return None if report is None else replace(report, carrier=self._carriage.report())
+        if report is None:
+            return None
+        return replace(
+            report,
+            reason=as_reason(report.reason),
+            unrouted=as_reason(self._forwarding_error or self._lost),
+            carrier=self._carriage.report(),
+        )
 
     # --- what TCP carries ----------------------------------------------------------------------------------
 
@@ -1071,7 +1083,7 @@ class Agent:
                 "Device": self._device_error,
                 "Registry": self._reporting.error,
                 "Disk": self._disk_error,
-                "Forwarding": self._forwarding_error,
+                "Forwarding": self._forwarding_error or self._lost,
                 "Carrier": self._carriage.trouble(
                     {key: peer.meta.name for key, peer in self._snapshot.peers.items()}
                 ),

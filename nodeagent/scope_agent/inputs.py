@@ -157,6 +157,13 @@ class Relaying:
 
 
 @dataclass(frozen=True, slots=True)
+class ForwardingSeen:
+    """Whether what a hub of a tree forwards gets through: why not, in words, or ""."""
+
+    lost: str
+
+
+@dataclass(frozen=True, slots=True)
 class PortsApplied:
     """The answer to ApplyPorts: they are so, or, with `error` as part of a sentence, as they were."""
 
@@ -216,6 +223,7 @@ Input: TypeAlias = (
     | Applied
     | Failed
     | Relaying
+    | ForwardingSeen
     | PortsApplied
     | CarrierSeen
     | PskSaved

@@ -44,6 +44,7 @@ from scope_agent.inputs import (
     DeviceObserved,
     FactArrived,
     Failed,
+    ForwardingSeen,
     IdentitySaved,
     Input,
     InterfacesChanged,
@@ -232,6 +233,7 @@ class Runner:
         self._holds = EndpointHolds()
         self._hub: HubMachine | None = None  # made when there is something to relay, or to undo
         self._forwarding: TreeForwarding | None = None  # made likewise
+        self._lost = ""  # why what it forwards does not get through, as the agent knows it
         self._hub_lock = asyncio.Lock()
         self._counted: Counted | None = None  # what the hub relayed
         self._counting: asyncio.Task[None] | None = None
@@ -596,11 +598,15 @@ class Runner:
                 continue
             started = time.monotonic()
             async with self._hub_lock:
-                outcome = await asyncio.to_thread(self._check_hub, self._hub)
+                outcome, lost = await asyncio.to_thread(self._check_hub, self._hub)
             delay = max(HUB_CHECK, HUB_CHECK_SHARE * (time.monotonic() - started))
             if outcome is not None:
                 log.warning("relay.changed forwarding=%s reason=%s", outcome.forwarding, outcome.reason)
                 self._post(_relaying(outcome, answers=False))
+            if lost != self._lost:
+                log.warning("forwarding.changed lost=%s", lost)
+                self._lost = lost
+                self._post(ForwardingSeen(lost))
 
     async def _count(self) -> Counted | None:
         """What we relay for others, as it was counted a little while ago; None where it was not."""
@@ -620,13 +626,15 @@ class Runner:
         self._count_again = now + max(COUNT_AGAIN, HUB_CHECK_SHARE * (now - started))
         self._counting = None
 
-    def _check_hub(self, hub: HubMachine) -> Outcome | None:
+    def _check_hub(self, hub: HubMachine) -> tuple[Outcome | None, str]:
+        """What relays now, if that is news, and why what is forwarded for edges does not get through."""
+        lost = self._lost
         if self._forwarding is not None:
             try:
-                self._forwarding.check()
+                lost = self._forwarding.check()
             except ApplyError as error:
                 log.warning("forwarding.unchecked error=%s", error)
-        return hub.check(self._wall())
+        return hub.check(self._wall()), lost
 
     # --- being carried, and carrying -----------------------------------------------------------------------
 

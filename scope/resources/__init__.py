@@ -93,7 +93,7 @@ from scope.resources.peer import forbidden_changes, parse_peer, parse_tombstone,
 from scope.resources.problems import InvalidResource, Problem
 from scope.resources.times import format_duration, format_time, parse_duration, parse_time
 from scope.resources.token import parse_token
-from scope.resources.values import EXTERNAL
+from scope.resources.values import EXTERNAL, as_reason
 
 __all__ = [
     "ALGORITHMS",
@@ -152,6 +152,7 @@ __all__ = [
     "VERSION",
     "InvalidResource",
     "Problem",
+    "as_reason",
     "cluster_to_dict",
     "fit_report",
     "forbidden_changes",

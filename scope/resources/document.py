@@ -122,9 +122,11 @@ def fit_report(report: PeerReport, limit: int = MAX_STATUS_BYTES) -> PeerReport:
         fitted = replace(fitted, links=fitted.links[:-1])
     while fitted.relay and fitted.relay.reason and status_bytes(fitted) > limit:
         fitted = replace(fitted, relay=replace(fitted.relay, reason=fitted.relay.reason[:-1]))
+    while fitted.relay and len(fitted.relay.unrouted) > 1 and status_bytes(fitted) > limit:
+        # One character at least: an empty reason would say that it forwards.
+        fitted = replace(fitted, relay=replace(fitted.relay, unrouted=fitted.relay.unrouted[:-1]))
     while fitted.relay and (carrier := fitted.relay.carrier) and status_bytes(fitted) > limit:
-        # One character at least: an empty reason would say that it listens.
-        if len(carrier.reason) < 2:
+        if len(carrier.reason) < 2:  # an empty one would say that it listens
             break
         shorter = replace(carrier, reason=carrier.reason[:-1])
         fitted = replace(fitted, relay=replace(fitted.relay, carrier=shorter))

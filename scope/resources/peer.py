@@ -177,6 +177,7 @@ def _read_relay(fields: Fields) -> RelayReport:
         pairs=fields.optional("pairs", read_count, 0),
         refused=fields.optional("refused", read_count, 0),
         reason=fields.optional("reason", lambda value: read_text(value, MAX_REASON), ""),
+        unrouted=fields.optional("unrouted", lambda value: read_text(value, MAX_REASON), ""),
         carrier=_read_carrier(carrier) if (carrier := fields.sub_if_any("carrier")) else None,
     )
 
@@ -278,6 +279,7 @@ def _relay_dict(relay: RelayReport) -> dict[str, object]:
         "pairs": relay.pairs,
         "refused": relay.refused,
         **({"reason": relay.reason} if relay.reason else {}),
+        **({"unrouted": relay.unrouted} if relay.unrouted else {}),
         **({"carrier": _carrier_dict(relay.carrier)} if relay.carrier else {}),
     }
 

@@ -19,6 +19,7 @@ from scope.resources.limits import (
     MAX_LATENCY,
     MAX_MTU,
     MAX_NAME,
+    MAX_REASON,
     MAX_REQUIREMENTS,
     MAX_UID,
     MIN_MTU,
@@ -39,6 +40,12 @@ def read_text(value: object, limit: int, allowed: str = "") -> str:
         found = f"{show(value)} has {len(value)} characters"
         raise Refused(found, allowed or f"at most {limit} characters")
     return value
+
+
+def as_reason(text: str) -> str:
+    """What anybody said, as a reason that may stand in a status: one line, cut where it is too long."""
+    line = " ".join("".join(each if each.isprintable() else " " for each in text).split())
+    return line if len(line) <= MAX_REASON else f"{line[: MAX_REASON - 1]}…"
 
 
 def read_some_text(value: object, limit: int) -> str:

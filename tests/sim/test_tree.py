@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 from lab.nat import Nat
+from scope_agent.inputs import ForwardingSeen
 
 from scope.model import Role, TopologyMode
 from tests.sim.world import Machine, World
@@ -233,3 +234,22 @@ class _Gaps:
         times = [at for at, sender, _ in b.received if sender == a.key and at >= self._start]
         ends = [self._start, *times, self._world.now]
         return max(later - before for before, later in pairwise(ends))
+
+
+def test_a_hub_publishes_why_what_it_forwards_is_lost_and_that_it_is_over() -> None:
+    world, (hub, _), _ = _tree(1)
+    why = "the foreign chain ip filter FORWARD drops IPv4 between edges"
+
+    def published() -> str:
+        report = world.registry.peer(hub).report
+        assert report is not None and report.relay is not None
+        return report.relay.unrouted
+
+    assert published() == ""
+    for lost in (why, ""):
+        hub.give(ForwardingSeen(lost))
+        world.until(lambda lost=lost: published() == lost, within=5.0)  # type: ignore[misc]
+        assert hub.agent is not None
+        conditions = hub.agent.status(world.now)["conditions"]
+        assert isinstance(conditions, list)
+        assert [each["message"] for each in conditions] == [lost] * bool(lost)

@@ -427,6 +427,27 @@ def test_a_hub_that_does_not_forward_says_so_itself_and_on_its_mesh(world: Machi
     assert said(world).status == "True"
 
 
+def test_a_hub_whose_edges_do_not_get_through_says_so_itself_and_on_its_mesh(
+    world: Machines | Cluster,
+) -> None:
+    name = world.add(1)
+    ask(world, Hubs(names=(name,)))
+    why = "the foreign chain ip filter FORWARD drops IPv4 between edges"
+    report(world, name, relay=RelayReport(Forwarding.KERNEL, unrouted=why))
+    world.pass_time(MESH_INTERVAL)
+    world.pass_time(MESH_INTERVAL)
+    [failed] = [each for each in find(world, name).assignment.conditions if each.type == "RelayFailed"]
+    assert failed.status == "True"
+    assert why in failed.message
+    available = said(world)
+    assert (available.status, available.reason) == ("False", "NotForwarding")
+    assert why in available.message
+    assert told(world) == {name: (True, f"named in spec.hubs; does not forward: {why}")}
+    report(world, name, relay=RelayReport(Forwarding.KERNEL))
+    world.pass_time(MESH_INTERVAL)
+    assert said(world).status == "True"
+
+
 def test_peers_keep_their_roles_while_their_mesh_is_away() -> None:
     world = Machines()
     world.start()

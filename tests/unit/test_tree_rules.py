@@ -21,10 +21,19 @@ def test_only_prefixes_of_the_mesh_go_on_and_all_else_of_the_device_is_dropped()
     rules = _rules(load("scope0", forwarded), "forward")
     inside = "{ 10.1.0.0/16, 100.80.0.0/16 }"
     assert rules == [
-        f'iifname "scope0" oifname "scope0" ip saddr {inside} ip daddr {inside} accept',
-        'iifname "scope0" oifname "scope0" ip6 saddr { fd5c:9e0::/48 } ip6 daddr { fd5c:9e0::/48 } accept',
+        f'iifname "scope0" oifname "scope0" ip saddr {inside} ip daddr {inside} counter name "came4" accept',
+        'iifname "scope0" oifname "scope0" ip6 saddr { fd5c:9e0::/48 } ip6 daddr { fd5c:9e0::/48 } '
+        'counter name "came6" accept',
         'iifname "scope0" drop',
         'oifname "scope0" drop',
+    ]
+
+
+def test_what_goes_from_edge_to_edge_is_counted_behind_all_other_chains_too() -> None:
+    text = load("scope0", forwarded_prefixes(SPACE, routes=[], own=[]))
+    assert _rules(text, "passed") == [
+        'iifname "scope0" oifname "scope0" meta nfproto ipv4 counter name "passed4"',
+        'iifname "scope0" oifname "scope0" meta nfproto ipv6 counter name "passed6"',
     ]
 
 

@@ -30,7 +30,7 @@ from scope.carrier import (
     sign_ticket,
 )
 from scope.model import Endpoint, HubCarrier, Hubs, PublicKey, Secret
-from scope.resources import MAX_REASON
+from scope.resources import as_reason
 from scope_agent.carrier.boarding import Boarding, ListeningHub, Surroundings
 
 APPLY_AGAIN = 2.0  # seconds after one that failed: the process may only have been slow to start
@@ -198,7 +198,7 @@ class Carriage:
             reason = "" if seen.report.listening else seen.report.reason
             if not seen.report.listening and not reason:
                 return None  # it is about to
-        return HubCarrier(self._hubs.carrier_port, seen.pin, reason[:MAX_REASON])
+        return HubCarrier(self._hubs.carrier_port, seen.pin, as_reason(reason))
 
     def trouble(self, names: Mapping[PublicKey, str]) -> str:
         """What is amiss with it, in words; "" where nothing is. `names` are those of hubs."""

@@ -8,6 +8,9 @@ business.
 A hub sends what it forwards out of the interface that it came in by, which routers take for a detour and tell
 the sender of. Here it is none, so those redirects stay at home. (WireGuard in the kernel sees to it itself,
 in user space a TUN device does not.)
+
+What goes from the mesh into the mesh is counted twice, before all chains of others and behind them: where it
+comes, and does not pass, one of those drops it (`losing.py`).
 """
 
 from __future__ import annotations
@@ -18,8 +21,16 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 from typing import Final
 
-from scope.model import Addressing, IPNetwork
+from scope.model import Addressing, Family, IPNetwork
 
+CAME: Final = {Family.IPV4: "came4", Family.IPV6: "came6"}  # counters of the table
+PASSED: Final = {Family.IPV4: "passed4", Family.IPV6: "passed6"}
+_FIRST: Final = (
+    -500
+)  # before all that linux/netfilter_ipv4.h has a name for; it decides what others need not see
+_LAST: Final = 2**31 - 1  # NF_IP_PRI_LAST
+_CHAINS: Final = (("forward", "forward", _FIRST), ("passed", "forward", _LAST), ("output", "output", 0))
+_NAMES: Final = {Family.IPV4: "ip", Family.IPV6: "ip6"}
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -49,12 +60,20 @@ def table(device: str) -> str:
 def load(device: str, forwarded: ForwardedPrefixes) -> str:
     """Everything, in place of what was there, in one step."""
     comes, goes = f'iifname "{device}"', f'oifname "{device}"'
+    inside, offered = forwarded.inside, forwarded.offered
     rules = [
-        *(f"{comes} {goes} {pair} accept" for pair in _between(forwarded.inside, forwarded.inside)),
-        *(f"{comes} {pair} accept" for pair in _between(forwarded.inside, forwarded.offered)),
-        *(f"{goes} {pair} accept" for pair in _between(forwarded.offered, forwarded.inside)),
+        *(
+            f'{comes} {goes} {pair} counter name "{CAME[family]}" accept'
+            for family, pair in _between(inside, inside)
+        ),
+        *(f"{comes} {pair} accept" for _, pair in _between(inside, offered)),
+        *(f"{goes} {pair} accept" for _, pair in _between(offered, inside)),
         f"{comes} drop",
         f"{goes} drop",
+    ]
+    passed = [
+        f'{comes} {goes} meta nfproto ipv{family.value[-1]} counter name "{PASSED[family]}"'
+        for family in Family
     ]
     redirects = [f"{goes} icmp type redirect drop", f"{goes} icmpv6 type nd-redirect drop"]
     name = table(device)
@@ -62,9 +81,13 @@ def load(device: str, forwarded: ForwardedPrefixes) -> str:
         (
             delete(device),
             f"add table inet {name}\n",
-            f"add chain inet {name} forward {{ type filter hook forward priority 0; policy accept; }}\n",
-            f"add chain inet {name} output {{ type filter hook output priority 0; policy accept; }}\n",
+            *(f"add counter inet {name} {each}\n" for each in (*CAME.values(), *PASSED.values())),
+            *(
+                f"add chain inet {name} {chain} {{ type filter hook {hook} priority {at}; policy accept; }}\n"
+                for chain, hook, at in _CHAINS
+            ),
             *(f"add rule inet {name} forward {rule}\n" for rule in rules),
+            *(f"add rule inet {name} passed {rule}\n" for rule in passed),
             *(f"add rule inet {name} output {rule}\n" for rule in redirects),
         )
     )
@@ -75,14 +98,17 @@ def delete(device: str) -> str:
     return f"add table inet {table(device)}\ndelete table inet {table(device)}\n"
 
 
-def _between(sources: tuple[IPNetwork, ...], destinations: tuple[IPNetwork, ...]) -> Iterable[str]:
-    for version, name in ((4, "ip"), (6, "ip6")):
+def _between(
+    sources: tuple[IPNetwork, ...], destinations: tuple[IPNetwork, ...]
+) -> Iterable[tuple[Family, str]]:
+    for family, name in _NAMES.items():
+        version = 4 if family is Family.IPV4 else 6
         here, there = (
             ", ".join(str(prefix) for prefix in side if prefix.version == version)
             for side in (sources, destinations)
         )
         if here and there:
-            yield f"{name} saddr {{ {here} }} {name} daddr {{ {there} }}"
+            yield family, f"{name} saddr {{ {here} }} {name} daddr {{ {there} }}"
 
 
 def _collapsed(prefixes: Iterable[IPNetwork]) -> tuple[IPNetwork, ...]:

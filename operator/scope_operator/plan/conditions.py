@@ -19,6 +19,7 @@ from scope.model import (
     Peer,
     PostQuantumMode,
     PskFailure,
+    RelayReport,
     Role,
 )
 
@@ -192,6 +193,13 @@ def peer_conditions(
     return tuple(told)
 
 
+def why_not_forwarding(relay: RelayReport) -> str | None:
+    """Why a hub does not relay, or not route for the edges of a tree, in its own words; None: it does."""
+    if relay.forwarding is Forwarding.NONE:
+        return relay.reason
+    return relay.unrouted or None
+
+
 def _relay_failed(peer: Peer, *, role: Role, wall: float) -> Iterable[Condition]:
     """What a hub says that does not forward; of a former hub it stays for `REMEMBERED` seconds."""
     earlier = peer.assignment.conditions
@@ -201,9 +209,10 @@ def _relay_failed(peer: Peer, *, role: Role, wall: float) -> Iterable[Condition]
         if before is not None and before.status == "True":
             return [_since(earlier, replace(before, status="False"), wall)]
         return [before] if before is not None and wall < before.changed + REMEMBERED else []
-    if relay is None or relay.forwarding is not Forwarding.NONE:
+    why = why_not_forwarding(relay) if relay is not None else None
+    if why is None:
         return []
-    return [_problem(earlier, RELAY_FAILED, _not_forwarding(((peer.meta.name, relay.reason),)), wall)]
+    return [_problem(earlier, RELAY_FAILED, _not_forwarding(((peer.meta.name, why),)), wall)]
 
 
 def _hubs_available(earlier: Iterable[Condition], hubs: HubsState, wall: float) -> Condition:

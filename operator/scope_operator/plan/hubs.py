@@ -29,7 +29,6 @@ from scope import model
 from scope.model import (
     CandidateKind,
     Family,
-    Forwarding,
     HubChoice,
     IPAddress,
     IPNetwork,
@@ -39,7 +38,7 @@ from scope.model import (
     Role,
 )
 from scope.resources import IPV4_RANGES, IPV6_RANGE
-from scope_operator.plan.conditions import RELAY_FAILED, REMEMBERED
+from scope_operator.plan.conditions import RELAY_FAILED, REMEMBERED, why_not_forwarding
 
 GRACE = 600.0  # seconds: a reboot, an upgrade or a move to another address is over by then
 STABLE = 300.0  # seconds online before a peer is trusted to stay, while there is another hub
@@ -99,7 +98,7 @@ def trouble_of(peer: Peer) -> Trouble | None:
         return Trouble.OFFLINE
     if _is_behind_nat(peer):
         return Trouble.BEHIND_NAT
-    if report.relay is not None and report.relay.forwarding is Forwarding.NONE:
+    if report.relay is not None and why_not_forwarding(report.relay) is not None:
         return Trouble.NOT_FORWARDING
     if report.relay is not None and report.relay.refused:
         return Trouble.NO_PORT_LEFT
@@ -278,7 +277,7 @@ def _unfit(peer: Peer, reach: frozenset[Family], *, wall: float) -> Unfit | None
         if report.mapping is model.Mapping.NONE:
             return Unfit.PRIVATE
         return Unfit.MAPPING_UNKNOWN if report.mapping is model.Mapping.UNKNOWN else Unfit.BEHIND_NAT
-    if report.relay is not None and report.relay.forwarding is Forwarding.NONE:
+    if report.relay is not None and why_not_forwarding(report.relay) is not None:
         return Unfit.NOT_FORWARDING
     if any(
         each.type == RELAY_FAILED and each.status == "False" and wall < each.changed + REMEMBERED

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from scope.model import Forwarding, HubChoice, HubMode, Hubs, Mesh, Peer, Role, TopologyMode
 from scope.resources import MAX_HUBS, MAX_REASON
 from scope.selectors import selects
-from scope_operator.plan.conditions import HubsState
+from scope_operator.plan.conditions import HubsState, why_not_forwarding
 from scope_operator.plan.hubs import MAX_OTHERS, Choice, Trouble, Unfit, choose, trouble_of
 
 
@@ -104,7 +104,7 @@ def hubs_state(
         excluded=tuple(sorted(excluded)),
         offline=those(Trouble.OFFLINE),
         behind_nat=those(Trouble.BEHIND_NAT),
-        not_forwarding=tuple((name, _why_not_kernel(peers[name])) for name in those(Trouble.NOT_FORWARDING)),
+        not_forwarding=tuple((name, _why_not(peers[name])) for name in those(Trouble.NOT_FORWARDING)),
         without_port=those(Trouble.NO_PORT_LEFT),
     )
 
@@ -117,8 +117,9 @@ def _tell_asked(peer: Peer, asked: Asked) -> HubChoice:
     elif relay is not None and relay.forwarding is Forwarding.USER_SPACE:
         parts.append("relays in user space")
     why = "; ".join(parts)
-    if relay is not None and relay.reason:
-        why += f"{': ' if len(parts) > 1 else '; '}{relay.reason}"
+    reason = (why_not_forwarding(relay) or relay.reason) if relay is not None else ""
+    if reason:
+        why += f"{': ' if len(parts) > 1 else '; '}{reason}"
     return HubChoice(peer.meta.name, True, why[:MAX_REASON])
 
 
@@ -136,10 +137,10 @@ def _tell_missed(hubs: Hubs, *, peers: Mapping[str, Peer], asked: Mapping[str, A
     ]
 
 
-def _why_not_kernel(peer: Peer) -> str:
-    """Why a hub's kernel does not forward, or nothing at all does, in its own words."""
+def _why_not(peer: Peer) -> str:
+    """Why a hub does not forward, in its own words."""
     relay = peer.report.relay if peer.report is not None else None
-    return relay.reason if relay is not None and relay.forwarding is not Forwarding.KERNEL else ""
+    return (why_not_forwarding(relay) or "") if relay is not None else ""
 
 
 def _by_name(choice: HubChoice) -> str:

@@ -15,7 +15,6 @@ the forwarder serves what the kernel could, or sides find by their own probes th
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import select
 import socket
@@ -32,7 +31,7 @@ from scope_agent.relay.rules import delete, load
 from scope_agent.relay.shell.forwarding import FORWARDING, is_on
 from scope_agent.wireguard.device import AddAddress, AddRoute, ApplyError, SetUp
 from scope_agent.wireguard.shell.links import Links
-from scope_agent.wireguard.shell.nft import NftError, ask_nft, run_nft
+from scope_agent.wireguard.shell.nft import NftError, list_forward_chains, run_nft
 
 PATIENCE: Final = 0.5  # seconds for one datagram to pass one machine
 _TRIES: Final = 3  # a machine that is busy, or whose rules change just now
@@ -192,13 +191,7 @@ def _who_drops() -> str:
 
 def _dropping_chains() -> list[str]:
     """Chains of others on the way of what is forwarded that drop what no rule accepts. Raises NftError."""
-    shown = ask_nft(["--json", "list", "chains"]) or '{"nftables": []}'
-    chains = [entry["chain"] for entry in json.loads(shown)["nftables"] if "chain" in entry]
-    return [
-        f"{chain['family']} {chain['table']} {chain['name']}"
-        for chain in chains
-        if chain.get("hook") == "forward" and chain.get("policy") == "drop"
-    ]
+    return [str(chain) for chain in list_forward_chains() if chain.drops]
 
 
 def _named(chains: list[str]) -> str:

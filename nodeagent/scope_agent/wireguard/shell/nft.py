@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from dataclasses import dataclass
 
 PATIENCE_S = 5  # a table of ours takes some 10 ms; what else the device needs may wait for it
 _NETLINK_NETFILTER = 12
@@ -23,6 +24,20 @@ _ATTRIBUTE = struct.Struct("=HH")
 
 class NftError(Exception):
     """`nft` is missing, or refused the rules; the message says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardChain:
+    """A chain, whoever's, that sees what is forwarded."""
+
+    family: str
+    table: str
+    name: str
+    drops: bool  # what none of its rules accepts
+
+    def __str__(self) -> str:
+        """As `nft` names it."""
+        return f"{self.family} {self.table} {self.name}"
 
 
 def run_nft(rules: str) -> None:
@@ -40,6 +55,19 @@ def ask_nft(arguments: list[str]) -> str | None:
     if "No such file or directory" in refused:
         return None
     raise NftError(f"nft says: {refused[:200]}")
+
+
+def list_forward_chains() -> list[ForwardChain]:
+    """Blocks. Raises NftError."""
+    import json  # rarely wanted, as `subprocess`
+
+    shown = ask_nft(["--json", "list", "chains"]) or '{"nftables": []}'
+    chains = [entry["chain"] for entry in json.loads(shown)["nftables"] if "chain" in entry]
+    return [
+        ForwardChain(chain["family"], chain["table"], chain["name"], chain.get("policy") == "drop")
+        for chain in chains
+        if chain.get("hook") == "forward"
+    ]
 
 
 def _nft(arguments: list[str], *, rules: str = "") -> tuple[str, str | None]:
