@@ -12,7 +12,7 @@ import errno
 import os
 import ssl
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from aiohttp import web
 
@@ -34,6 +34,7 @@ from scope.model import PublicKey
 from scope.serving import Server, listening_socket
 from scope_dataplane.carrier_link import HEARTBEAT, Link, Loopback, in_background, tune
 from scope_dataplane.carrier_proxy import Proxy
+from scope_dataplane.carrier_queue import Room
 from scope_dataplane.pairs import BURST_S, Bucket
 
 BIND_INTERVAL = 5.0  # how often a port that another program held is tried again
@@ -50,7 +51,7 @@ class _Carried:
 
     member: Member
     bucket: Bucket
-    link: Link = field(default_factory=Link)
+    link: Link
     connection: web.WebSocketResponse | None = None
     loopback: Loopback | None = None
     expires: float = 0.0  # of the ticket that it showed last
@@ -68,6 +69,7 @@ class HubCarrier:
         self._carried: dict[PublicKey, _Carried] = {}
         self._total = Bucket(0, 0.0, 0.0)
         self._attempts: Buckets[str] = Buckets(ATTEMPTS)
+        self._room = Room()
         self._proxy = Proxy(mark=mark)
         self._server: Server | None = None
         self._context: ssl.SSLContext | None = None
@@ -107,7 +109,7 @@ class HubCarrier:
     def report(self) -> tuple[MemberReport, ...]:
         """Every member that was carried."""
         return tuple(
-            MemberReport(peer, carried.link.socket is not None, carried.link.counts.seen())
+            MemberReport(peer, carried.link.socket is not None, carried.link.seen())
             for peer, carried in self._carried.items()
         )
 
@@ -193,7 +195,9 @@ class HubCarrier:
         carried = self._carried.get(ticket.peer)
         if carried is None:
             bucket = Bucket(part.limits.pair, part.limits.pair * BURST_S, now)
-            carried = self._carried[ticket.peer] = _Carried(self._members[ticket.peer], bucket)
+            carried = self._carried[ticket.peer] = _Carried(
+                self._members[ticket.peer], bucket, Link(self._room)
+            )
         try:
             self._bind(carried)
         except OSError as error:

@@ -30,7 +30,7 @@ from scope_dataplane.batches import (
     segments,
     sendable,
 )
-from scope_dataplane.carrier_queue import FrameQueue
+from scope_dataplane.carrier_queue import FrameQueue, Room
 from scope_dataplane.process import enlarge_buffers
 
 # As aiohttp hands it to whoever makes a socket.
@@ -66,19 +66,13 @@ class WebSocket(Protocol):
 
 @dataclass(slots=True)
 class Counts:
-    """What `Carried` is made of."""
+    """What `Carried` is made of, but for what waits."""
 
     sent_packets: int = 0
     sent_bytes: int = 0
     received_packets: int = 0
     received_bytes: int = 0
-    dropped: int = 0
-
-    def seen(self) -> Carried:
-        """As it is now."""
-        return Carried(
-            self.sent_packets, self.sent_bytes, self.received_packets, self.received_bytes, self.dropped
-        )
+    dropped: int = 0  # beside those that went for newer ones
 
 
 class Loopback:
@@ -180,12 +174,15 @@ class Loopback:
 
 
 class Link:
-    """Frames over whichever WebSocket there is now, or none; `counts` go on from one to the next."""
+    """Frames over whichever WebSocket there is now, or none; `counts` go on from one to the next.
 
-    def __init__(self) -> None:
+    `room`: what it shares with other links of its process.
+    """
+
+    def __init__(self, room: Room) -> None:
         self.counts = Counts()
         self.socket: WebSocket | None = None
-        self._queue = FrameQueue()
+        self._queue = FrameQueue(room)
         self._waiting = asyncio.Event()
 
     def put(self, port: int, segment: int, batch: memoryview, packets: int) -> None:
@@ -193,8 +190,19 @@ class Link:
         if self.socket is None:
             self.counts.dropped += packets
             return
-        self.counts.dropped += self._queue.put(encode_frame(port, segment, batch), packets)
+        self._queue.put(encode_frame(port, segment, batch), packets)
         self._waiting.set()
+
+    def seen(self) -> Carried:
+        """What it carried so far."""
+        counts = self.counts
+        return Carried(
+            counts.sent_packets,
+            counts.sent_bytes,
+            counts.received_packets,
+            counts.received_bytes,
+            counts.dropped + self._queue.dropped,
+        )
 
     async def carry(
         self,
@@ -208,8 +216,6 @@ class Link:
         `arrived(port, segment, frame, packets)` says how many datagrams were not taken; `told(text)` whether
         a text message may stand.
         """
-        if self.socket is None:  # what waited for the last one is old
-            self.counts.dropped += self._queue.clear()
         self.socket = connection
         sending = asyncio.create_task(self._send(connection))
         try:
@@ -222,6 +228,7 @@ class Link:
         finally:
             if self.socket is connection:
                 self.socket = None
+                self._queue.clear()  # for the next connection it would be old
             sending.cancel()
             await asyncio.wait([sending])
 

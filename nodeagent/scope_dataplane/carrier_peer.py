@@ -37,6 +37,7 @@ from scope_dataplane.carrier_link import (
     marked_socket,
     tune,
 )
+from scope_dataplane.carrier_queue import Room
 
 CONNECT_SECONDS = 5.0  # TCP with two SYN retransmissions, TLS and the request
 STAGGER = 0.4  # a longer way than most takes less; then the next address is tried beside it
@@ -102,7 +103,7 @@ class _Hub:
         self._way = way
         self._mark = mark
         self._wireguard_port = 0
-        self._link = Link()
+        self._link = Link(Room())  # of a few hubs' queues all may be full
         self._passages: dict[Passage, Loopback] = {}
         self._by_port: dict[int, Loopback] = {}
         self._taken: dict[Passage, str] = {}  # why it could not be bound
@@ -145,7 +146,7 @@ class _Hub:
         address = self._address if self._link.socket is not None else None
         reasons = [] if address is not None else [self._reason]
         reasons += [f"{passage.endpoint}: {why}" for passage, why in self._taken.items()]
-        return HubReport(self._way.hub, address, "; ".join(reasons), self._link.counts.seen())
+        return HubReport(self._way.hub, address, "; ".join(reasons), self._link.seen())
 
     def end(self) -> asyncio.Task[None]:
         """Close all; what is left to wait for."""

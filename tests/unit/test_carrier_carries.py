@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 from scope_dataplane import carrier_hub
 from scope_dataplane.batches import SOL_UDP, UDP_SEGMENT
-from scope_dataplane.carrier_queue import QUEUE_BYTES, FrameQueue
+from scope_dataplane.carrier_queue import QUEUE_BYTES, ROOM_BYTES, FrameQueue, Room
 
 from scope.admission import Rate
 from scope.carrier import CARRIER_PATH, MAX_FRAME, REFUSED_HEADER, Carried, Passage, encode_frame
@@ -367,16 +367,55 @@ def _counted(hub: carrier_hub.HubCarrier, peer: PublicKey) -> Carried:
 
 
 def test_a_queue_drops_the_oldest_and_never_grows() -> None:
-    queue = FrameQueue()
+    queue = FrameQueue(Room())
     frames = [(bytes([number]) * 60_000, 3) for number in range(20)]
-    gone = sum(queue.put(*frame) for frame in frames)
+    for frame in frames:
+        queue.put(*frame)
     kept = []
     while (taken := queue.take()) is not None:
         kept.append(taken)
     assert sum(len(frame) for frame, _ in kept) <= QUEUE_BYTES
     assert kept == frames[-len(kept) :]
-    assert gone == 3 * (len(frames) - len(kept))
-    assert queue.put(b"x" * 100, 2) == 0 and queue.clear() == 2 and queue.take() is None
+    assert queue.dropped == 3 * (len(frames) - len(kept))
+    queue.put(b"x" * 100, 2)
+    queue.clear()
+    assert queue.take() is None and queue.dropped == 3 * (len(frames) - len(kept)) + 2
+
+
+def test_what_waits_for_all_members_together_is_bounded_and_the_longest_queue_pays() -> None:
+    room = Room(100_000)
+    small, large, late = (FrameQueue(room) for _ in range(3))
+    for _ in range(10):
+        small.put(bytes(1000), 1)
+        large.put(bytes(8000), 1)
+    assert small.dropped == large.dropped == 0
+    late.put(bytes(40_000), 5)
+    assert room.bytes == small.bytes + large.bytes + late.bytes <= 100_000
+    assert (small.dropped, large.dropped, late.dropped) == (0, 5, 0)
+
+
+def test_no_number_of_slow_members_fills_a_hubs_memory() -> None:
+    room = Room()
+    queues = [FrameQueue(room) for _ in range(2 * ROOM_BYTES // QUEUE_BYTES)]
+    for queue in queues:
+        for _ in range(QUEUE_BYTES // 60_000):
+            queue.put(bytes(60_000), 1)
+    assert room.bytes == sum(queue.bytes for queue in queues) <= ROOM_BYTES
+    assert all(queue.bytes for queue in queues), "a member has nothing any more"
+    for queue in queues:
+        queue.clear()
+    assert room.bytes == 0
+    queues[0].put(bytes(60_000), 1)
+    assert queues[0].take() == (bytes(60_000), 1)
+
+
+def test_one_long_frame_takes_the_place_of_many_short_ones() -> None:
+    room = Room(100_000)
+    short, long = FrameQueue(room), FrameQueue(room)
+    for _ in range(1000):
+        short.put(bytes(100), 1)
+    long.put(bytes(40_000), 1)
+    assert (short.bytes, long.bytes) == (50_000, 40_000)
 
 
 # --- coming back --------------------------------------------------------------------------------------------
