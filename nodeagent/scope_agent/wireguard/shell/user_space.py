@@ -272,7 +272,7 @@ def is_ours(run_dir: Path, name: str) -> bool:
 def require_program(run_dir: Path, name: str) -> None:
     """Raises ConfigError, naming the package, where no user-space WireGuard could run.
 
-    What a `scope-wireguard` needs that waits for us already is its own affair: it may be in another container.
+    What a `scope-wireguard` needs that waits for us already is its affair: it may be in another container.
     """
     if is_locked(lock_path(run_dir, name)):
         return
