@@ -31,6 +31,7 @@ from tests.kube.operator_fixture import MESHES, PEERS, Replica, addresses, end, 
 NAMESPACE = "scope-system"
 CORE, APPS = f"/api/v1/namespaces/{NAMESPACE}", f"/apis/apps/v1/namespaces/{NAMESPACE}"
 DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+PATIENCE_S = 180.0  # an operator starts in two seconds of processor time; the machine may be busy
 SPEC = {"addressing": {"ipv4": "100.64.0.0/16"}}
 MESH = {"name": "home", "spec": SPEC}
 
@@ -393,7 +394,7 @@ class Release:
             if process.returncode is None:
                 process.terminate()  # hands the Lease back: the next one need not wait for it
                 try:
-                    await asyncio.wait_for(process.wait(), 60)
+                    await asyncio.wait_for(process.wait(), PATIENCE_S)
                 finally:
                     await end(process)
 
@@ -404,7 +405,7 @@ class Release:
             found = await self.get(f"{PEERS}/{peer}")
             return next(iter(addresses(found)), None) if found else None
 
-        return await eventually(given)
+        return await eventually(given, within=PATIENCE_S)
 
     async def listen_port(self, wanted: int) -> None:
         """Return when the mesh has this port; 0 for none."""
@@ -412,7 +413,7 @@ class Release:
         async def same() -> bool:
             return bool((await self.get(f"{MESHES}/home"))["spec"].get("listenPort", 0) == wanted)
 
-        await eventually(same)
+        await eventually(same, within=PATIENCE_S)
 
     async def gateway_key(self) -> str:
         """The gateway's key, once the leader has made it."""
@@ -421,7 +422,7 @@ class Release:
             secret = await self.get(f"{CORE}/secrets/scope-gateway")
             return secret and base64.b64decode(secret["data"]["tls.key"]).decode()
 
-        return await eventually(made)
+        return await eventually(made, within=PATIENCE_S)
 
 
 async def passes_helm_test(replica: Replica, pod: Mapping[str, Any]) -> None:
@@ -432,14 +433,14 @@ async def passes_helm_test(replica: Replica, pod: Mapping[str, Any]) -> None:
         found = re.search(r"gateway\.serving .*listening=(\S+)", replica.text)
         return found and f"https://{found[1]}"
 
-    services = {"http": await replica.metrics_url(), "https": await eventually(gateway)}
+    services = {"http": await replica.metrics_url(), "https": await eventually(gateway, within=PATIENCE_S)}
     arguments = [
         re.sub(r"^(https?)://[^/]+", lambda found: services[found[1]], each) for each in container["args"]
     ]
     assert len([each for each in arguments if each.startswith("http")]) == 2
     command = [sys.executable, *container["command"][1:], *arguments]
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
-    printed, _ = await asyncio.wait_for(process.communicate(), 120)
+    printed, _ = await asyncio.wait_for(process.communicate(), PATIENCE_S)
     assert process.returncode == 0
     assert printed.decode().count("answers") == 2
 
