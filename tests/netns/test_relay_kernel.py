@@ -834,12 +834,14 @@ def test_a_hub_without_a_tun_device_looks_at_the_chains(
 def test_forwarding_is_turned_on_for_a_hub_and_put_back_as_it_was(internet: Internet) -> None:
     host = internet.lab.server("plain")
     write_sysctls(host.namespace, {"net/ipv6/conf/wan/accept_ra": "1", "net/ipv6/conf/lo/accept_ra": "0"})
+    write_sysctls(host.namespace, {"net/ipv4/conf/all/accept_redirects": "1"})
     with inside(host):
         wanted = plan_forwarding()
         noted = read_sysctls(wanted)
         assert wanted == {
             "net/ipv6/conf/wan/accept_ra": "2",  # it goes on listening to routers
             "net/ipv6/conf/all/forwarding": "1",
+            "net/ipv4/conf/all/accept_redirects": "0",
             "net/ipv4/ip_forward": "1",
         }
         assert forward(wanted) == []
@@ -847,6 +849,23 @@ def test_forwarding_is_turned_on_for_a_hub_and_put_back_as_it_was(internet: Inte
         assert read_sysctls(wanted) == wanted
         assert restore_sysctls(noted) == []
         assert read_sysctls(wanted) == noted == {path: "1" if "accept" in path else "0" for path in wanted}
+
+
+def test_what_the_kernel_sets_along_with_forwarding_is_put_back_too(internet: Internet) -> None:
+    host = internet.lab.server("hardened")
+    before = {
+        "net/ipv4/conf/all/accept_redirects": "0",
+        "net/ipv4/conf/wan/forwarding": "1",
+        "net/ipv6/conf/wan/forwarding": "1",
+    }
+    write_sysctls(host.namespace, before)
+    with inside(host):
+        noted = read_sysctls(wanted := plan_forwarding())
+        assert forward(wanted) == []
+        assert restore_sysctls(noted) == []
+        assert read_sysctls(before) == before
+        assert read_sysctls(noted) == noted
+        assert [noted[each] for each in FORWARDING.values()] == ["0", "0"]
 
 
 def test_a_setting_that_somebody_changed_since_is_theirs(internet: Internet) -> None:
