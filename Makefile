@@ -1,5 +1,5 @@
 # Thin: what a target does is in the script it calls. Each does its own set-up first.
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench image clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -16,6 +16,9 @@ lint: ## check style, types and import contracts
 
 bench: ## run the benchmarks, or one of them: make bench BENCH=name
 	@hack/bench.sh $(BENCH)
+
+image: ## build the container images, try them, and write them to build/image
+	@hack/image.sh
 
 clean: ## remove what the others made in this tree
 	@hack/clean.sh

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes this machine ready for one purpose: hack/setup.sh demo|demo-kubernetes|test|lint|bench.
+# Makes this machine ready for one purpose: hack/setup.sh demo|demo-kubernetes|test|lint|bench|image|image-base.
 #
 # Installs the system packages that the purpose needs and that are missing (Debian and Ubuntu; elsewhere it says
 # what to install and stops), gets uv (build/uv points to it), and brings .venv to exactly what uv.lock names. For
@@ -56,6 +56,17 @@ etcd|etcd-server|keeps what the API server of the tests is told
 etcdctl|etcd-client|takes and restores snapshots of it
 TABLE
 }
+image_needs() {
+    cat <<'TABLE'
+can_build_images|docker.io|builds the container images
+TABLE
+}
+base_image_needs() {
+    cat <<'TABLE'
+debootstrap|debootstrap|makes the base of the images, where none can be pulled
+TABLE
+}
+can_build_images() { command -v dockerd >/dev/null || docker info >/dev/null 2>&1; }
 python_makes_venvs() { python3 -c 'import ensurepip, venv' 2>/dev/null; }
 kernel_with_wireguard() {
     local module
@@ -71,8 +82,10 @@ needs() {
     lint) ;;
     demo) mesh_needs ;;
     demo-kubernetes | bench) mesh_needs && kubernetes_needs ;;
+    image) image_needs ;;
+    image-base) base_image_needs ;;
     test) mesh_needs && kernel_test_needs && kubernetes_needs ;;
-    *) stop "unknown purpose '$1': say demo, demo-kubernetes, test, lint or bench" ;;
+    *) stop "unknown purpose '$1': say demo, demo-kubernetes, test, lint, bench, image or image-base" ;;
     esac
 }
 
