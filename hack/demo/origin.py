@@ -48,7 +48,7 @@ class Embedded:
     joining = f"{len(ROLES)} machines run `scope-agent join` at once"
     leaving = "leaves the mesh"
     joins_late = "joins with the same token"
-    gone_within_s = 10.0
+    gone_within_s = 30.0
 
     def serve(self, lab: Lab) -> None:
         self._registry = Registry(lab.server("registry"))
