@@ -285,7 +285,9 @@ def test_agent_and_user_space_wireguard_meet_on_the_node_and_the_agent_opens_no_
 
     met = {path: path for path in ("/run/scope", "/run/wireguard")}
     assert mounted("scope-wireguard") == [met | {"/dev/net/tun": "/dev/net/tun"}] * 2
-    assert mounted("scope-agent") == [met | {"/var/lib/scope": "/var/lib/scope"}]
+    assert mounted("scope-agent") == [
+        met | {"/var/lib/scope": "/var/lib/scope", "/proc/sys/net": "/host/proc/sys/net"}
+    ]
     containers = pod_of(only(documents, "DaemonSet", "scope-wireguard"))["containers"]
     assert [each["args"] for each in containers] == [
         [name, "--state", f"/run/scope/wireguard/{name}.json"] for name in ("scope0", "scope1")
