@@ -130,6 +130,25 @@ def test_the_plain_manifests_are_what_the_chart_makes() -> None:
     assert not stale, "run .venv/bin/python hack/chart.py"
 
 
+def test_the_readme_and_the_schema_are_what_values_and_definitions_say() -> None:
+    assert chart.README.read_text() == chart.readme()
+    assert chart.SCHEMA.read_text() == chart.schema()
+
+
+def test_every_value_that_is_taken_is_described() -> None:
+    described = {path for path, _ in chart.described(chart.VALUES.read_text())}
+
+    def taken(schema: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+        if path in described or "properties" not in schema:
+            yield path
+            return
+        for name, inner in schema["properties"].items():
+            yield from taken(inner, (*path, name))
+
+    # Helm itself hands `global` to every chart.
+    assert set(taken(json.loads(chart.SCHEMA.read_text()))) == described | {("global",)}
+
+
 @pytest.mark.parametrize(
     ("values", "named"),
     [
