@@ -4,8 +4,9 @@
 records go to the disk, and its view becomes what the device is to hold.
 
 An agent that has no such keys, in a mesh that asks for none, does not even import `psk`. Where the mesh asks,
-the shell is asked for a maker of keys once; until it is there, and where none can be had, pairs keep the keys
-that they have, and those without stay without.
+the shell is asked once for a maker of keys, and brings the room with it. Until then the records of earlier
+runs say what the device is to hold, so that the first ping after a start waits for no import; where no maker
+can be had, pairs keep the keys that they have, and those without stay without.
 """
 
 from __future__ import annotations
@@ -60,11 +61,13 @@ class Keying:
         self._is_asked = False  # for a maker: once in a run
         self._trouble = ""
         self._out: list[Output] = []
-        self._psk = self._make_psk(records) if records else None
+        self._records = records  # until there is the room
+        self._psk: Psk | None = None
 
-    def _make_psk(self, records: Mapping[PublicKey, Record]) -> Psk:
+    def _make_psk(self) -> Psk:
         from scope_agent.psk.core import Psk
 
+        records, self._records = self._records, {}
         return Psk(own=self._own, random=self._random, records=records, offset=self._offset)
 
     # --- what is known -------------------------------------------------------------------------------------
@@ -77,18 +80,22 @@ class Keying:
         self._policy = snapshot.mesh.spec.post_quantum
         if not self._is_asked and self._policy.mode is not PostQuantumMode.OFF:
             self._is_asked = True
-            is_awaited = self._psk is None and self._policy.mode is PostQuantumMode.REQUIRED
+            is_awaited = not self._records and self._policy.mode is PostQuantumMode.REQUIRED
             self._out.append(SetUpKeys(is_awaited))
+        if not self._is_asked and self._records and self._psk is None:
+            self._psk = self._make_psk()  # who only keeps keys needs no maker
         self._configure(before, now)
 
     def equip(self, maker: KeyMaker | str, now: float) -> None:
         """Take what keys are made with, or in words why none can be made."""
         if isinstance(maker, str):
             self._trouble = maker
-            return
+            if not self._records:
+                return
         if self._psk is None:
-            self._psk = self._make_psk({})
-        self._psk.equip(maker, now)
+            self._psk = self._make_psk()
+        if not isinstance(maker, str):
+            self._psk.equip(maker, now)
         self._configure(self._snapshot, now)
 
     def _configure(self, before: Snapshot, now: float) -> None:
@@ -217,8 +224,12 @@ class Keying:
     @property
     def fingerprint(self) -> Fingerprint | None:
         """What our report says of our identity."""
-        is_off = self._policy.mode is PostQuantumMode.OFF
-        return None if self._psk is None or is_off else self._psk.fingerprint
+        if self._policy.mode is PostQuantumMode.OFF or self._trouble:
+            return None
+        if self._psk is not None and self._psk.fingerprint is not None:
+            return self._psk.fingerprint
+        own = self._snapshot.own  # a start takes nothing back that an earlier run has published
+        return own.report.identity if own is not None and own.report is not None else None
 
     @property
     def trouble(self) -> str:
@@ -237,13 +248,32 @@ class Keying:
 
     def pairs(self) -> Mapping[PublicKey, PskPair]:
         """How each pair is keyed."""
-        return self._psk.view() if self._psk is not None else {}
+        if self._psk is not None:
+            return self._psk.view()
+        return {key: self._kept(record) for key, record in self._records.items()}
+
+    def _kept(self, record: Record) -> PskPair:
+        """What its record says of a pair before there is a room that knows more."""
+        current, following = record.current, record.next if record.active else None
+        device = following or current
+        is_withheld = current is None and self._policy.mode is PostQuantumMode.REQUIRED
+        return PskPair(
+            psk=device.psk if device is not None else None,
+            is_withheld=is_withheld,
+            is_silent=is_withheld,
+            epoch=current.epoch if current is not None else 0,
+            suite=current.suite if current is not None else 0,
+            confirmed=record.confirmed,
+            laid=following.epoch if following is not None else 0,
+            pinned=record.pinned,
+        )
 
     def pair(self, key: PublicKey) -> PskPair:
         """How one pair is keyed."""
-        found = self.pairs().get(key)
-        if found is not None:
+        if self._psk is not None and (found := self._psk.view().get(key)) is not None:
             return found
+        if self._psk is None and (record := self._records.get(key)) is not None:
+            return self._kept(record)
         if self._policy.mode is not PostQuantumMode.REQUIRED:
             return _UNKEYED
         return PskPair(is_withheld=True, is_silent=True, failure=self.trouble)

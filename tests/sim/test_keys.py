@@ -14,6 +14,7 @@ from scope_agent.psk.identity import TrustPolicy, make_hybrid_identity
 from scope_agent.psk.trust import certify
 
 from scope.model import IdentityTrust, KeyCounts, PeerReport, PostQuantum, PostQuantumMode
+from tests.sim import world as world_module
 from tests.sim.world import Machine, World
 
 
@@ -167,6 +168,24 @@ def test_a_machine_that_boots_has_its_key_back_and_speaks_no_other() -> None:
     world.run(5.0)
     a.switch_on()
     world.until(lambda: world.is_direct(a, b) and _is_keyed(a, b), within=30.0)
+
+
+def test_a_machine_that_boots_speaks_with_its_kept_key_before_it_can_make_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    world = _world(PostQuantumMode.REQUIRED)
+    a, b = world.peer(Nat.NONE), world.peer(Nat.NONE)
+    world.until(lambda: _is_keyed(a, b), within=30.0)
+    world.run(10.0)
+    a.switch_off()
+    world.run(5.0)
+    monkeypatch.setattr(world_module, "SET_UP_DELAY", 3600.0)
+    a.switch_on()
+    world.until(lambda: world.is_direct(a, b) and _is_keyed(a, b), within=30.0)
+    world.run(60.0)
+    assert _is_keyed(a, b)
+    assert _report(world, a).identity == a.hybrid.public.fingerprint(), "what is published stays"
+    assert [link.psk and link.psk.epoch for link in _report(world, a).links] == [1]
 
 
 def test_a_machine_that_can_make_no_keys_any_more_boots_with_those_it_has() -> None:

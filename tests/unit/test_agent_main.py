@@ -346,9 +346,11 @@ def test_a_ca_signs_what_agents_that_have_its_public_half_believe(
         (["--identity-trust", "ca"], "give its public half with --identity-ca"),
         (["--identity-trust", "pinned", "--identity-ca", "x"], "has no use for a CA"),
         (["--identity-ca", "/nowhere/ca.pub"], "cannot read /nowhere/ca.pub"),
+        (["--key-suite", "3"], "no suite '3' of post-quantum keys: --key-suite is one of 1 and 2"),
+        (["--key-provider", "oqs"], "--key-provider is cryptography, liboqs, or liboqs:FILE"),
     ],
 )
-def test_trust_that_cannot_be_had_is_refused_before_the_agent_starts(
+def test_trust_and_keys_that_cannot_be_had_are_refused_before_the_agent_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
 ) -> None:
     state = StateDir("home", tmp_path)

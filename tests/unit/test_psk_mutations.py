@@ -334,6 +334,21 @@ def test_forged_messages_of_every_kind_change_nothing_in_a_pair_at_rest() -> Non
     assert _outcome(duo) == before and duo.deaths == []
 
 
+@pytest.mark.parametrize("field", ["ed448", "mldsa"])
+def test_an_identity_that_was_changed_on_the_way_is_not_the_one_that_is_named(field: str) -> None:
+    duo = Duo(3)
+    duo.is_cut = True
+    duo.start()
+    duo.run(1.0)
+    public = duo.e.identity.public
+    changes: dict[str, Any] = {field: flipped(getattr(public, field))}
+    assert duo.d.room is not None
+    _tell(duo.d, Identity(replace(public, **changes)))
+    assert duo.d.room.dropped == 1
+    duo.is_cut = False
+    duo.until(duo.is_agreed, within=200.0)
+
+
 def test_forged_wishes_cost_an_exchange_at_most_and_never_the_key() -> None:
     duo = _agreed(2)
     for epoch, id_ in ((0, bytes(32)), (1, bytes(32)), (2**64 - 1, b"\xff" * 32)):
