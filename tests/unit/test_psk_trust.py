@@ -127,6 +127,20 @@ def test_a_rotated_identity_is_followed_at_once_and_the_key_made_anew(who: int) 
     duo.until(lambda: duo.is_agreed(3), within=1000.0)
 
 
+@pytest.mark.parametrize("who", [0, 1])
+def test_an_agent_that_died_before_it_told_of_its_new_identity_is_followed_when_it_is_back(who: int) -> None:
+    duo = _agreed(30 + who)
+    side = duo.sides[who]
+    side.crash()
+    side.named = side.identity.public.fingerprint()  # the registry has not heard either
+    side.identity = succeed(side.identity, duo.random.randbytes, duo.provider)
+    side.start()
+    duo.run(5.0)
+    side.rotate()
+    duo.until(lambda: duo.is_agreed(2), within=400.0)
+    assert side.other.disk.pinned == side.identity.public.fingerprint() and duo.deaths == []
+
+
 def test_whoever_was_away_for_several_rotations_follows_them_one_by_one() -> None:
     duo = _agreed(9)
     duo.is_cut = True
