@@ -156,6 +156,25 @@ def test_whoever_was_away_for_several_rotations_follows_them_one_by_one() -> Non
     duo.until(lambda: duo.is_agreed(2), within=400.0)
 
 
+@pytest.mark.parametrize("seed", [40, 44, 45])
+def test_two_sides_that_both_changed_while_apart_lead_each_other_on(seed: int) -> None:
+    """They ask at the same moments: to answer must not keep either from hearing the answer."""
+    duo = _agreed(seed)
+    duo.is_cut = True
+    duo.run(1.0)
+    for side in duo.sides:
+        side.rotate_identity()
+    duo.d.named = duo.e.named = None
+    for side in duo.sides:
+        side.configure()
+    duo.is_cut = False
+    duo.until(
+        lambda: all(side.disk.pinned == side.other.identity.public.fingerprint() for side in duo.sides),
+        within=60.0,
+    )
+    duo.until(lambda: duo.is_agreed(2), within=400.0)
+
+
 def test_an_identity_rotated_amid_a_rotation_is_followed_by_another_key() -> None:
     for seconds in (0.0, 0.05, 0.15, 1.0, 100.0):
         for who in (0, 1):

@@ -204,7 +204,7 @@ class Pair:
         self._theirs: PublicIdentity | None = None
         self._keyed_with = record.pinned if record.current is not None else None  # if they differ: at once
         self._told: Fingerprint | None = None  # what waits for the disk
-        self._statement_at = now
+        self._tell_at = self._check_at = now  # how an identity followed: ours, and theirs
         self._is_reached = False
         self._reading: Reading | None = None
         self._unsessioned_since: float | None = None
@@ -453,20 +453,20 @@ class Pair:
 
     def _take_whence(self, known: Fingerprint, now: float) -> None:
         maker = self._tools.maker
-        if maker is None or now < self._statement_at:
+        if maker is None or now < self._tell_at:
             return
-        self._statement_at = now + ANSWER_EVERY
+        self._tell_at = now + ANSWER_EVERY
         for succession in maker.identity.successions:
             if succession.old.fingerprint() == known:
                 self._say(Succeeded(succession))
 
     def _take_succession(self, succession: Succession, now: float) -> None:
         pinned, maker = self._record.pinned, self._tools.maker
-        if maker is None or pinned is None or now < self._statement_at:
+        if maker is None or pinned is None or now < self._check_at:
             return
         if succession.old.fingerprint() != pinned:
             return
-        self._statement_at = now + ANSWER_EVERY
+        self._check_at = now + ANSWER_EVERY
         if not is_signed_by_old(succession, maker.provider):
             raise ExchangeError("a new identity that the old one did not sign")
         self._pin(replace(self._record, pinned=succession.new, former=pinned), now)
