@@ -21,7 +21,10 @@ from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
+from scope.carrier import Upstream
+from scope.credentials import PIN_BYTES, read_base64url
 from scope.model import (
     ConfigError,
     DeviceKind,
@@ -178,6 +181,19 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="DIR",
         help="in a cluster that joined a mesh elsewhere: where `gateway.json` and `token` are mounted",
+    )
+    on_node.add_argument(
+        "--gateway-url",
+        default=os.environ.get("SCOPE_GATEWAY_URL", ""),
+        metavar="URL",
+        help="https://HOST:PORT of this cluster's own gateway, to which a hub leads peers that reach nothing "
+        "but its TCP port (SCOPE_GATEWAY_URL)",
+    )
+    on_node.add_argument(
+        "--gateway-pin",
+        default=os.environ.get("SCOPE_GATEWAY_PIN", ""),
+        metavar="PIN",
+        help="of the gateway's certificate, where no public CA vouches for it (SCOPE_GATEWAY_PIN)",
     )
 
     ca = commands.add_parser("ca", help="be an offline CA for identities; needs no mesh and no network")
@@ -350,6 +366,7 @@ def _run_node(options: argparse.Namespace) -> None:
         api_server=options.api_server,
         service_account=options.service_account,
         gateway=options.gateway,
+        upstream=_upstream_of(options),
         only=DeviceKind(options.wireguard) if options.wireguard else None,
         fwmark=options.fwmark,
         keys=parse_choice(suite=options.key_suite, provider=options.key_provider),
@@ -360,6 +377,34 @@ def _run_node(options: argparse.Namespace) -> None:
         await NodeAgent(config).run()
 
     asyncio.run(run())
+
+
+def _upstream_of(options: argparse.Namespace) -> Upstream | None:
+    """The cluster's own gateway, None where none is named. Raises ConfigError."""
+    url, pin = options.gateway_url, options.gateway_pin
+    if not url:
+        if pin:
+            raise ConfigError("--gateway-pin is of the gateway that --gateway-url names: give both")
+        return None
+    if options.gateway is not None:
+        raise ConfigError(
+            "--gateway-url is for a cluster that has its own registry: where it joined one elsewhere, hubs "
+            "lead to the gateway there; leave it out (SCOPE_GATEWAY_URL)"
+        )
+    try:
+        parts = urlsplit(url)
+        is_origin = parts.scheme == "https" and parts.hostname and parts.port != 0
+    except ValueError:
+        is_origin = False
+    if not is_origin or parts.path.strip("/") or parts.query or parts.fragment or parts.username:
+        raise ConfigError(f"--gateway-url is {url!r}: it is like https://scope-gateway.scope-system.svc:7443")
+    try:
+        raw = read_base64url(pin) if pin else None
+    except ValueError:
+        raw = b""
+    if raw is not None and len(raw) != PIN_BYTES:
+        raise ConfigError("--gateway-pin is no pin: take that of admin.json in the Secret scope-gateway")
+    return Upstream(url, raw)
 
 
 def _trust_of(options: argparse.Namespace) -> TrustPolicy | None:

@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from scope.carrier import Upstream
 from scope.model import (
     ConfigError,
     DeviceKind,
@@ -109,6 +110,7 @@ class NodeConfig:
     fwmark: int = 0
     keys: KeyChoice = DEFAULT
     gateway: Path | None = None
+    upstream: Upstream | None = None  # this cluster's own gateway, to which its hubs lead whom they carry
     trust: TrustPolicy | None = None  # in identities; None: the registry's word at first contact
 
 
@@ -370,6 +372,7 @@ class NodeAgent:
             fwmark=config.fwmark,
             keys=config.keys,
             trust=config.trust,
+            upstream=config.upstream,
         )
 
         async def connect() -> AgentRegistry:

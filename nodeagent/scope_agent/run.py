@@ -136,6 +136,7 @@ class RunConfig:
     fwmark: int = 0
     keys: KeyChoice = DEFAULT
     trust: TrustPolicy | None = None  # in identities; None: the registry's word at first contact
+    upstream: Upstream | None = None  # where the enrolment names no gateway: to which a hub leads
 
 
 @dataclass(slots=True)
@@ -216,7 +217,7 @@ class Runner:
                 identity=identity,
                 registry_key=enrolment.registry_key,
                 fwmark=config.fwmark,
-                upstream=Upstream(enrolment.url, enrolment.pin) if enrolment.url else None,
+                upstream=upstream_of(config, enrolment),
             ),
             channel=Channel(secret=identity.probe, boot_id=secrets.token_bytes(BOOT_ID_BYTES)),
             state=state,
@@ -915,6 +916,11 @@ def close_ports(config: RunConfig, enrolment: Enrolment) -> list[str]:
     except NftError as error:
         return [f"the rules for ports of {enrolment.device} may stay: {error}"]
     return []
+
+
+def upstream_of(config: RunConfig, enrolment: Enrolment) -> Upstream | None:
+    """The gateway to which we lead as a hub: our own registry's, or the one that we are told of."""
+    return Upstream(enrolment.url, enrolment.pin) if enrolment.url else config.upstream
 
 
 def carrier_file(config: RunConfig, enrolment: Enrolment) -> Path:

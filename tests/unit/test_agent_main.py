@@ -17,6 +17,7 @@ from scope_agent import run as shell
 from scope_agent.__main__ import main
 from scope_agent.agent import Agent, AgentConfig
 from scope_agent.inputs import Applied, DiskState, FactArrived, Failed, SaveState, Target
+from scope_agent.node import NodeConfig
 from scope_agent.psk.cryptography_provider import CryptographyProvider
 from scope_agent.psk.trust import is_certified
 from scope_agent.state import (
@@ -29,6 +30,7 @@ from scope_agent.state import (
     sole_agent,
 )
 
+from scope.carrier import Upstream
 from scope.channel import BOOT_ID_BYTES, Channel
 from scope.join import JoinString
 from scope.model import (
@@ -360,3 +362,47 @@ def test_trust_and_keys_that_cannot_be_had_are_refused_before_the_agent_starts(
     state.save_enrolment(Enrolment("home", "scope0", identity, "", None, "", None, **peer))
     assert main(["run", "--state", str(tmp_path), "--run-dir", str(tmp_path / "run"), *options]) == 1
     assert said in capsys.readouterr().err
+
+
+_PIN = "A" * 43
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--gateway-pin", _PIN], "give both"),
+        (["--gateway-url", "http://gateway:7443"], "it is like https://"),
+        (["--gateway-url", "https://gateway:7443/path"], "it is like https://"),
+        (["--gateway-url", "https://gateway:no"], "it is like https://"),
+        (["--gateway-url", "https://gateway:7443", "--gateway-pin", "AAAA"], "is no pin"),
+        (["--gateway-url", "https://gateway:7443", "--gateway", "/nowhere"], "leave it out"),
+    ],
+)
+def test_a_gateway_to_which_no_hub_can_lead_is_refused_before_the_agent_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    node = ["--kubernetes", "--node", "n1", "--cluster", "here", "--namespace", "scope-system"]
+    where = ["--state", str(tmp_path), "--run-dir", str(tmp_path / "run")]
+    assert main(["run", *node, *where, *options]) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("pin", "raw"), [("", None), (_PIN, bytes(32))])
+def test_the_agent_of_a_node_is_told_to_which_gateway_its_hubs_lead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pin: str, raw: bytes | None
+) -> None:
+    started: list[NodeConfig] = []
+
+    class Agent:
+        def __init__(self, config: NodeConfig) -> None:
+            started.append(config)
+
+        async def run(self) -> None:
+            pass
+
+    monkeypatch.setattr("scope_agent.node.NodeAgent", Agent)
+    monkeypatch.setenv("SCOPE_GATEWAY_URL", "https://gateway:7443")
+    monkeypatch.setenv("SCOPE_GATEWAY_PIN", pin)
+    node = ["--kubernetes", "--node", "n1", "--cluster", "here", "--namespace", "scope-system"]
+    assert main(["run", *node, "--state", str(tmp_path), "--run-dir", str(tmp_path / "run")]) == 0
+    assert [config.upstream for config in started] == [Upstream("https://gateway:7443", raw)]

@@ -18,9 +18,10 @@ from scope_agent import node as shell
 from scope_agent.inputs import DiskState
 from scope_agent.node import KubeModule, NodeAgent, NodeConfig
 from scope_agent.run import Gateway as Courier
-from scope_agent.run import HttpModule, RemovedFromMesh
+from scope_agent.run import HttpModule, RemovedFromMesh, upstream_of
 from scope_agent.state import Enrolment, StateDir, make_identity
 
+from scope.carrier import Upstream
 from scope.gateway_file import NAME, GatewayFile
 from scope.model import (
     Assignment,
@@ -78,9 +79,11 @@ class FakeRunner:
     """Runs until it is cancelled, or fails as it is told."""
 
     running: dict[str, Enrolment]
+    upstreams: list[Upstream | None]
     failures: list[ConfigError]
 
     def __init__(self, config: Any, enrolment: Enrolment, *, connect: Callable[[], Awaitable[Any]]) -> None:
+        self.upstreams.append(upstream_of(config, enrolment))
         self.enrolment = enrolment
         self.connect = connect
 
@@ -112,6 +115,7 @@ class FakeDevice:
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runners and devices that are none, and times that a test can wait out."""
     FakeRunner.running, FakeRunner.failures, FakeDevice.deleted = {}, [], []
+    FakeRunner.upstreams = []
     monkeypatch.setattr(shell, "Runner", FakeRunner)
     monkeypatch.setattr(shell, "choose_device", FakeDevice)
     monkeypatch.setattr(shell, "SECOND_LIST_AFTER", 0.05)
@@ -172,7 +176,7 @@ class World:
             state.save(DiskState(Snapshot(own=own), listen_port=20000))
         return enrolment
 
-    def new_agent(self, *, gateway: Path | None = None) -> NodeAgent:
+    def new_agent(self, *, gateway: Path | None = None, upstream: Upstream | None = None) -> NodeAgent:
         """Its agent."""
         config = NodeConfig(
             node="n1",
@@ -183,13 +187,16 @@ class World:
             api_server="https://192.0.2.1",
             service_account=self.root,
             gateway=gateway,
+            upstream=upstream,
         )
         return NodeAgent(config)
 
     @asynccontextmanager
-    async def agent(self, *, gateway: Path | None = None) -> AsyncIterator[NodeAgent]:
+    async def agent(
+        self, *, gateway: Path | None = None, upstream: Upstream | None = None
+    ) -> AsyncIterator[NodeAgent]:
         """Its agent, from start to stop."""
-        agent = self.new_agent(gateway=gateway)
+        agent = self.new_agent(gateway=gateway, upstream=upstream)
         running = asyncio.ensure_future(agent.run())
         try:
             yield agent
@@ -243,6 +250,21 @@ def test_a_node_serves_each_mesh_that_has_a_peer_for_it_with_keys_and_a_device_o
             assert (await world.report_of("work.here.n1")).keys == work.identity.public
             assert world.state("home").load_enrolment() == home
         assert FakeRunner.running == {}
+
+    on(tmp_path, monkeypatch, body)
+
+
+def test_as_a_hub_a_node_leads_to_the_gateway_that_its_agent_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(world: World) -> None:
+        await world.peer("home")
+        gateway = Upstream("https://gateway:7443", bytes(32))
+        async with world.agent(upstream=gateway):
+            await until(lambda: "home" in FakeRunner.running)
+        async with world.agent():
+            await until(lambda: "home" in FakeRunner.running)
+        assert FakeRunner.upstreams == [gateway, None]
 
     on(tmp_path, monkeypatch, body)
 
