@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from scope_agent.relay.shell.forwarding import FORWARDING
 from scope_operator.gateway.options import PORT, REFLECTOR_PORTS
 
 from scope import resources
@@ -432,3 +433,22 @@ def test_systemd_itself_finds_nothing_wrong_with_the_services(tmp_path: Path) ->
     )
     said = [line for line in verified.stderr.splitlines() if "scope-" in line]
     assert not said
+
+
+def test_only_what_the_page_on_security_names_reaches_for_settings_of_the_kernel() -> None:
+    reaching = {
+        path.relative_to(ROOT).as_posix()
+        for source in SOURCES
+        for path in (ROOT / source).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and str(node.value).startswith("/proc/sys")
+    }
+    shells = "nodeagent/scope_agent/relay/shell"
+    assert reaching == {f"{shells}/forwarding.py", f"{shells}/selftest.py"}  # the second one only reads
+    text = (ROOT / "docs" / "security.md").read_text()
+    for setting in (
+        *FORWARDING.values(),
+        "net/ipv6/conf/INTERFACE/accept_ra",
+        "net/ipv4/conf/all/accept_redirects",
+    ):
+        assert f"`{setting.replace('/', '.')}`" in text
