@@ -28,6 +28,7 @@ from bench import (
     crowd,
     forwarder,
     hubs,
+    keys,
     kube,
     moves,
     nat_grid,
@@ -60,6 +61,7 @@ BENCHMARKS: tuple[Benchmark, ...] = (
     *forwarder.BENCHMARKS,
     *carrier.BENCHMARKS,
     *plan.BENCHMARKS,
+    *keys.BENCHMARKS,
     *tree.BENCHMARKS,
     *kube.BENCHMARKS,
 )

@@ -134,7 +134,7 @@ class Side:
 
     def tick_reach(self) -> None:
         if self.room is not None:
-            self.room.reach(self.other.key, self.duo.now, is_reached=not self.duo.is_cut)
+            self.room.reach(self.other.key, self.duo.now, is_reached=not (self.duo.is_cut or self.duo.mute))
             self.perform()
             self.later(0.5, self.tick_reach)
 
@@ -242,6 +242,7 @@ class Duo:
         self.loss = 0.0
         self.duplication = 0.0
         self.is_cut = False
+        self.mute: set[Side] = set()  # of whom no word arrives, though packets of the tunnel do
         self.session: float | None = None  # when it began
         self.initiator = 0
         self.trying: float | None = None  # when the next initiation is sent
@@ -315,7 +316,7 @@ class Duo:
         self.heard.append((sender, part))
         other = sender.other
         for _ in range(2 if self.random.random() < self.duplication else 1):
-            if not self.is_cut and self.random.random() >= self.loss:
+            if not self.is_cut and sender not in self.mute and self.random.random() >= self.loss:
                 self.at(self.now + self.random.uniform(0.02, 0.06), lambda: other.receive(part))
 
     # --- the tunnel ----------------------------------------------------------------------------------------
