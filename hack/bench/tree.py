@@ -154,7 +154,9 @@ class _Hub:
     def _settle(self, outputs: list[Output]) -> None:
         """Do what the device is told until nothing is left."""
         while batches := [each for each in outputs if isinstance(each, DeviceBatch)]:
-            self._device = _made(batches[-1].desired)
+            desired = batches[-1].desired
+            assert desired is not None
+            self._device = _made(desired)
             outputs = self._give(Applied(BatchTarget.DEVICE))
             outputs += self._give(DeviceObserved(self._device, DeviceKind.USER_SPACE, WALL))
 

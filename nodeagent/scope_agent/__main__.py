@@ -104,14 +104,15 @@ def _parser() -> argparse.ArgumentParser:
         help="which WireGuard to use; by default the kernel's where it has one",
     )
     carrying.add_argument("--fwmark", type=int, default=0, help="mark of the device's own datagrams")
-    carrying.add_argument(
+    keying = argparse.ArgumentParser(add_help=False)
+    keying.add_argument(
         "--key-suite",
         default=os.environ.get("SCOPE_KEY_SUITE", "1"),
         metavar="NUMBER",
         help="how pairs agree on post-quantum keys: 1 by ML-KEM-1024 and X448, the default, 2 by ML-KEM-768 "
         "and X25519; the peers must be set to the same (SCOPE_KEY_SUITE)",
     )
-    carrying.add_argument(
+    keying.add_argument(
         "--key-provider",
         default=os.environ.get("SCOPE_KEY_PROVIDER", CRYPTOGRAPHY),
         metavar="NAME",
@@ -132,10 +133,11 @@ def _parser() -> argparse.ArgumentParser:
         help="the public half of the CA that certified them (SCOPE_IDENTITY_CA)",
     )
 
+    running = [common, carrying, keying]
     parser = argparse.ArgumentParser(prog="scope-agent", description="Make this machine a peer of a mesh.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    join = commands.add_parser("join", parents=[common, carrying], help="join a mesh with a join string")
+    join = commands.add_parser("join", parents=running, help="join a mesh with a join string")
     join.add_argument(
         "url",
         metavar="STRING",
@@ -146,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     join.add_argument("--run", action="store_true", help="go on as `run` does")
     join.set_defaults(work=_join)
 
-    run = commands.add_parser("run", parents=[common, carrying], help="be a peer of a mesh that was joined")
+    run = commands.add_parser("run", parents=running, help="be a peer of a mesh that was joined")
     run.add_argument("--mesh", help="needed where several meshes were joined")
     run.set_defaults(work=_run)
     on_node = run.add_argument_group(
@@ -207,6 +209,24 @@ def _parser() -> argparse.ArgumentParser:
         action.add_argument("-v", "--verbose", action="store_true", help=argparse.SUPPRESS)
     sign.add_argument("peer", metavar="PEER", help="the name of its ScopePeer")
     sign.add_argument("fingerprint", metavar="FINGERPRINT", help="as `scopectl identity show` prints there")
+
+    psk = commands.add_parser(
+        "psk",
+        parents=[common, keying],
+        help="lay post-quantum keys on an interface that something else manages",
+    )
+    psk.add_argument(
+        "action",
+        nargs="?",
+        choices=["run", "show", "status", "rotate", "leave"],
+        default="run",
+        help="run (the default); show the line for the other machines' peers files; show the running agent's "
+        "status; have it rotate now; have it give the manager's keys back, and end",
+    )
+    psk.add_argument("--interface", required=True, metavar="NAME", help="the WireGuard interface")
+    psk.add_argument("--peers", type=Path, metavar="FILE", help="the peers file; needed to run")
+    psk.add_argument("--force", action="store_true", help="leave although peers are out of reach")
+    psk.set_defaults(work=_psk)
 
     leave = commands.add_parser("leave", parents=[common], help="leave a mesh and take its device down")
     leave.add_argument("--mesh", help="needed where several meshes were joined")
@@ -464,6 +484,35 @@ def _sign(options: argparse.Namespace) -> None:
         raise ConfigError(f"{options.fingerprint!r}: {error}") from None
     certificate = certify(load_ca(options.key, provider), options.peer, fingerprint, provider)
     print(b64encode(certificate).decode())
+
+
+# --- psk ----------------------------------------------------------------------------------------------------
+
+
+def _psk(options: argparse.Namespace) -> None:
+    from scope_agent import psk_run  # of no use to an agent of a mesh
+
+    name = options.interface
+    if not 0 < len(name) <= MAX_DEVICE_NAME or "/" in name:
+        raise ConfigError(f"--interface {name}: an interface has 1 to {MAX_DEVICE_NAME} characters")
+    keys = parse_choice(suite=options.key_suite, provider=options.key_provider)
+    config = psk_run.PskConfig(name, options.state, options.run_dir, keys)
+    match options.action:
+        case "show":
+            print(psk_run.show_psk(config))
+        case "status":
+            print(psk_run.status_psk(config))
+        case "rotate":
+            print(psk_run.rotate_psk(config))
+        case "leave":
+            print(psk_run.leave_psk(config, is_forced=options.force))
+        case _:
+            if options.peers is None:
+                raise ConfigError("--peers FILE names the peers file: its lines are what `psk show` prints")
+            try:
+                psk_run.run_psk(config, options.peers)
+            except psk_run.Left as left:
+                raise RemovedFromMesh(str(left)) from None
 
 
 # --- leave --------------------------------------------------------------------------------------------------

@@ -250,11 +250,12 @@ class Send:
 class DeviceBatch:
     """At most MAX_BATCH actions for the device, in order, then one observation.
 
-    `desired` is what they lead to in the end: what a user-space device's process is to come back with.
+    `desired` is what they lead to in the end: what a user-space device's process is to come back with; None
+    where the device is not ours to bring back.
     """
 
     actions: tuple[PlannedAction, ...]
-    desired: DesiredDevice
+    desired: DesiredDevice | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,7 @@
-"""The asyncio shell: one loop that feeds the agent and performs what comes out.
+"""The asyncio shell of one mesh's agent: what it adds to `loop`, which feeds it and has outputs performed.
 
-The loop takes the inbox until the agent's timer, hands each input to the agent, and performs each output
-without waiting for it: datagrams leave at once; device, registry and disk work in tasks that post their
-result back. What the first ping does not need is imported and started after it: the HTTP client above all.
+Registry, disk, and what relays, forwards and carries work in tasks that post their result back. What the
+first ping does not need is imported and started after it: the HTTP client above all.
 """
 
 from __future__ import annotations
@@ -11,14 +10,12 @@ import asyncio
 import contextlib
 import errno
 import hashlib
-import json
 import logging
-import os
 import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias, assert_never, runtime_checkable
 
@@ -31,22 +28,18 @@ from scope.registry.port import Disconnected, Gone, PeerRemoved, Registry, Regis
 from scope.relay import Grants
 from scope_agent.agent import Agent, AgentConfig, pick_port
 from scope_agent.carrier.core import ApplyCarrier, CarrierSeen
-from scope_agent.inbox import Inbox
 from scope_agent.inputs import (
     Applied,
     ApplyForwarding,
     ApplyGrants,
     ApplyPorts,
-    CommandArrived,
     Courier,
     DatagramArrived,
     DeviceBatch,
-    DeviceObserved,
     FactArrived,
     Failed,
     ForwardingSeen,
     IdentitySaved,
-    Input,
     InterfacesChanged,
     KeysSetUp,
     Leaving,
@@ -55,7 +48,6 @@ from scope_agent.inputs import (
     Observe,
     Output,
     PortsApplied,
-    PskSaved,
     Relaying,
     Reply,
     SaveIdentity,
@@ -68,22 +60,20 @@ from scope_agent.inputs import (
     TrafficMoved,
     WriteReport,
 )
+from scope_agent.loop import AgentLoop
 from scope_agent.psk.choice import DEFAULT, KeyChoice
 from scope_agent.psk.shell.nudging import nudge
 from scope_agent.state import Enrolment, StateDir
 from scope_agent.underlay.shell import InterfaceWatch
-from scope_agent.wireguard.device import ApplyError, HoldEndpoint, PortTaken
+from scope_agent.wireguard.device import ApplyError, HoldEndpoint
 from scope_agent.wireguard.port_rules import PortRules
 from scope_agent.wireguard.shell import (
-    Device,
     EndpointHolds,
     PortTable,
-    ProbeSocket,
     choose_device,
     open_probe_socket,
 )
 from scope_agent.wireguard.shell.nft import NftError
-from scope_agent.wireguard.shell.probe_socket import READ_AT_ONCE
 
 if TYPE_CHECKING:
     from scope.registry.http import Couriered, HttpRegistry
@@ -98,7 +88,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-READ_AGAIN_AFTER = 0.02  # seconds of handling inputs: what arrives meanwhile is to be told its time
 TRAFFIC_INTERVAL = 0.25  # how soon the device's counters tell that someone uses the mesh
 HUB_CHECK = 2.0  # seconds: with the knocks that follow, relayed pairs are back within three
 HUB_CHECK_SHARE = 20.0  # a check that took t seconds is followed by t times this of not checking
@@ -115,11 +104,9 @@ HEARTBEAT_AGAIN = 10.0  # after one that failed: a few are tried before those wh
 LASTING = 30.0  # seconds: a watch that held for so long was no failure
 REMOVED_GRACE = 2.0  # for a device to lose its peers before the agent of a removed peer ends
 COURIERS = 16  # datagrams on their way to the gateway at once; more are dropped
-COMMAND_LINE = 16384  # bytes of one request on the local socket; the certificate of an identity has 4,564
 PORT_ATTEMPTS = 20
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt(3): blocks from this size on are maps of their own
 LARGE_BLOCK = 128 * 1024  # bytes; its initial value, set so that it stays
-SLOW_LOOP = 0.1  # an input that held the loop for so long is worth a line in the log
 
 
 class RemovedFromMesh(ConfigError):
@@ -139,13 +126,13 @@ class RunConfig:
     upstream: Upstream | None = None  # where the enrolment names no gateway: to which a hub leads
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Counters:
     """What the shell dropped or did, for status."""
 
-    inbox_dropped: int = 0
-    couriers_dropped: int = 0
-    unsent: dict[str, int] = field(default_factory=dict)
+    inbox_dropped: int
+    couriers_dropped: int
+    unsent: Mapping[str, int]
 
     def added_to(self, answer: Mapping[str, object]) -> dict[str, object]:
         """The agent's answer and, where it is a status, what the shell lost."""
@@ -184,7 +171,7 @@ class Gateway(AgentRegistry, Protocol):
 Connect: TypeAlias = Callable[[], Awaitable[AgentRegistry]]
 
 
-class Runner:
+class Runner(AgentLoop[Agent]):
     """One agent in its world. Raises ConfigError from `run` where a person must act.
 
     `connect` gives the registry when the first pings are on their way. A gateway is closed here in the end,
@@ -208,9 +195,9 @@ class Runner:
         openings = self._ports.read() if mesh is not None and mesh.spec.birthday else ()
         self._wall_offset = time.time() - time.monotonic()
         identity = enrolment.identity
-        self._device: Device = choose_device(enrolment.device, run_dir=config.run_dir, only=config.only)
-        log.info("device.chosen name=%s kind=%s", enrolment.device, self._device.kind)
-        self._agent = Agent(
+        device = choose_device(enrolment.device, run_dir=config.run_dir, only=config.only)
+        log.info("device.chosen name=%s kind=%s", enrolment.device, device.kind)
+        agent = Agent(
             AgentConfig(
                 mesh=enrolment.mesh,
                 device=enrolment.device,
@@ -227,10 +214,15 @@ class Runner:
             granted=granted,
             openings=openings,
             carried=read_earlier(config, enrolment),
-            psk_records=_read_records(config.state),
+            psk_records=read_records(config.state),
         )
-        self._psk_lock = asyncio.Lock()  # records are written in the order in which they were decided
-        self._probe: ProbeSocket = open_probe_socket(self._agent.listen_port, fwmark=config.fwmark)
+        super().__init__(
+            agent,
+            device=device,
+            probe=open_probe_socket(agent.listen_port, fwmark=config.fwmark),
+            state=config.state,
+            socket=config.run_dir / f"{enrolment.mesh}.sock",
+        )
         self._holds = EndpointHolds()
         self._hub: HubMachine | None = None  # made when there is something to relay, or to undo
         self._forwarding: TreeForwarding | None = None  # made likewise
@@ -242,87 +234,35 @@ class Runner:
         self._ports_lock = asyncio.Lock()
         self._carrier: CarrierMachine | None = None  # made when there is something to carry, or to undo
         self._carrier_lock = asyncio.Lock()
-        self._inbox = Inbox()
-        self._wake = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._replies: dict[int, asyncio.Future[dict[str, object]]] = {}
-        self._commands = 0
         self._registry: AgentRegistry | None = None
         self._gateway: Gateway | None = None  # the registry, where it is one
         self._list_again = asyncio.Event()
         self._reached = asyncio.Event()  # once some path works
         self._addresses: frozenset[IPInterface] = frozenset()
         self._couriers = 0
-        self._counters = _Counters()
+        self._couriers_dropped = 0
         self._removal_kept = self._agent.removed  # a restart would else start from a snapshot without it
-        self._failure: ConfigError | None = None
-        self._stopping = False
 
     async def run(self) -> None:
         """Run until `stop`; the device stays as it is. Raises ConfigError."""
-        loop = asyncio.get_running_loop()
-        for descriptor in self._probe.descriptors:
-            loop.add_reader(descriptor, self._read_probes)
         watch = InterfaceWatch(self._enrolment.device, self._interfaces_changed)
-        self._spawn(self._observe())
-        self._spawn(self._watch_traffic())
-        self._spawn(self._watch_hub())
-        self._spawn(self._watch_ports())
-        self._spawn(self._watch_carrier())
-        self._spawn(self._serve_commands())
-        self._spawn(self._follow_registry())
         try:
-            await self._loop()
+            await self._run(
+                self._watch_traffic(),
+                self._watch_hub(),
+                self._watch_ports(),
+                self._watch_carrier(),
+                self._follow_registry(),
+            )
         finally:
             watch.stop()
-            for task in tuple(self._tasks):
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            for descriptor in self._probe.descriptors:
-                loop.remove_reader(descriptor)
-            self._probe.close()
-            self._holds.close()
-            if self._gateway is not None:
-                await self._gateway.close()
-            await self._device.close()
-        if self._failure is not None:
-            raise self._failure
 
-    # --- the loop ------------------------------------------------------------------------------------------
+    async def _close(self) -> None:
+        self._holds.close()
+        if self._gateway is not None:
+            await self._gateway.close()
 
-    async def _loop(self) -> None:
-        agent = self._agent
-        while not self._stopping:
-            now = time.monotonic()
-            due = agent.get_timer()
-            if due is not None and due <= now:
-                agent.handle_timer(now)
-                self._perform_all()
-            self._take_inputs(until=time.monotonic() + READ_AGAIN_AFTER)
-            due = agent.get_timer()
-            delay = None if due is None else max(0.0, due - time.monotonic())
-            self._wake.clear()
-            if self._inbox or delay == 0.0:
-                await asyncio.sleep(0)
-                continue
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(delay):
-                    await self._wake.wait()
-
-    def _take_inputs(self, *, until: float) -> None:
-        """Hand over what waits, one input at least."""
-        while (event := self._inbox.take(now := time.monotonic())) is not None:
-            self._agent.receive(event, now)
-            self._perform_all()
-            if (after := time.monotonic()) - now > SLOW_LOOP:
-                log.debug("loop.slow seconds=%.3f", after - now)
-            if after > until:
-                return
-
-    def _post(self, event: Input) -> None:
-        """Queue an input."""
-        self._inbox.put(event, time.monotonic())
-        self._wake.set()
+    # --- what this agent adds to the loop ------------------------------------------------------------------
 
     def _interfaces_changed(self, event: InterfacesChanged) -> None:
         """What is open to the registry from an address that is gone would be missed in ten seconds only."""
@@ -332,25 +272,9 @@ class Runner:
             self._spawn(self._registry.reconnect())
         self._post(event)
 
-    def stop(self) -> None:
-        """End `run`, soon."""
-        log.info("agent.stopping mesh=%s the device stays up", self._enrolment.mesh)
-        self._stopping = True
-        self._wake.set()
-
-    def _fail(self, error: ConfigError) -> None:
-        """Stop: somebody must act."""
-        self._failure = error
-        self._stopping = True
-        self._wake.set()
-
-    def _perform_all(self) -> None:
+    def _performed(self) -> None:
         if self._agent.reaches_a_peer:
             self._reached.set()
-        for output in self._agent.outputs():
-            self._perform(output)
-        if self._agent.listen_port != self._probe.port:
-            self._move_probe()
         if self._agent.removed and self._agent.is_cut_off and self._removal_kept:
             self._end_removed()
 
@@ -394,60 +318,21 @@ class Runner:
                     nudge(self._enrolment.device, address)
                 except OSError as error:
                     log.debug("psk.nudge_unsent address=%s error=%s", address, error)
-            case Reply(number, value):
-                future = self._replies.pop(number, None)
-                if future is not None and not future.done():
-                    self._counters.inbox_dropped = self._inbox.dropped
-                    future.set_result(self._counters.added_to(value))
+            case Reply():
+                self._reply(output)
             case ListAgain():
                 self._list_again.set()
             case _:
                 assert_never(output)
 
-    def _spawn(self, work: Awaitable[None]) -> asyncio.Task[None]:
-        async def guarded() -> None:
-            try:
-                await work
-            except ConfigError as error:
-                self._fail(error)
-
-        task = asyncio.ensure_future(guarded())
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("task.failed", exc_info=error)
-            self._fail(
-                ConfigError(f"scope-agent has a bug: {error!r}; the log has its trace, the device stays up")
-            )
-
     # --- datagrams -----------------------------------------------------------------------------------------
-
-    def _read_probes(self) -> None:
-        """Read all there is: how long a datagram lay in the kernel's buffer, nobody could tell."""
-        while self._inbox.has_room:
-            own = self._probe.port
-            arrived = [
-                DatagramArrived(each.data, Socket(each.source, port=None if each.port == own else each.port))
-                for each in self._probe.receive()
-            ]
-            for datagram in arrived:
-                self._post(datagram)
-            if len(arrived) < READ_AT_ONCE:
-                return
 
     def _send(self, leg: Socket | Courier, data: bytes) -> None:
         if isinstance(leg, Socket):
-            result = self._probe.send(leg.endpoint, data, ttl=leg.ttl, port=leg.port)
-            if result.name != "SENT":
-                self._counters.unsent[result.name] = self._counters.unsent.get(result.name, 0) + 1
-                log.debug("probe.unsent endpoint=%s result=%s", leg.endpoint, result.name)
+            self._send_probe(leg, data)
             return
         if self._couriers >= COURIERS or self._gateway is None or leg.to is None:
-            self._counters.couriers_dropped += 1
+            self._couriers_dropped += 1
             return
         self._couriers += 1
         self._spawn(self._courier(leg, data))
@@ -461,43 +346,7 @@ class Runner:
         finally:
             self._couriers -= 1
 
-    def _move_probe(self) -> None:
-        loop = asyncio.get_running_loop()
-        for descriptor in self._probe.descriptors:
-            loop.remove_reader(descriptor)
-        self._probe.move(self._agent.listen_port)
-        for descriptor in self._probe.descriptors:
-            loop.add_reader(descriptor, self._read_probes)
-
     # --- the device ----------------------------------------------------------------------------------------
-
-    async def _apply(self, batch: DeviceBatch) -> None:
-        try:
-            await self._device.keep(batch.desired)
-            for action in batch.actions:
-                log.debug("device.apply action=%s", action)
-                if isinstance(action, HoldEndpoint):
-                    await self._holds.set(action, port=self._agent.listen_port)
-                else:
-                    await self._device.apply(action)
-        except PortTaken as error:
-            self._post(Failed(Target.DEVICE, str(error), port_taken=True))
-            return
-        except ApplyError as error:
-            log.warning("device.failed error=%s", error)
-            self._post(Failed(Target.DEVICE, str(error)))
-            return
-        self._post(Applied(Target.DEVICE))
-        await self._observe()
-
-    async def _observe(self) -> None:
-        try:
-            device = await self._device.observe()
-        except ApplyError as error:
-            log.warning("device.unreadable error=%s", error)
-            self._post(Failed(Target.DEVICE, str(error)))
-            return
-        self._post(DeviceObserved(device, self._device.kind, time.time()))
 
     async def _watch_traffic(self) -> None:
         last = None
@@ -507,6 +356,9 @@ class Runner:
                 self._post(TrafficMoved())
             last = counters
             await asyncio.sleep(TRAFFIC_INTERVAL)
+
+    async def _hold(self, hold: HoldEndpoint) -> None:
+        await self._holds.set(hold, port=self._agent.listen_port)
 
     # --- ports beside WireGuard's own ----------------------------------------------------------------------
 
@@ -795,17 +647,6 @@ class Runner:
             self._removal_kept |= removed  # on a full disk too: nothing is gained by waiting for it
         self._post(Applied(Target.DISK))
 
-    async def _save_psk(self, save: SavePsk) -> None:
-        async with self._psk_lock:
-            error = ""
-            try:
-                await asyncio.to_thread(self._config.state.save_psk, save.peer, save.record)
-            except ConfigError as failed:
-                error = str(failed)
-                log.warning("psk.unsaved peer=%s error=%s", save.peer, error)
-        if save.record is not None:
-            self._post(PskSaved(save.peer, error))
-
     async def _set_up_keys(self, *, is_awaited: bool) -> None:
         """In a thread: the imports and the self-test would hold pings up."""
         if not is_awaited:
@@ -831,52 +672,15 @@ class Runner:
 
     # --- the local socket ----------------------------------------------------------------------------------
 
-    async def _serve_commands(self) -> None:
-        """Answer `scopectl status` and its like: one JSON object a line, root only."""
-        path = self._config.run_dir / f"{self._enrolment.mesh}.sock"
-        before = os.umask(0o177)
-        try:
-            path.unlink(missing_ok=True)
-            server = await asyncio.start_unix_server(self._serve_one, path, limit=COMMAND_LINE)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot answer `scopectl status` at {path}: {error.strerror or error}; name a directory "
-                "with --run-dir where a socket can be made"
-            ) from None
-        finally:
-            os.umask(before)
-        try:
-            await server.serve_forever()
-        finally:
-            path.unlink(missing_ok=True)
+    def _take(self, request: Mapping[str, object]) -> dict[str, object] | None:
+        if request["command"] != "leave":
+            return None
+        self._post(Leaving(resources.parse_tombstone(request["tombstone"])))
+        return {"ok": True}
 
-    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            while line := await reader.readline():
-                answer = await self._command(line)
-                writer.write(json.dumps(answer).encode() + b"\n")
-                await writer.drain()
-        except (ConnectionError, ValueError, asyncio.CancelledError):
-            pass  # the asker left, or sent a line beyond the limit; or the agent ends
-        finally:
-            writer.close()
-
-    async def _command(self, line: bytes) -> dict[str, object]:
-        try:
-            request = json.loads(line)
-            command = request["command"]
-            if command == "leave":
-                self._post(Leaving(resources.parse_tombstone(request["tombstone"])))
-                return {"ok": True}
-        except (ValueError, KeyError, TypeError, ConfigError):
-            return {"ok": False, "error": 'one JSON object a line: {"command": "status"}'}
-        counted = await self._count() if command == "status" else None
-        self._commands += 1
-        future: asyncio.Future[dict[str, object]] = asyncio.get_running_loop().create_future()
-        self._replies[self._commands] = future
-        peer, argument = (str(request.get(name, "")) for name in ("peer", "argument"))
-        self._post(CommandArrived(self._commands, str(command), peer, argument, counted))
-        return await future
+    def _add_losses(self, answer: Mapping[str, object]) -> dict[str, object]:
+        lost = _Counters(self._inbox.dropped, self._couriers_dropped, self._unsent)
+        return lost.added_to(answer)
 
 
 def _relaying(outcome: Outcome, *, answers: bool) -> Relaying:
@@ -977,7 +781,7 @@ def set_up_keys(config: RunConfig) -> KeyMaker:
     return maker if config.trust is None else replace(maker, trust=config.trust)
 
 
-def _read_records(state: StateDir) -> Mapping[PublicKey, Record]:
+def read_records(state: StateDir) -> Mapping[PublicKey, Record]:
     """The pairs' keys of earlier runs: a device that was made anew needs them for its first ping."""
     records, troubles = state.load_psk()
     for trouble in troubles:

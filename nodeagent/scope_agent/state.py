@@ -10,6 +10,7 @@ through a symbolic link:
   earlier ones. Made when first asked for; losing it makes the peer another one to those that know it.
 - `psk/KEY.json`: the pre-shared keys of the pair with the peer of that WireGuard key, in hexadecimal. A
   damaged one is put aside, and the pair agrees on a new key.
+- `probe.json`: only where something else manages the device. The key that its agent is known by.
 - `granted.json`, `settings.json`: of a hub. What it grants, and how the kernel's settings were before.
 - `carrier.pem`: of a hub. The certificate that it shows to those whom it carries, and its key.
 """
@@ -113,6 +114,7 @@ class StateDir:
         self.carrier_file = self.path / "carrier.pem"
         self.identity_file = self.path / "identity.json"
         self.psk_dir = self.path / "psk"
+        self.probe_file = self.path / "probe.json"
 
     def prepare(self) -> None:
         """Make the directory, 0700."""
@@ -226,6 +228,20 @@ class StateDir:
         """Replace the identity for post-quantum keys; the one before is gone. Raises ConfigError."""
         _write(self.identity_file, _hybrid_dict(identity))
 
+    def probe_secret(self, random_bytes: Callable[[int], bytes]) -> Secret:
+        """The probe key of an agent without a mesh, made at the first call. Raises ConfigError."""
+        if self.probe_file.exists():
+            todo = "restore it from a backup, or remove it and give other machines the new `psk show`"
+            return _read(self.probe_file, lambda document: _parse_key(document["probe"]), todo)
+        secret = Secret(random_bytes(32))
+        _write(self.probe_file, {"probe": b64encode(secret.raw).decode()})
+        return secret
+
+    def forget_psk(self) -> None:
+        """Forget all pairs' keys, not our own: for an agent that gave the manager's keys back."""
+        for path in self.psk_dir.glob("*.json"):
+            path.unlink(missing_ok=True)
+
     def save_psk(self, key: PublicKey, record: Record | None) -> None:
         """Replace what is kept of a pair's pre-shared keys, None: nothing. Raises ConfigError."""
         path = self._psk_file(key)
@@ -332,8 +348,11 @@ def enrolled_meshes(root: Path = STATE_ROOT) -> list[str]:
 
 
 @contextlib.contextmanager
-def sole_agent(state: StateDir, run_dir: Path) -> Iterator[None]:
-    """Be the only agent with this mesh's keys, and with its socket. Raises Held, ConfigError."""
+def sole_agent(state: StateDir, run_dir: Path, *, keys: Path | None = None) -> Iterator[None]:
+    """Be the only agent with this mesh's keys, and with its socket. Raises Held, ConfigError.
+
+    `keys` is the file that holds them, by default the enrolment.
+    """
     mesh = state.path.name
     try:
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -341,7 +360,7 @@ def sole_agent(state: StateDir, run_dir: Path) -> Iterator[None]:
         raise ConfigError(f"cannot make {run_dir}: {error.strerror}; {_next_move(error)}") from None
     with contextlib.ExitStack() as held:
         # The keys' own file, as it stands: a new one could not be made on a full disk.
-        held.callback(os.close, _lock(state.enrolment_file, os.O_RDONLY, mesh))
+        held.callback(os.close, _lock(keys or state.enrolment_file, os.O_RDONLY, mesh))
         held.callback(os.close, _lock(run_dir / f"{mesh}.lock", os.O_RDWR | os.O_CREAT, mesh))
         yield
 
@@ -636,6 +655,7 @@ def _record_dict(record: Record) -> dict[str, object]:
         "next": _keys_dict(record.next),
         "active": record.active,
         "confirmed": record.confirmed,
+        "manager": b64encode(record.manager.raw).decode() if record.manager is not None else None,
     }
 
 
@@ -659,6 +679,7 @@ def _parse_record(document: Mapping[str, object]) -> Record:
 
     pinned, following = document["pinned"], _parse_keys(document["next"])
     former = document.get("former")  # earlier releases have none, and are told nothing
+    manager = document.get("manager")  # earlier releases keep none
     return Record(
         pinned=Fingerprint.parse(str(pinned)) if pinned is not None else None,
         former=Fingerprint.parse(str(former)) if former is not None else None,
@@ -668,7 +689,15 @@ def _parse_record(document: Mapping[str, object]) -> Record:
         next=following,
         active=document["active"] is True and following is not None,
         confirmed=float(str(document["confirmed"])),
+        manager=_parse_key(manager) if manager is not None else None,
     )
+
+
+def _parse_key(value: object) -> Secret:
+    raw = b64decode(str(value), validate=True)
+    if len(raw) != 32:
+        raise ValueError("a key is 32 bytes")
+    return Secret(raw)
 
 
 def _parse_keys(document: object) -> Keys | None:

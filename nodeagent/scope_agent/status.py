@@ -76,7 +76,7 @@ def status(
         "reflector": _reflector_text(paths, now),
         "peers": [
             _peer_status(key, peer, paths=paths, device=device, home=home, now=now)
-            | {"psk": _psk_status(keyed.get(key, PskPair()), wall)}
+            | {"psk": psk_status(keyed.get(key), wall)}
             for key, peer in sorted(snapshot.peers.items(), key=lambda item: item[1].meta.name)
         ],
         "dropped": dropped,
@@ -164,8 +164,9 @@ def _reflector_text(paths: PathsView, now: float) -> str:
     return f"no reflector answers for {now - paths.reflectors_silent_since:.0f} s"
 
 
-def _psk_status(keyed: PskPair, wall: float) -> dict[str, object]:
+def psk_status(keyed: PskPair | None, wall: float) -> dict[str, object]:
     """Which post-quantum key is proved, and for how long; never the key."""
+    keyed = keyed or PskPair()
     return {
         "epoch": keyed.epoch or None,
         "suite": keyed.suite or None,

@@ -66,6 +66,7 @@ class Side:
             random=duo.random.random,
             records={self.other.key: self.disk},
             offset=WALL + self.clock_offset,
+            is_managed=duo.manager is not None,
         )
         self.configure()
         self.later(0.05, self.equip)
@@ -98,6 +99,12 @@ class Side:
         self.room.rotate(self.other.key, self.duo.now)
         self.perform()
 
+    def leave(self) -> None:
+        """Have the pair go back to the manager's key."""
+        assert self.room is not None
+        self.room.leave(self.duo.now)
+        self.perform()
+
     def configure(self) -> None:
         if self.room is not None:
             self.room.configure(
@@ -121,7 +128,7 @@ class Side:
     def reboot(self) -> None:
         """Power lost: the device is gone, its session with it."""
         self.crash()
-        self.psk, self.stamp = None, 0.0
+        self.psk, self.stamp = self.duo.manager, 0.0
         self.duo.session = None
 
     @property
@@ -232,12 +239,14 @@ class Duo:
         mode: PostQuantumMode = PostQuantumMode.PREFERRED,
         interval: float = 3600.0,
         keepalive: tuple[bool, bool] = (True, True),
+        manager: Secret | None = None,
     ) -> None:
         self.seed = seed
         self.random = Random(seed)
         self.provider = ToyProvider(self.random)
         self.policy = PostQuantum(mode, interval)
         self.keepalive = keepalive
+        self.manager = manager  # the key that something else gives both devices; None: they are ours
         self.now = 1000.0
         self.loss = 0.0
         self.duplication = 0.0
@@ -254,6 +263,8 @@ class Duo:
         keys = sorted(PublicKey(self.random.randbytes(32)) for _ in range(2))
         self.sides: list[Side] = []
         self.sides += [Side(self, key) for key in keys]
+        for side in self.sides:
+            side.psk = manager
         self.at(self.now, self.tick_device)
 
     @property
@@ -311,6 +322,10 @@ class Duo:
             and not e.disk.active
             and d.device_psk == e.device_psk == d.disk.current.psk
         )
+
+    def device_psks(self) -> set[bytes]:
+        """What the two devices hold."""
+        return {side.device_psk.raw for side in self.sides}
 
     def carry(self, sender: Side, part: KeyPart) -> None:
         self.heard.append((sender, part))

@@ -391,6 +391,7 @@ def test_no_service_may_do_more_than_it_must() -> None:
     assert unit("scope-registry.service")["DynamicUser"] == ["yes"]
     for name, needed in (
         ("scope-agent@.service", "CAP_NET_ADMIN CAP_NET_RAW"),
+        ("scope-psk@.service", "CAP_NET_ADMIN CAP_NET_RAW"),
         ("scope-wireguard@.service", "CAP_NET_ADMIN"),
         ("scope-forwarder@.service", "CAP_NET_ADMIN"),
         ("scope-carrier@.service", "CAP_NET_ADMIN CAP_NET_BIND_SERVICE"),
@@ -398,7 +399,7 @@ def test_no_service_may_do_more_than_it_must() -> None:
         keys = unit(name)
         assert keys["CapabilityBoundingSet"] == keys["AmbientCapabilities"] == [needed]
         devices = keys.get("DeviceAllow", [])
-        opens_none = name in ("scope-forwarder@.service", "scope-carrier@.service")
+        opens_none = name in ("scope-psk@.service", "scope-forwarder@.service", "scope-carrier@.service")
         assert devices == ([] if opens_none else ["/dev/net/tun rw"])
     for path in UNITS:
         keys = keys_of(path)

@@ -53,7 +53,10 @@ PskOutput: TypeAlias = SayPart | WriteRecord | NudgePeer
 
 
 class Psk:
-    """All pairs' keys. `random` draws from [0, 1), `offset` is the wall clock less the monotonic one."""
+    """All pairs' keys. `random` draws from [0, 1), `offset` is the wall clock less the monotonic one.
+
+    `is_managed`: something else manages the device, and may have given its pairs keys of its own.
+    """
 
     def __init__(
         self,
@@ -62,10 +65,11 @@ class Psk:
         random: Callable[[], float],
         records: Mapping[PublicKey, Record],
         offset: float,
+        is_managed: bool = False,
     ) -> None:
         self._own = own
         self._records = dict(records)  # of who is no member yet
-        self._tools = Tools(random, self._may_begin, offset)
+        self._tools = Tools(random, self._may_begin, offset, is_managed)
         self._pairs: dict[PublicKey, Pair] = {}
         self._views: dict[PublicKey, PskPair] = {}
         self._joining: dict[PublicKey, Joining] = {}
@@ -176,6 +180,12 @@ class Psk:
                 pair.observe(readings.get(key, _ABSENT), now)
                 self._collect(key, now)
 
+    def forget_device(self) -> None:
+        """The device is away: what it says when it is back is the first that is known of it."""
+        self._readings = None
+        for pair in self._pairs.values():
+            pair.forget_device()
+
     def receive(self, key: PublicKey, part: KeyPart, now: float) -> None:
         """Take a part of a message."""
         pair = self._pairs.get(key)
@@ -202,7 +212,23 @@ class Psk:
         self._pairs[key].rotate(now)
         self._collect(key, now)
 
+    def leave(self, now: float) -> None:
+        """Give every pair back the key of who manages the device, both sides of it together."""
+        for key in sorted(self._pairs):
+            self._pairs[key].leave(now)
+            self._collect(key, now)
+
+    def abandon(self, key: PublicKey, now: float) -> None:
+        """Give a pair back the manager's key on our side alone: its sessions end unless the peer follows."""
+        self._pairs[key].abandon(now)
+        self._collect(key, now)
+
     # --- what is shown -------------------------------------------------------------------------------------
+
+    @property
+    def keyed(self) -> list[PublicKey]:
+        """Pairs that have a key of ours, or whose device may have one."""
+        return [key for key, pair in sorted(self._pairs.items()) if pair.is_keyed]
 
     def view(self) -> Mapping[PublicKey, PskPair]:
         """All pairs."""

@@ -40,6 +40,7 @@ from scope_agent.psk.provider import KEM_SEED_BYTES, SUITES, Provider, ProviderE
 from scope_agent.psk.slots import Keys
 
 _LABEL = b"scope psk "  # and the suite's number
+_MANAGER_LABEL = b"scope psk of the manager 1"
 _SIGN_PREFIX = b"scope psk signature 1"
 _NO_CHAIN = Secret(bytes(32))
 
@@ -88,6 +89,28 @@ class Offered:
     offer: Offer
     kem_seed: Secret
     dh_private: Secret
+
+
+def manager_keys(psk: Secret, current: Keys | None) -> Keys:
+    """The pre-shared key of who manages the device, as keys of both holders; zeros stand for none.
+
+    Without `current`: what a pair's first exchange builds on. With it: the way back, of which only those can
+    speak who hold `current`, too.
+    """
+    salt = current.chain if current is not None else _NO_CHAIN
+    prk = _hmac(salt.raw, _lp(_MANAGER_LABEL, psk.raw))
+
+    def expand(name: bytes) -> bytes:
+        return _hmac(prk, _lp(_MANAGER_LABEL, name) + b"\x01")
+
+    return Keys(
+        epoch=current.epoch if current is not None else 0,
+        id=expand(b"id"),
+        psk=psk,
+        chain=Secret(expand(b"chain")),
+        confirm_d=Secret(expand(b"confirm D")),
+        confirm_e=Secret(expand(b"confirm E")),
+    )
 
 
 def make_offer(parties: Parties, maker: KeyMaker, *, epoch: int, base: Keys | None) -> Offered:

@@ -31,6 +31,10 @@ What keeps the two together, whatever is lost and whoever dies:
 - E asks for an offer while it holds no key; D offers by itself, and again, ever more rarely, what failed.
 - A side whose identity is replaced says so to the other, signed with the old one, whenever that may not know.
 
+Where something else manages the device, the key that it gave the pair is remembered: the first exchange
+builds on it, and whoever leaves has the pair go back to it in the same steps, from COMMIT on. D begins by
+COMMIT, E by READY; both need the key in use to say it.
+
 Sans-IO. Time is monotonic seconds; `offset` makes it the wall clock, which is for people.
 """
 
@@ -59,6 +63,7 @@ from scope_agent.psk.exchange import (
     is_genuine,
     make_answer,
     make_offer,
+    manager_keys,
     take_answer,
 )
 from scope_agent.psk.identity import FIRST_CONTACT, KeyMaker, PublicIdentity, Succession, TrustPolicy
@@ -115,6 +120,7 @@ class Tools:
     random: Callable[[], float]
     may_begin: Callable[[float], float]
     offset: float  # wall clock less monotonic clock
+    is_managed: bool = False  # something else manages the device
     maker: KeyMaker | None = None  # until it is there a pair keeps the keys that it has, and makes none
 
 
@@ -236,6 +242,10 @@ class Pair:
         self._look_until = now
         self._nudge_at = now
         self._foreign: list[float] = []
+        # where something else manages the device
+        self._is_told_to_leave = False
+        self._is_abandoned = False  # on our side alone
+        self._returned: Keys | None = None  # the way back, once it was gone
         self._schedule_first(now)
 
     def _schedule_first(self, now: float) -> None:
@@ -333,7 +343,7 @@ class Pair:
 
     def _next_rotation(self, now: float) -> float:
         interval = self._policy.rotation_interval
-        if self._record.current is None:
+        if self._record.current is None or self._is_leaving:
             return now
         age, self._interval_left = self._interval_left, None
         if age is None:
@@ -357,6 +367,8 @@ class Pair:
 
     def observe(self, reading: Reading, now: float) -> None:
         """Take what the device says."""
+        if reading.psk is None:
+            reading = replace(reading, psk=NO_PSK)
         before, self._reading = self._reading, reading
         if self._age(now) is not None:
             self._unsessioned_since = None
@@ -371,6 +383,40 @@ class Pair:
             and self._record.current is not None
         ):
             self._foreign.append(now)
+            if self._is_leaving:
+                self._begin_at, self._ask = now, _Repeat(now)
+        self._take_manager(reading)
+        self._drive(now)
+
+    def _take_manager(self, reading: Reading) -> None:
+        """Before there is a key of ours, what the device has is its manager's."""
+        record = self._record
+        if not self._tools.is_managed or record.active or not self._may_note:
+            return
+        psk = reading.psk
+        if self._is_abandoned and psk == record.manager:
+            self._note(replace(record, current=None, next=None, active=False, confirmed=0.0))
+            self._failure = None
+        elif record.current is None and not self._is_left and psk != record.manager:
+            self._note(replace(record, manager=psk))
+
+    def forget_device(self) -> None:
+        """The device is away."""
+        self._reading, self._set_at, self._unsessioned_since = None, None, None
+
+    def leave(self, now: float) -> None:
+        """Go back to the key of who manages the device."""
+        self._is_told_to_leave = True
+        self._begin_at, self._failures = now, 0
+        self._ask = _Repeat(now)
+        self._drive(now)
+
+    def abandon(self, now: float) -> None:
+        """Take the manager's key, whatever the peer does."""
+        self._is_abandoned = self._record.manager is not None
+        if self._may_note:
+            self._note(replace(self._record, active=False))
+        self._give_up(now)
         self._drive(now)
 
     def rotate(self, now: float) -> None:
@@ -438,6 +484,8 @@ class Pair:
             return
         fingerprint, ca, name = self._parties.peer_fingerprint, maker.trust.ca, self._name
         if keys.fingerprint() != fingerprint:
+            why = "the peer has another identity than the one that is named here"
+            self._failure = _Failure(PskFailure.UNTRUSTED, why)
             raise ExchangeError("an identity with another fingerprint than the expected one")
         if ca is not None and not is_certified(
             certificate, by=ca, name=name, fingerprint=fingerprint, provider=maker.provider
@@ -491,6 +539,8 @@ class Pair:
         parties, theirs, maker, header = self._parties, self._theirs, self._tools.maker, offer.header
         if self.is_decapsulator or maker is None or (parties is not None and theirs is None):
             return
+        if self._knows_no_manager:
+            return
         digest = hashlib.sha3_256(encode(offer)).digest()
         if self._answered is not None and self._answered[0] == digest:
             self._say(self._answered[1])
@@ -498,7 +548,7 @@ class Pair:
         if now < self._answer_at:
             return
         self._answer_at = now + ANSWER_EVERY
-        if self._is_off:
+        if self._is_off or self._is_leaving:
             self._say(Refusal(RefusedFor.OFF, self._record.counter))
             return
         if parties is None or theirs is None:
@@ -516,7 +566,7 @@ class Pair:
         if header.epoch <= self._record.counter:
             self._say(Refusal(RefusedFor.EPOCH, self._record.counter))
             return
-        base = find(self._record, header.base) if header.base != NO_ID else None
+        base = self._find_base(header.base)
         if header.base != NO_ID and base is None:
             self._say_current()
             self._say(Refusal(RefusedFor.BASE, self._record.counter))
@@ -555,6 +605,9 @@ class Pair:
         if self._record.active or self._step is _Step.IDLE:
             return
         match reason:
+            case RefusedFor.EPOCH if self._is_way_back(self._record.next) and self._offered is None:
+                why = "the peer knows no way back: it holds another key, or had another one before"
+                self._fail(PskFailure.REFUSED, why, now)
             case RefusedFor.EPOCH:
                 if self._record.counter < epoch < 2**63:
                     self._note(replace(self._record, counter=epoch))
@@ -562,6 +615,8 @@ class Pair:
             case RefusedFor.BASE:
                 self._builds_on_none = True
                 self._give_up(now + AT_ONCE)
+            case RefusedFor.OFF if self._tools.is_managed:
+                self._fail(PskFailure.REFUSED, "the peer leaves: it takes no new key", now)
             case RefusedFor.OFF:
                 self._fail(PskFailure.REFUSED, "the peer's mesh asks for no post-quantum keys yet", now)
             case RefusedFor.SUITE:
@@ -580,6 +635,8 @@ class Pair:
         if keys is None and self._answered is not None and self._answered[2].id == word.id:
             keys = self._answered[2]
         if keys is None:
+            keys = self._find_way_back(word)
+        if keys is None:
             if word.what in (What.COMMIT, What.ACTIVATE) and not self.is_decapsulator:
                 self._say(Refusal(RefusedFor.EPOCH, self._record.counter))
             return
@@ -589,14 +646,16 @@ class Pair:
         is_for_d = word.what in (What.READY, What.ACTIVE, What.REVERTED)
         if (is_for_e and self.is_decapsulator) or (is_for_d and not self.is_decapsulator):
             raise ExchangeError("a word of the other role")
-        if keys is self._record.current:
+        if keys is self._record.current or keys is self._returned:
             self._about_current(word.what, keys)
             return
         match word.what:
             case What.COMMIT:
                 self._committed(keys, now)
             case What.READY:
-                if self._step is _Step.COMMITTED:
+                if keys is not self._record.next:
+                    self._begin_back(keys)
+                elif self._step is _Step.COMMITTED:
                     self._enter(_Step.READY, now, within=WAIT_READY)
             case What.ACTIVATE:
                 self._activate(keys, now)
@@ -638,7 +697,8 @@ class Pair:
         if self._is_left:
             return  # the device first gives back the key that is replaced; COMMIT is said again
         pinned = self._parties.peer_fingerprint if self._parties is not None else self._record.pinned
-        record = replace(self._record, next=keys, active=False, pinned=pinned, counter=keys.epoch)
+        counter = max(self._record.counter, keys.epoch)
+        record = replace(self._record, next=keys, active=False, pinned=pinned, counter=counter)
 
         def ready(now: float) -> None:
             self._answered = None
@@ -681,8 +741,10 @@ class Pair:
     def _promote(self, now: float) -> None:
         """`next` is proved. The device has it already, or gets it now."""
         record = self._record
+        self._returned = record.next if self._is_way_back(record.next) else None
+        current = record.next if self._returned is None else None
         self._note(
-            replace(record, current=record.next, next=None, active=False, confirmed=now + self._tools.offset)
+            replace(record, current=current, next=None, active=False, confirmed=now + self._tools.offset)
         )
         self._set_at, self._is_fresh = None, False
         self._failure, self._failures, self._builds_on_none = None, 0, False
@@ -733,7 +795,9 @@ class Pair:
             self._lead(now)
         if not self._is_reached:
             return
-        if self._needs_identity:
+        if self._asks_back:
+            self._ask_back(now)
+        elif self._needs_identity:
             if self._ask.due(now):
                 self._say(Who())
         elif self._needs_succession:
@@ -749,7 +813,7 @@ class Pair:
                 self._confirm = None
 
     def _wants_offer(self) -> bool:
-        if self.is_decapsulator or self._parties is None or self._is_off:
+        if self.is_decapsulator or self._parties is None or self._is_off or self._is_leaving:
             return False
         return self._is_wanted or (self._record.current is None and self._record.next is None)
 
@@ -779,9 +843,15 @@ class Pair:
 
     def _begin(self, now: float) -> None:
         parties, maker = self._parties, self._tools.maker
+        if self._is_leaving:
+            back = self._way_back()
+            if back is not None and now >= self._begin_at:
+                self._begin_back(back)
+            return
         if (
             parties is None
             or maker is None
+            or self._knows_no_manager
             or self._theirs is None
             or self._policy.mode is PostQuantumMode.OFF
             or self._is_left
@@ -796,7 +866,7 @@ class Pair:
         if now < self._begin_at:
             return
         epoch = self._record.counter + 1
-        base = None if self._builds_on_none else self._record.current
+        base = None if self._builds_on_none else self._record.current or self._first_base()
 
         def offer(now: float) -> None:
             if parties != self._parties:
@@ -855,7 +925,88 @@ class Pair:
             self._repeat.at = now + REMIND_EVERY
             self._say_of(What.ACTIVATE, keys)
 
+    # --- back to the key of who manages the device ---------------------------------------------------------
+
+    @property
+    def _is_leaving(self) -> bool:
+        """Whether the pair is to go back: we leave, or the manager insists on its key."""
+        insists = self._tools.is_managed and len(self._foreign) > FOREIGN_MAX
+        return self._is_told_to_leave or insists
+
+    @property
+    def _knows_no_manager(self) -> bool:
+        return self._tools.is_managed and self._record.manager is None
+
+    @property
+    def _may_note(self) -> bool:
+        """Whether nothing is being written that decides what comes next."""
+        return self._pending is None or self._pending[1] is None
+
+    def _first_base(self) -> Keys | None:
+        manager = self._record.manager
+        return manager_keys(manager, None) if manager is not None else None
+
+    def _find_base(self, id_: bytes) -> Keys | None:
+        if id_ == NO_ID:
+            return None
+        first = self._first_base()
+        return first if first is not None and first.id == id_ else find(self._record, id_)
+
+    def _way_back(self) -> Keys | None:
+        record = self._record
+        if record.manager is None or record.current is None:
+            return None
+        return manager_keys(record.manager, record.current)
+
+    def _is_way_back(self, keys: Keys | None) -> bool:
+        back = self._way_back()
+        return keys is not None and back is not None and keys.id == back.id
+
+    def _find_way_back(self, word: Control) -> Keys | None:
+        """What a word that no slot knows may be about: the other side wants to go back, or we have."""
+        if self._returned is not None and word.id == self._returned.id:
+            return self._returned
+        back = self._way_back()
+        if back is None or word.id != back.id or word.what not in (What.COMMIT, What.READY):
+            return None
+        return back
+
+    def _begin_back(self, keys: Keys) -> None:
+        """D's part: from here on it is a key like another, agreed on already."""
+        if self._record.active or self._step is not _Step.IDLE or not self._may_note:
+            return
+        self._write(
+            replace(self._record, next=keys, active=False),
+            lambda now: self._enter(_Step.COMMITTED, now, within=ATTEMPT),
+        )
+
+    @property
+    def _asks_back(self) -> bool:
+        """Whether we are E, and want to go back."""
+        is_free = not self.is_decapsulator and not self._record.active
+        return is_free and self._is_leaving and self._way_back() is not None
+
+    def _ask_back(self, now: float) -> None:
+        back, following = self._way_back(), self._record.next
+        if back is None or not self._may_note:
+            return
+        if following is None or following.id != back.id:
+            if now >= self._begin_at:
+                self._begin_at = now + DISK_AGAIN
+                self._write(replace(self._record, next=back), self._look_for_activation)
+        elif self._ask.due(now):
+            self._look_for_activation(now)
+            self._say_of(What.READY, following)
+
+    def _look_for_activation(self, now: float) -> None:
+        self._look_until = now + WAIT_READY
+
     # --- what is shown -------------------------------------------------------------------------------------
+
+    @property
+    def is_keyed(self) -> bool:
+        """Whether the device has a key of ours, or may have one."""
+        return self._record.current is not None or self._record.active or self._is_left
 
     @property
     def _is_off(self) -> bool:
@@ -892,6 +1043,10 @@ class Pair:
         )
 
     @property
+    def _goes_back_now(self) -> bool:
+        return self._tools.is_managed and (self._record.active or self._is_abandoned)
+
+    @property
     def _is_set(self) -> bool:
         return self._set_at is not None
 
@@ -906,17 +1061,19 @@ class Pair:
         record, reading = self._record, self._reading
         if reading is None:
             return None
+        if self._is_abandoned:
+            return record.manager
         if record.active and record.next is not None:
             return record.next.psk
         if record.current is not None:
             return record.current.psk
-        return NO_PSK if self._is_left else None
+        return record.manager or NO_PSK if self._is_left else None
 
     def view(self) -> PskPair:
         """What the rest of the agent may know."""
         record, failure = self._record, self._shown_failure
         return PskPair(
-            psk=None if failure is _CONFLICT else self._psk(),
+            psk=None if failure is _CONFLICT and not self._goes_back_now else self._psk(),
             is_withheld=self._is_withheld,
             is_silent=self._is_withheld and not self._is_set,
             epoch=record.current.epoch if record.current is not None else 0,
@@ -959,7 +1116,9 @@ class Pair:
         if now < self._look_until:
             times.append(self._look_until)
         if self._is_reached:
-            if self._needs_identity or self._needs_succession or self._wants_offer():
+            if self._asks_back:
+                times.append(self._ask.at if self._is_way_back(self._record.next) else self._begin_at)
+            elif self._needs_identity or self._needs_succession or self._wants_offer():
                 times.append(self._ask.at)
             if self._confirm is not None:
                 times.append(self._confirm.at)
@@ -968,7 +1127,11 @@ class Pair:
     def _lead_times(self, now: float) -> list[float]:
         match self._step:
             case _Step.IDLE:
+                if self._is_leaving:
+                    return [self._begin_at] if self._way_back() is not None else []
                 if self._parties is None or self._theirs is None or self._is_off or self._is_left:
+                    return []
+                if self._knows_no_manager:
                     return []
                 quiet = self._unsessioned_since
                 if self._record.current is not None and quiet is not None and self._failures == 0:
@@ -1008,8 +1171,9 @@ class Pair:
         self._say(control(what, keys, by_decapsulator=self.is_decapsulator))
 
     def _say_current(self) -> None:
-        if self._record.current is not None:
-            self._say_of(What.CONFIRM, self._record.current)
+        proved = self._record.current or self._returned
+        if proved is not None:
+            self._say_of(What.CONFIRM, proved)
 
     def _write(self, record: Record, then: Callable[[float], None]) -> None:
         """Write down first: nothing holds before the disk has it."""

@@ -2,7 +2,8 @@
 
 `next` is a key that both sides have agreed on; `active` says that the device has it, or is about to.
 `current` is one that a handshake has proved. There is no third: once a key is proved, the one before
-it is of use to nobody but a thief.
+it is of use to nobody but a thief. Beside the slots, where something else manages the device: the pre-shared
+key that it had given the pair, which is where the pair goes back to.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ class Record:
     next: Keys | None = None
     active: bool = False
     confirmed: float = 0.0  # wall clock of `current`'s proof: for people, and the first rotation of a run
+    manager: Secret | None = None  # what the device had before us, NO_PSK for none; None where it is ours
 
 
 def find(record: Record, id_: bytes) -> Keys | None:

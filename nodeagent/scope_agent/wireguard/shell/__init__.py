@@ -3,7 +3,7 @@
 And the ports that WireGuard has beside its own.
 """
 
-from scope_agent.wireguard.shell.device import Device, choose_device
+from scope_agent.wireguard.shell.device import Device, choose_device, existing_device
 from scope_agent.wireguard.shell.hold import EndpointHolds
 from scope_agent.wireguard.shell.port_rules import PortTable
 from scope_agent.wireguard.shell.probe_socket import ProbeSocket, SendResult, open_probe_socket
@@ -15,5 +15,6 @@ __all__ = [
     "ProbeSocket",
     "SendResult",
     "choose_device",
+    "existing_device",
     "open_probe_socket",
 ]

@@ -15,7 +15,13 @@ from typing import Protocol, TypeVar
 from scope.model import ConfigError, DeviceKind
 from scope_agent.wireguard.device import Action, Counters, DesiredDevice, ObservedDevice
 from scope_agent.wireguard.shell.links import Links
-from scope_agent.wireguard.shell.user_space import UserSpaceDevice, is_ours, require_program
+from scope_agent.wireguard.shell.user_space import (
+    ForeignUserSpaceDevice,
+    UserSpaceDevice,
+    control_socket,
+    is_ours,
+    require_program,
+)
 
 RUN_DIR = Path("/run/scope")
 
@@ -101,6 +107,36 @@ def choose_device(name: str, *, run_dir: Path = RUN_DIR, only: DeviceKind | None
     except BaseException:
         links.close()
         raise
+
+
+def existing_device(name: str, *, run_dir: Path = RUN_DIR) -> Device:
+    """A WireGuard device that something else made and manages: nothing but pre-shared keys is for us to set.
+
+    Raises ConfigError: there is none of that name, it is not WireGuard, or it is a mesh's own.
+    """
+    links = Links(name)
+    try:
+        return Device(name, _existing_driver(name, links, run_dir))
+    except BaseException:
+        links.close()
+        raise
+
+
+def _existing_driver(name: str, links: Links, run_dir: Path) -> Driver:
+    link = links.find()
+    if link is None:
+        raise ConfigError(
+            f"There is no interface {name}: bring it up first (`wg show interfaces` lists them)"
+        )
+    if link.kind == "wireguard":
+        from scope_agent.wireguard.shell.kernel import KernelDevice  # loads pyroute2, of no use elsewhere
+
+        return KernelDevice(name, links)
+    if is_ours(run_dir, name):
+        raise ConfigError(f"{name} is the device of a mesh, whose own agent keys it")
+    if link.kind != "tun" or not control_socket(name).exists():
+        raise ConfigError(f"The interface {name} is no WireGuard device: `wg show interfaces` lists those")
+    return ForeignUserSpaceDevice(name, links, run_dir)
 
 
 def _choose_driver(name: str, links: Links, run_dir: Path, only: DeviceKind | None) -> Driver:

@@ -63,7 +63,7 @@ class UserSpaceDevice:
     def __init__(self, name: str, links: Links, run_dir: Path) -> None:
         self._name = name
         self._links = links
-        self._control = CONTROL_SOCKETS / f"{name}.sock"
+        self._control = control_socket(name)
         state = state_path(run_dir, name)
         self._process = DataplaneProcess("wireguard", state, name, "--state", str(state))
         self._public_keys: tuple[Secret, PublicKey] | None = None
@@ -229,6 +229,18 @@ class UserSpaceDevice:
             public = X25519PrivateKey.from_private_bytes(private.raw).public_key().public_bytes_raw()
             self._public_keys = (private, PublicKey(public))
         return self._public_keys[1]
+
+
+class ForeignUserSpaceDevice(UserSpaceDevice):
+    """A user-space device that something else made and manages: read, and given pre-shared keys."""
+
+    def _is_ready(self) -> bool:
+        return True
+
+
+def control_socket(name: str) -> Path:
+    """Where a user-space WireGuard of any maker is configured."""
+    return CONTROL_SOCKETS / f"{name}.sock"
 
 
 def _is_urgent(kept: DesiredDevice, desired: DesiredDevice) -> bool:
