@@ -54,6 +54,10 @@ def _run(args: argparse.Namespace) -> bool:
             from scope.ctl.identity import run_identity
 
             run_identity(args)
+        case "metrics":
+            from scope.ctl.inspection import tell_metrics
+
+            tell_metrics(args)
         case "ping":
             from scope.ctl.inspection import ping
 

@@ -98,6 +98,16 @@ def build_parser() -> argparse.ArgumentParser:
         local,
     )
 
+    metrics = commands.add_parser(
+        "metrics", parents=[local], help="what the agent says of its peers and their keys, for Prometheus"
+    )
+    metrics.add_argument(
+        "--listen",
+        type=int,
+        metavar="PORT",
+        help="serve it at http://127.0.0.1:PORT/metrics, in place of printing it once",
+    )
+
     ping = commands.add_parser("ping", parents=[local], help="ping a peer through the mesh, with its path")
     ping.add_argument(
         "peer", metavar="PEER", help="a peer's name or mesh address, as `scopectl status` shows"

@@ -11,6 +11,7 @@ from pathlib import Path
 from scope.ctl import render
 from scope.ctl.explaining import parse_candidates, peer_text
 from scope.ctl.local import AgentStatus, ask, find_socket, parse_status
+from scope.ctl.metrics import metrics_text, server
 from scope.ctl.ping import INTERVAL, NONCE_BYTES, Pinger, choose_target, find_peer, named
 from scope.ctl.rotating import Progress, choose, follow, outcome
 
@@ -47,6 +48,16 @@ def rotate(args: argparse.Namespace) -> bool:
             print(last.text(), flush=True)
     print("\n".join(outcome(last)))
     return not last.failed and not last.awaited and not (args.wait and last.laid)
+
+
+def tell_metrics(args: argparse.Namespace) -> None:
+    """Print the agent's view for Prometheus, or serve it for good. Raises CommandError."""
+    path = find_socket(args.socket)
+    if args.listen is None:
+        print(metrics_text(_status(path)), end="")
+        return
+    with server(lambda: _status(path), args.listen) as serving:
+        serving.serve_forever()
 
 
 def ping(args: argparse.Namespace) -> bool:

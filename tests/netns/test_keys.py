@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import json
 import re
 import time
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 from lab import Lab, Nat
+from lab.netns import processes_in
 from meshlab import PRIVATE, Member, Pinger, Registry, Watch, mesh_document
 from meshlab.programs import program
 
@@ -44,6 +47,56 @@ def _await(member: Member, command: list[str], expected: str) -> str:
             return answer.stdout
         assert time.monotonic() < deadline, answer
         time.sleep(0.2)
+
+
+def _secrets(member: Member) -> set[bytes]:
+    """Every private key and pre-shared key that lies on the member's disk."""
+    found: set[bytes] = set()
+    holders: list[tuple[dict[str, str], tuple[str, ...]]]
+    for path in _files(member):
+        if path.name == "enrolment.json":
+            holders = [(json.loads(path.read_text())["keys"], ("wireGuard", "probe", "signing"))]
+        elif path.name == "identity.json":
+            holders = [(json.loads(path.read_text()), ("ed448", "mldsa"))]
+        elif path.parent.name == "psk":
+            record = json.loads(path.read_text())
+            slots = [keys for keys in (record["current"], record["next"]) if keys is not None]
+            holders = [(keys, ("psk", "chain", "confirm_d", "confirm_e")) for keys in slots]
+        else:
+            holders = []
+        found |= {
+            base64.b64decode(holder[name], validate=True) for holder, names in holders for name in names
+        }
+    return found
+
+
+def _said(members: list[Member], registry: Registry) -> dict[str, str]:
+    """All that others may read: logs, answers, resources, each process's arguments and environment."""
+    said = {"the registry's log": registry.log.read_text()}
+    for kind in ("meshes", "peers"):
+        said[kind] = registry.scopectl("get", kind, "-o", "yaml")
+    for member in members:
+        said[f"the log of {member.name}"] = member.log.read_text()
+        for command in (["status", "-o", "json"], ["identity", "show", "-o", "json"], ["metrics"]):
+            said[f"{command[0]} of {member.name}"] = member.machine.run(
+                [program("scopectl"), *command]
+            ).stdout
+    hosts = [registry.server, *(member.machine for member in members)]
+    for pid in processes_in([host.namespace for host in hosts]):
+        for name in ("cmdline", "environ"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                raw = Path("/proc", str(pid), name).read_bytes()
+                said[f"{name} of {pid}"] = raw.decode(errors="replace")
+    return said
+
+
+def _forms(secret: bytes) -> tuple[str, ...]:
+    return (
+        base64.b64encode(secret).decode().rstrip("="),
+        base64.urlsafe_b64encode(secret).decode().rstrip("="),
+        secret.hex(),
+        repr(secret)[2:-1],
+    )
 
 
 def _rotate_identity(member: Member, other: Member) -> str:
@@ -81,12 +134,15 @@ def test_a_pair_that_requires_a_key_talks_once_a_handshake_has_proved_it() -> No
         assert first == second and first["epoch"] == 1
         for member in members:
             assert all(path.stat().st_mode & 0o077 == 0 for path in _files(member))
-            log = member.log.read_text()
-            for name in ("psk", "chain", "confirm_d", "confirm_e"):
-                assert first[name] not in log
-            assert not re.search(r"Secret\((?!\.\.\.)", log)
-        said = members[0].machine.run([program("scopectl"), "rotate", "--all"], timeout=LAID_S).stdout
-        assert said.startswith(("1 laid in; confirmed at the next rekey", "1 confirmed"))
+            assert not re.search(r"Secret\((?!\.\.\.)", member.log.read_text())
+        secrets = [_secrets(member) for member in members]
+        assert all(len(found) >= 9 for found in secrets) and len(secrets[0] & secrets[1]) >= 4
+        forms = [token, *(form for secret in set().union(*secrets) for form in _forms(secret))]
+        said = _said(members, registry)
+        assert sum(name.startswith("cmdline") for name in said) >= 3
+        assert [name for name, text in said.items() if any(form in text for form in forms)] == []
+        answer = members[0].machine.run([program("scopectl"), "rotate", "--all"], timeout=LAID_S).stdout
+        assert answer.startswith(("1 laid in; confirmed at the next rekey", "1 confirmed"))
         fingerprint = _rotate_identity(*members)
         members[0].kill()
         (identity,) = [path for path in _files(members[0]) if path.name == "identity.json"]
