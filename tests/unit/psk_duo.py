@@ -12,7 +12,7 @@ import heapq
 from collections.abc import Callable
 from random import Random
 
-from scope_agent.psk.core import NudgePeer, Psk, SayPart, WriteRecord
+from scope_agent.psk.core import NudgePeer, Psk, PskOutput, SayPart, WriteRecord
 from scope_agent.psk.identity import FIRST_CONTACT, KeyMaker, make_hybrid_identity
 from scope_agent.psk.pair import Reading
 from scope_agent.psk.provider import SUITES
@@ -177,6 +177,10 @@ class Side:
                     self.crash()
                     self.duo.at(self.duo.now + self.duo.random.choice((0.2, 3.0, 40.0)), self.start_again)
                     return
+            if self.duo.spoils(self, output):
+                if self.room is None:
+                    return
+                continue
             match output:
                 case SayPart(_, part):
                     self.duo.carry(self, part)
@@ -326,6 +330,10 @@ class Duo:
     def device_psks(self) -> set[bytes]:
         """What the two devices hold."""
         return {side.device_psk.raw for side in self.sides}
+
+    def spoils(self, side: Side, output: PskOutput) -> bool:
+        """Whether an output of the side comes to nothing: for who explores."""
+        return False
 
     def carry(self, sender: Side, part: KeyPart) -> None:
         self.heard.append((sender, part))
