@@ -284,7 +284,7 @@ class PskAgent:
 
     def _session(self, key: PublicKey, peer: ObservedPeer, wall: float, now: float) -> tuple[float, float]:
         known, stamp = self._sessions.get(key), peer.last_handshake or 0.0
-        if known is None:
+        if known is None or stamp == 0.0:  # the device was made anew: its sessions are gone
             age = wall - stamp if stamp > 0.0 else SESSION_VALID
             return stamp, now - max(age, 0.0)
         return (stamp, now) if stamp != known[0] and stamp > 0.0 else known

@@ -186,6 +186,10 @@ class World:
         self._sequence += 1
         heapq.heappush(self._heap, (when, self._sequence, call))
 
+    def is_laid(self) -> bool:
+        """Whether both devices have a key that no handshake has proved."""
+        return all(record.active for side in self.sides for record in side.disk.values())
+
     def carry(self, sender: Side, endpoint: Endpoint, data: bytes) -> None:
         (receiver,) = (side for side in self.sides if side.endpoint == endpoint)
         if self.is_cut or receiver.agent is None:
@@ -273,6 +277,19 @@ def test_an_interface_that_vanishes_is_said_and_keyed_again_when_it_is_back() ->
         world.run(20.0)
         assert first.psk == second.psk == key
     assert first.status()["reason"] == ""
+
+
+def test_a_device_that_was_made_anew_unseen_has_no_session_and_proves_nothing() -> None:
+    world, first, second = _keyed()
+    first.ask("rotate")
+    world.until(lambda: first.psk == second.psk and first.epoch() == 1 and not world.is_laid(), within=1.0)
+    world.until(world.is_laid, within=200.0)
+    for side in world.sides:
+        side.psk, side.stamp = MANAGER, None
+    world.run(20.0)
+    assert first.epoch() == second.epoch() == 1
+    assert first.status()["lastHandshakeSeconds"] is None
+    world.until(lambda: first.epoch() == second.epoch() == 2, within=300.0)
 
 
 def test_a_device_with_another_mark_is_another_device() -> None:

@@ -912,7 +912,7 @@ class Pair:
             return
         if now < self._set_at + IN_FLIGHT and not self._is_fresh:
             self._base_stamp = reading.stamp
-        elif reading.stamp != self._base_stamp:
+        elif reading.stamp not in (0.0, self._base_stamp):
             self._promote(now)
             return
         if since is not None and now >= since + REVERT_AT:
