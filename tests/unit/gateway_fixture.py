@@ -113,7 +113,7 @@ async def gateway(
     listener = listening_socket("127.0.0.1", 0)
     await server.start([listener])
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await feed.ready.wait()
         yield Running(registry, feed, "http://{}:{}".format(*listener.getsockname()), clock)
     finally:

@@ -158,7 +158,7 @@ def report_of(number: int, **changes: Any) -> PeerReport:
 
 def test_a_cluster_that_joins_is_told_its_mesh_and_its_registry() -> None:
     async def run() -> None:
-        async with asyncio.timeout(20), gateway() as running:
+        async with asyncio.timeout(60), gateway() as running:
             await enrolled(running.registry, 1)
             await invite(running.registry, wall=running.clock())
             async with HttpRegistry(running.url, pin=None, credential=None) as client:

@@ -436,7 +436,7 @@ def test_the_program_says_where_it_listens_and_stops_on_sigterm(tmp_path: Path) 
             ) as client:
                 mesh = await client.create(MESH)
                 facts = client.watch(Kind.MESH, (await client.list(Kind.MESH)).revision)
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(60):
                     await admin_wrote(client, mesh)
                     process.send_signal(signal.SIGTERM)
                     with pytest.raises(Unavailable):
@@ -536,7 +536,7 @@ def serve_without_admin(config: ServeConfig) -> None:
 def test_a_registry_is_ready_once_its_reconciler_has_listed_it(tmp_path: Path) -> None:
     async def ready(running: Serving, _: HttpRegistry) -> None:
         async with aiohttp.ClientSession() as session:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 while (status := await _readiness(session, running)) == 503:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
             assert status == 200

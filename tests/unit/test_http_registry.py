@@ -28,7 +28,7 @@ class TestHttpRegistry(RegistryConformance):
 
 def test_a_silent_stream_is_lost() -> None:
     async def run() -> None:
-        async with asyncio.timeout(20), gateway(limits=Limits(heartbeat=1000.0)) as running:
+        async with asyncio.timeout(60), gateway(limits=Limits(heartbeat=1000.0)) as running:
             peer = await enrolled(running.registry, 1)
             async with HttpRegistry(
                 running.url, pin=None, credential=credential_of(peer), stream_idle=0.1
@@ -42,7 +42,7 @@ def test_a_silent_stream_is_lost() -> None:
 
 def test_two_kinds_share_one_stream() -> None:
     async def run() -> None:
-        async with asyncio.timeout(20), gateway() as running:
+        async with asyncio.timeout(60), gateway() as running:
             peer = await enrolled(running.registry, 1)
             async with running.as_peer(peer) as client:
                 meshes, peers = await client.list(Kind.MESH), await client.list(Kind.PEER)
@@ -63,7 +63,7 @@ def test_two_kinds_share_one_stream() -> None:
 
 def test_a_later_watch_from_an_earlier_revision_misses_nothing() -> None:
     async def run() -> None:
-        async with asyncio.timeout(20), gateway() as running, running.admin as client:
+        async with asyncio.timeout(60), gateway() as running, running.admin as client:
             start = (await client.list(Kind.MESH)).revision
             peer = await enrolled(running.registry, 1)
             first = client.watch(Kind.PEER, start)
@@ -80,7 +80,7 @@ def test_a_later_watch_from_an_earlier_revision_misses_nothing() -> None:
 
 def test_a_watch_of_another_registry_beside_an_open_one_is_told_to_list_again() -> None:
     async def run() -> None:
-        async with asyncio.timeout(20), gateway() as running, running.admin as client:
+        async with asyncio.timeout(60), gateway() as running, running.admin as client:
             here = (await client.list(Kind.MESH)).revision
             await enrolled(running.registry, 1)
             facts = client.watch(Kind.PEER, here)
@@ -104,7 +104,7 @@ def test_an_answer_that_cannot_be_read_is_unavailable() -> None:
             writer.close()
 
         server = await asyncio.start_server(strange, "127.0.0.1", 0)
-        async with asyncio.timeout(20), server:
+        async with asyncio.timeout(60), server:
             host, port = server.sockets[0].getsockname()
             async with HttpRegistry(f"http://{host}:{port}", pin=None, credential=ADMIN) as client:
                 with pytest.raises(Unavailable, match="cannot read"):

@@ -135,7 +135,7 @@ def registered(
         west = operator(client, directory)
         http: Any = gateway
         task = asyncio.create_task(west._register(http, await west._tokens()))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(gateway.told) < count:  # noqa: ASYNC110 - a stub has no event
                 await asyncio.sleep(0)
         task.cancel()
@@ -221,7 +221,7 @@ def test_nodes_of_a_joined_cluster_that_is_restored_are_watched_and_listed_anew(
 
     async def run() -> None:
         leading = asyncio.create_task(operator(west, tmp_path).lead())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await until(lambda: len(watches) == 1 and west.revision > 110)
             west.revision = 50
             await until(lambda: len(watches) == 2)

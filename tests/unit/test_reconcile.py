@@ -88,7 +88,7 @@ async def addressed(registry: Faulty, name: str) -> Peer:
 def run(body: Callable[[Faulty, Reconciler], Awaitable[None]], *, registry: Faulty | None = None) -> None:
     async def within() -> None:
         used = registry or Faulty()
-        async with asyncio.timeout(20), reconciled(used) as reconciler:
+        async with asyncio.timeout(60), reconciled(used) as reconciler:
             await body(used, reconciler)
 
     asyncio.run(within())

@@ -246,5 +246,5 @@ async def asked(own: socket.socket, data: bytes, to: tuple[str, int]) -> tuple[b
 
 
 async def limited(body: Callable[[], Awaitable[None]]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await body()
