@@ -26,9 +26,10 @@ beside() {
     beside[$stream]=$!
 }
 trap 'kill "${beside[@]}" 2>/dev/null || true' EXIT
-beside kernel nice -n 10 "${pytest[@]}" --timeout=600 tests/kernel
-beside lives nice -n 10 "${pytest[@]}" --timeout=600 "$lives"
-beside sim nice -n 10 "${pytest[@]}" --timeout=600 tests/sim --ignore="$lives"
+patient=(nice -n 10 "${pytest[@]}" --timeout=600)
+beside kernel "${patient[@]}" tests/kernel
+beside lives "${patient[@]}" "$lives"
+beside sim "${patient[@]}" tests/sim --ignore="$lives"
 beside kube "${pytest[@]}" tests/kube
 failed=0
 "${pytest[@]}" tests/unit tests/netns || failed=$?

@@ -143,12 +143,12 @@ class Operator:
 
     async def is_steady(self) -> bool:
         """Whether it leads and has nothing to do now."""
-        figures = await self.figures()
-        return bool(figures.get("scope_operator_leader")) and figures.get("scope_operator_queue_depth") == 0
+        return _is_steady(await self.figures())
 
     async def is_idle(self) -> bool:
         """Whether it leads and has nothing to do, at a later time neither."""
-        return await self.is_steady() and (await self.figures()).get("scope_operator_delayed") == 0
+        figures = await self.figures()
+        return _is_steady(figures) and figures.get("scope_operator_delayed") == 0
 
     async def _is_ready(self) -> bool:
         return await self._page("/readyz") is not None
@@ -531,6 +531,10 @@ def first_report(name: str) -> PeerReport:
 def json_list(items: Iterable[Mapping[str, object]]) -> str:
     """One document of several objects, for kubectl."""
     return json.dumps({"apiVersion": "v1", "kind": "List", "items": list(items)})
+
+
+def _is_steady(figures: Mapping[str, float]) -> bool:
+    return bool(figures.get("scope_operator_leader")) and figures.get("scope_operator_queue_depth") == 0
 
 
 async def _all(works: Iterable[Awaitable[object]]) -> None:

@@ -27,31 +27,15 @@ def _tree(seed: int, *, hubs: int = 2, edges: int = 3) -> tuple[World, list[Mach
     world.run(5.0)
     kinds = (Nat.SYMMETRIC, Nat.PORT_RESTRICTED, Nat.SYMMETRIC)
     peers = [world.peer(kinds[number % len(kinds)]) for number in range(edges)]
-    world.until(lambda: all(_home(edge) is not None for edge in peers), within=5.0)
+    world.until(lambda: all(edge.home is not None for edge in peers), within=5.0)
     world.run(20.0)
     return world, found, peers
 
 
-def _home(edge: Machine) -> str | None:
-    """The name of the hub that an edge is attached to."""
-    assert edge.agent is not None
-    home = edge.agent.home
-    names = {machine.key: machine.name for machine in edge.world.machines}
-    return names[home] if home is not None else None
-
-
-def _hears(world: World, a: Machine, b: Machine, *, within: float) -> float:
-    """Seconds until a packet from `a`, sent from now on, is at `b`."""
-    start, mark = world.now, len(b.received)
-    a.stream(b, rate=50.0, seconds=within, answer=False)
-    world.until(lambda: any(sender == a.key for _, sender, _ in b.received[mark:]), within=within)
-    return world.now - start
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 def test_two_edges_reach_each_other_by_one_hub_and_know_nobody_else(seed: int) -> None:
-    world, (hub,), (a, b) = _tree(seed, hubs=1, edges=2)
-    assert _hears(world, a, b, within=1.0) < 0.2 and _hears(world, b, a, within=1.0) < 0.2
+    _, (hub,), (a, b) = _tree(seed, hubs=1, edges=2)
+    assert a.time_to(b, within=1.0) < 0.2 and b.time_to(a, within=1.0) < 0.2
     assert a.device.peers.keys() == b.device.peers.keys() == {hub.key}
     assert hub.passed and hub.device.peers.keys() == {a.key, b.key}
 
@@ -65,19 +49,19 @@ def test_edges_of_different_hubs_reach_each_other_through_both(seed: int) -> Non
     for edge, hub in ((a, far), (b, near)):  # each is nearer to one of them
         for link in world.network.link(edge.site, hub.site):
             link.delay = 0.05
-    world.until(lambda: (_home(a), _home(b)) == (near.name, far.name), within=30.0)
+    world.until(lambda: (a.home, b.home) == (near.name, far.name), within=30.0)
     world.run(5.0)
     marks = near.passed, far.passed
-    assert _hears(world, a, b, within=2.0) < 0.5 and _hears(world, b, a, within=2.0) < 0.5
+    assert a.time_to(b, within=2.0) < 0.5 and b.time_to(a, within=2.0) < 0.5
     assert near.passed > marks[0] and far.passed > marks[1]
-    assert _hears(world, far, a, within=2.0) < 0.5 and _hears(world, a, far, within=2.0) < 0.5
+    assert far.time_to(a, within=2.0) < 0.5 and a.time_to(far, within=2.0) < 0.5
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("is_registry_gone", [False, True])
 def test_an_edge_whose_hub_dies_is_on_the_next_within_3_s(seed: int, is_registry_gone: bool) -> None:
     world, (first, second, _), (a, b, c) = _tree(seed, hubs=3)
-    assert {_home(a), _home(b), _home(c)} == {first.name}
+    assert {a.home, b.home, c.home} == {first.name}
     if is_registry_gone:
         world.registry.go_down()
         world.run(2.0)
@@ -86,10 +70,10 @@ def test_an_edge_whose_hub_dies_is_on_the_next_within_3_s(seed: int, is_registry
     first.switch_off()
     died = world.now
     world.run(0.2)  # what it had sent on
-    assert _hears(world, a, b, within=5.0) < 2.8
-    assert {_home(a), _home(b)} == {second.name}
+    assert a.time_to(b, within=5.0) < 2.8
+    assert {a.home, b.home} == {second.name}
     world.run(died + 3.0 - world.now)
-    assert _home(c) == second.name  # which was idle all the while
+    assert c.home == second.name  # which was idle all the while
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -103,7 +87,7 @@ def test_an_edge_that_only_receives_hears_by_the_next_hub_within_3_s(seed: int) 
     mark = len(b.received)
     world.until(lambda: len(b.received) > mark, within=5.0)
     assert world.now - died < 3.0
-    assert _home(b) == second.name
+    assert b.home == second.name
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -113,7 +97,7 @@ def test_hubs_whose_agents_die_are_left_only_by_all(seed: int) -> None:
     hub.crash()
     a.stream(b, rate=10.0, seconds=30.0)
     world.run(31.0)
-    assert _home(a) == _home(b) == hub.name
+    assert a.home == b.home == hub.name
     assert len({packet.number for _, sender, packet in b.received if sender == a.key}) >= 300
 
 
@@ -124,7 +108,7 @@ def test_a_hub_that_starts_anew_keeps_its_edges_and_loses_no_packet(seed: int) -
     world.run(2.0)
     first.restart(after=0.3)
     world.run(19.0)
-    assert {_home(a), _home(b)} == {first.name}
+    assert {a.home, b.home} == {first.name}
     numbers = {packet.number for _, sender, packet in b.received if sender == a.key}
     assert numbers == set(range(len(numbers))) and len(numbers) >= 400
     assert first.disk.attachments
@@ -138,7 +122,7 @@ def test_a_hub_that_lost_its_disk_hears_of_all_edges_from_them_and_from_hubs(see
     first.start()
     world.run(3.0)
     for one, other in ((a, b), (b, c), (c, a), (second, a), (a, second)):
-        assert _hears(world, one, other, within=2.0) < 1.0
+        assert one.time_to(other, within=2.0) < 1.0
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -153,8 +137,8 @@ def test_an_edge_whose_clock_went_back_a_year_is_still_followed(seed: int, lost:
     world.run(3.0)
     first.switch_off()
     world.run(3.0)
-    assert _home(a) == second.name
-    assert _hears(world, b, a, within=2.0) < 1.0 and _hears(world, a, b, within=2.0) < 1.0
+    assert a.home == second.name
+    assert b.time_to(a, within=2.0) < 1.0 and a.time_to(b, within=2.0) < 1.0
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -163,10 +147,10 @@ def test_an_edge_moves_to_a_hub_that_is_clearly_nearer_and_not_for_a_wobble(seed
     for link in world.network.link(a.site, first.site):
         link.delay = 0.2
     a.stream(b, rate=20.0, seconds=120.0)
-    world.until(lambda: _home(a) == second.name, within=60.0)
+    world.until(lambda: a.home == second.name, within=60.0)
     world.run(5.0)
-    assert _home(b) == first.name
-    assert _hears(world, b, a, within=2.0) < 1.0
+    assert b.home == first.name
+    assert b.time_to(a, within=2.0) < 1.0
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -174,9 +158,9 @@ def test_edges_of_a_hub_that_is_to_be_none_move_and_so_does_it(seed: int) -> Non
     world, (first, second), (a, b, _) = _tree(seed)
     world.registry.assign(first, replace(world.registry.peer(first).assignment, role=Role.EDGE))
     world.run(3.0)
-    assert {_home(a), _home(b), _home(first)} == {second.name}
+    assert {a.home, b.home, first.home} == {second.name}
     for one, other in ((a, b), (a, first), (first, b), (second, a), (a, second)):
-        assert _hears(world, one, other, within=2.0) < 1.0
+        assert one.time_to(other, within=2.0) < 1.0
 
 
 def test_an_edge_that_roams_is_followed() -> None:
@@ -185,8 +169,8 @@ def test_an_edge_that_roams_is_followed() -> None:
     world.run(2.0)
     a.move(world.site(Nat.PORT_RESTRICTED))
     world.run(0.1)
-    assert _hears(world, b, a, within=5.0) < 3.0
-    assert _hears(world, a, b, within=5.0) < 1.0
+    assert b.time_to(a, within=5.0) < 3.0
+    assert a.time_to(b, within=5.0) < 1.0
 
 
 # --- changes of topology ---------------------------------------------------------------------------------
@@ -207,11 +191,11 @@ def test_a_live_mesh_becomes_a_tree_and_full_again_without_a_gap_of_3_s(seed: in
     assert gaps.longest() < 3.0
     edges = machines[2:]
     assert all(edge.device.peers.keys() == {hub.key for hub in hubs} for edge in edges)
-    assert all(_home(edge) == hubs[0].name for edge in edges)
+    assert all(edge.home == hubs[0].name for edge in edges)
     _set_topology(world, TopologyMode.FULL)
     world.run(80.0)
     assert gaps.longest() < 3.0
-    assert all(_home(edge) is None for edge in edges)
+    assert all(edge.home is None for edge in edges)
     assert world.is_direct(edges[0], edges[2])
     assert all(hub.forwarded is None for hub in hubs)
 

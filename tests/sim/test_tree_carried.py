@@ -30,25 +30,9 @@ def _tree(
     found = [world.hub(delay=0.005 + 0.02 * number) for number in range(hubs)]
     world.run(20.0)
     edges = [world.peer(kind) for kind in kinds]
-    world.until(lambda: all(_home(edge) is not None for edge in edges), within=10.0)
+    world.until(lambda: all(edge.home is not None for edge in edges), within=10.0)
     world.run(20.0)
     return world, found, edges
-
-
-def _home(edge: Machine) -> str | None:
-    """The name of the hub that an edge is attached to."""
-    assert edge.agent is not None
-    home = edge.agent.home
-    names = {machine.key: machine.name for machine in edge.world.machines}
-    return names[home] if home is not None else None
-
-
-def _arrives(a: Machine, b: Machine, *, within: float) -> float:
-    """Seconds until a packet from `a`, sent from now on, is at `b`."""
-    world, start, mark = a.world, a.world.now, len(b.received)
-    a.stream(b, rate=50.0, seconds=within, answer=False)
-    world.until(lambda: any(sender == a.key for _, sender, _ in b.received[mark:]), within=within)
-    return world.now - start
 
 
 def _lost(a: Machine, b: Machine, *, seconds: float, rate: float = 20.0) -> int:
@@ -87,7 +71,7 @@ def test_an_edge_without_udp_attaches_over_tcp_and_reaches_every_other(seed: int
     assert blocked.agent is not None
     pairs = blocked.agent.paths(world.now).pairs
     assert pairs.keys() == {hub.key for hub in hubs}
-    home = next(hub for hub in hubs if hub.name == _home(blocked))
+    home = next(hub for hub in hubs if hub.name == blocked.home)
     assert pairs[home.key].path is PathKind.RELAYED and pairs[home.key].carried
     for a, b in ((blocked, open_), (blocked, another)):
         assert _lost(a, b, seconds=5.0) == 0
@@ -98,11 +82,11 @@ def test_a_carried_edge_leaves_a_dead_hub_within_three_seconds(seed: int) -> Non
     world, hubs, (blocked, other) = _tree(seed, hubs=3)
     blocked.stream(other, rate=20.0, seconds=60.0)
     world.run(world.random.uniform(4.5, 5.5))
-    home = next(hub for hub in hubs if hub.name == _home(blocked))
+    home = next(hub for hub in hubs if hub.name == blocked.home)
     home.switch_off()
     world.run(0.2)  # what it had sent on
-    assert _arrives(other, blocked, within=10.0) < 2.8
-    assert _home(blocked) != home.name
+    assert other.time_to(blocked, within=10.0) < 2.8
+    assert blocked.home != home.name
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -111,7 +95,7 @@ def test_a_carrier_that_dies_leads_a_carried_edge_back_within_two_seconds(seed: 
     for machine in (blocked, hubs[0]):
         machine.carrier.kill()
         world.run(0.1)
-        assert _arrives(other, blocked, within=5.0) < 2.0
+        assert other.time_to(blocked, within=5.0) < 2.0
         world.run(20.0)
 
 
@@ -132,7 +116,7 @@ def test_a_keyed_and_carried_edge_leaves_a_dead_hub_within_three_seconds(seed: i
     world.until(lambda: all(_is_keyed(a, b) for a, b in pairs), within=60.0)
     other.stream(blocked, rate=20.0, seconds=60.0)
     world.run(world.random.uniform(4.5, 5.5))
-    home = next(hub for hub in hubs if hub.name == _home(blocked))
+    home = next(hub for hub in hubs if hub.name == blocked.home)
     home.switch_off()
     world.run(0.2)
-    assert _arrives(other, blocked, within=10.0) < 2.8
+    assert other.time_to(blocked, within=10.0) < 2.8

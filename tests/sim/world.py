@@ -377,6 +377,14 @@ class Machine:
             and (peer.endpoint == view.endpoint or peer.endpoint in view.verified)
         )
 
+    @property
+    def home(self) -> str | None:
+        """The name of the hub that its agent, which runs, is attached to."""
+        assert self.agent is not None
+        names = {machine.key: machine.name for machine in self.world.machines}
+        home = self.agent.home
+        return names[home] if home is not None else None
+
     def endpoint_of(self, other: Machine) -> Endpoint | None:
         """Where the device sends to the other."""
         peer = self.device.peers.get(other.key)
@@ -472,6 +480,15 @@ class Machine:
             self.refused_packets += 1
         if self.device.payload_packets != before:
             self._note_traffic()
+
+    def time_to(self, other: Machine, *, within: float) -> float:
+        """Seconds until a packet to the other, sent from now on, is there."""
+        start, mark = self.world.now, len(other.received)
+        self.stream(other, rate=50.0, seconds=within, answer=False)
+        self.world.until(
+            lambda: any(sender == self.key for _, sender, _ in other.received[mark:]), within=within
+        )
+        return self.world.now - start
 
     def stream(self, other: Machine, *, rate: float, seconds: float, answer: bool = True) -> None:
         """Packets at a rate."""
