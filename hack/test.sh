@@ -26,7 +26,7 @@ beside() {
     beside[$stream]=$!
 }
 trap 'kill "${beside[@]}" 2>/dev/null || true' EXIT
-patient=(nice -n 10 "${pytest[@]}" --timeout=600)
+patient=(nice -n 10 "${pytest[@]}")
 beside kernel "${patient[@]}" tests/kernel
 beside lives "${patient[@]}" "$lives"
 beside sim "${patient[@]}" tests/sim --ignore="$lives"

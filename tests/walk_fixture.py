@@ -19,7 +19,7 @@ from lab import Host, LabError
 
 from tests.docs_fixture import PROGRAMS, ROOT, Block, blocks
 
-PATIENCE = 90.0  # seconds: many times what it takes, for a machine that is busy
+PATIENCE = 180.0  # seconds: many times what it takes, for a machine that is busy
 
 
 class Walk:

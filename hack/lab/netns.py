@@ -42,7 +42,7 @@ _NETLINK_NETFILTER = 12
 _CT_DELETE = 1 << 8 | 2
 _NLM_F_REQUEST_ACK = 1 | 4
 # Generous: one invocation does milliseconds of work, but the machine may be busy.
-_TOOL_TIMEOUT_S = 20.0
+_TOOL_TIMEOUT_S = 60.0
 
 
 class LabError(Exception):

@@ -18,8 +18,8 @@ from lab.hosts import end
 from meshlab.names import Introduces
 from meshlab.programs import await_line, program, tail
 
-_JOIN_S = 30.0
-_LEAVE_S = 60.0
+_JOIN_S = 90.0
+_LEAVE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)

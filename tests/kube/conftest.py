@@ -23,7 +23,7 @@ _EMPTIED_IN_NAMESPACE = (
     "/api/v1/namespaces/{}/secrets",
     "/api/v1/namespaces/{}/events",
 )
-_GONE_S = 20.0  # a deletion is at once, unless a finalizer is left: then its name belongs in the error
+_GONE_S = 60.0  # a deletion is at once, unless a finalizer is left: then its name belongs in the error
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ RIGHTS = Path(__file__).parents[2] / "charts" / "manifests" / "30-operator-right
 LEASE = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases/scope-operator"
 T = TypeVar("T")
 
-SOON = 60.0  # seconds: what takes milliseconds on an idle machine
+SOON = 120.0  # seconds: what takes milliseconds on an idle machine
 
 
 def mesh(name: str = "home", **spec: object) -> dict[str, object]:

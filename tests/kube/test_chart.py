@@ -486,7 +486,6 @@ def newer(tmp_path: Path) -> str:
     return str(copy)
 
 
-@pytest.mark.timeout(600)
 def test_a_release_is_installed_upgraded_rolled_back_removed_and_installed_again_under_two_names(
     plane: ControlPlane, helm: Helm, packaged: str, newer: str, release: Release
 ) -> None:

@@ -16,7 +16,6 @@ import pytest
 from tests.demo_fixture import ENVIRONMENT, Demo
 from tests.docs_fixture import ROOT
 
-pytestmark = pytest.mark.timeout(500)
 KUBERNETES = ("--registry", "kubernetes")
 DEMO_S = 400.0  # a fifth of it is what it takes on a machine that does nothing else
 EXTERNAL = {"phone", "six"}

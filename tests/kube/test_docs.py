@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pytest
 from kubelab import ApiError, ControlPlane
 from kubelab.programs import BUILT
 from lab import Host, Lab, LabError, Nat
@@ -219,7 +218,6 @@ class Walk(walk_fixture.Walk):
 OPERATOR, JOINED, *AGENTS = range(4)  # the kubelets of a walk
 
 
-@pytest.mark.timeout(600)
 def test_the_walk_of_the_kubernetes_page_makes_a_mesh_of_two_clusters_and_a_machine_and_unmakes_it(
     tmp_path: Path,
 ) -> None:

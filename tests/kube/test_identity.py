@@ -54,7 +54,7 @@ NAMESPACE = "scope-system"
 CLUSTER = "default"  # as 10-cluster.yaml has it
 PEERS = f"/apis/{resources.API_VERSION}/scopepeers"
 LEASES = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
-ACTIVE_S = 60.0  # policies take seconds to become active; the machine may be busy
+ACTIVE_S = 120.0  # policies take seconds to become active; the machine may be busy
 
 KEYS = PeerKeys(*(PublicKey.parse(corpus.KEYS[name]) for name in ("wireGuard", "probe", "signing")))
 REPORT = PeerReport(KEYS, (Candidate(Endpoint.parse("192.0.2.1:51820"), CandidateKind.HOST),))

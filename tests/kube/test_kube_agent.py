@@ -25,8 +25,6 @@ from meshlab.programs import POLL_S, program, tail
 from scope.model import Assignment, Kind, Role
 from scope.registry.kube.objects import OPERATOR, status_patch
 
-pytestmark = pytest.mark.timeout(300)
-
 ROOT = Path(__file__).parents[2]
 NAMESPACE = "scope-system"
 CLUSTER = "default"  # as 10-cluster.yaml has it
@@ -149,7 +147,7 @@ class Cluster:
                 return False
             return True
 
-        until(written, within_s=30.0, missing=lambda: f"{name} is never left alone")
+        until(written, within_s=120.0, missing=lambda: f"{name} is never left alone")
 
     def peer(self, mesh: str, node: Node) -> dict[str, Any]:
         """The stored ScopePeer."""
@@ -159,7 +157,7 @@ class Cluster:
         """The public keys that the agent publishes."""
         return until(
             lambda: self.peer(mesh, node).get("status", {}).get("keys"),
-            within_s=30.0,
+            within_s=120.0,
             missing=lambda: f"no keys of {node.name}:\n{tail(node.log)}",
         )
 
@@ -177,7 +175,7 @@ class Cluster:
             return status is not None and holds(status)
 
         try:
-            until(reached, within_s=60.0, missing=lambda: f"{node.name}:\n{tail(node.log)}")
+            until(reached, within_s=120.0, missing=lambda: f"{node.name}:\n{tail(node.log)}")
         finally:
             member.hang_up()
 
@@ -188,7 +186,7 @@ class Cluster:
             status: dict[str, Any] = self.peer(mesh, node)["status"]
             return status if holds(status) else None
 
-        found = until(reported, within_s=60.0, missing=lambda: f"{node.name}:\n{tail(node.log)}")
+        found = until(reported, within_s=120.0, missing=lambda: f"{node.name}:\n{tail(node.log)}")
         assert isinstance(found, dict)
         return found
 
@@ -204,7 +202,7 @@ class Cluster:
                 return False
             return [owner["name"] for owner in lease["metadata"]["ownerReferences"]] == names
 
-        until(named, within_s=60.0, missing=lambda: f"not {names} beat on {node.name}:\n{tail(node.log)}")
+        until(named, within_s=120.0, missing=lambda: f"not {names} beat on {node.name}:\n{tail(node.log)}")
 
     def await_pings(self, flows: list[Flow]) -> None:
         """Return when a new ping of each flow has come back."""
@@ -212,7 +210,7 @@ class Cluster:
             self.pinger.restart(flow)
         until(
             lambda: all(flow.first for flow in flows),
-            within_s=30.0,
+            within_s=120.0,
             missing=lambda: f"not all came back: {flows}",
         )
 
@@ -342,7 +340,7 @@ def test_agents_that_start_while_the_api_server_is_down_serve_from_disk(
             snapshot = node.state / mesh / "snapshot.json"
             until(
                 partial(knows_a_way, snapshot),
-                within_s=30.0,
+                within_s=120.0,
                 missing=partial("no way to anybody in {}".format, snapshot),
             )
     cluster.plane.api_server.kill()
@@ -383,7 +381,7 @@ def test_a_mesh_whose_peer_is_gone_is_left_and_the_other_stays(cluster: Cluster,
     cluster.ask("DELETE", f"{PEERS}/{peer_name('work', node)}")
     until(
         lambda: "scope1" not in node.devices() and not kept.exists(),
-        within_s=90.0,
+        within_s=120.0,
         missing=lambda: f"scope1 or {kept} is still there:\n{tail(node.log)}",
     )
     assert "scope0" in node.devices()

@@ -80,7 +80,7 @@ def on(plane: ControlPlane, body: Callable[[KubeRegistry], Awaitable[None]], **o
     """Run `body` on the registry, within a time that only a lost wake-up exceeds."""
 
     async def run() -> None:
-        async with asyncio.timeout(60), opened(plane, **options) as registry:
+        async with asyncio.timeout(120), opened(plane, **options) as registry:
             await body(registry)
 
     asyncio.run(run())
@@ -320,7 +320,7 @@ def test_a_watch_goes_on_when_the_server_ends_it_in_time(
 
 def test_a_silent_watch_is_opened_anew_without_a_list_of_everything(control_plane: ControlPlane) -> None:
     async def run() -> None:
-        async with asyncio.timeout(60), opened(control_plane, silence=0.3) as registry:
+        async with asyncio.timeout(120), opened(control_plane, silence=0.3) as registry:
             listed = await registry.list(Kind.PEER)
             mark = control_plane.audit.mark()
             waiting = asyncio.ensure_future(anext(registry.watch(Kind.PEER, listed.revision)))
@@ -356,7 +356,7 @@ def test_a_frozen_server_is_lost_and_found_again(own_control_plane: Callable[...
     facts: list[Fact] = []
 
     async def run() -> None:
-        async with asyncio.timeout(100):
+        async with asyncio.timeout(120):
             async with opened(plane, silence=0.5) as registry, opened(plane) as writer:
                 arrived = asyncio.Event()
 
@@ -393,7 +393,7 @@ def test_a_registry_that_was_restored_is_told_by_its_revision(
     plane = own_control_plane()
 
     async def run() -> None:
-        async with asyncio.timeout(100), opened(plane, silence=0.5) as registry:
+        async with asyncio.timeout(120), opened(plane, silence=0.5) as registry:
             await created(registry, MESH)
             snapshot = await plane.snapshot()
             for seed in range(1, 10):
@@ -414,7 +414,7 @@ def test_a_watch_from_what_a_restored_server_has_yet_to_reach_is_told_to_list_ag
     control_plane: ControlPlane,
 ) -> None:
     async def run() -> None:
-        async with asyncio.timeout(30), opened(control_plane, silence=0.3) as registry:
+        async with asyncio.timeout(120), opened(control_plane, silence=0.3) as registry:
             listed = await registry.list(Kind.PEER)
             ahead = Revision(listed.revision.registry, listed.revision.number + 1000)
             registry._seen[Kind.PEER] = ahead.number  # as if it had been told so before the restore
@@ -679,7 +679,7 @@ def test_ages_are_by_the_listeners_clock(control_plane: ControlPlane) -> None:
     async def run() -> None:
         nonlocal clock
         async with (
-            asyncio.timeout(30),
+            asyncio.timeout(120),
             KubeClient(await from_kubeconfig(control_plane.kubeconfig())) as client,
         ):
             # An agent whose clock is an hour ahead, and one that is an hour behind.
@@ -713,7 +713,7 @@ async def await_lease(leases: Leases, beat: tuple[str, str]) -> None:
 
 def test_a_token_is_read_again_for_every_request(control_plane: ControlPlane, tmp_path: Path) -> None:
     async def run() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             (tmp_path / "ca.crt").write_bytes(control_plane.authority.certificate.read_bytes())
             (tmp_path / "token").write_text("expired")
             async with KubeClient(ServiceAccount(control_plane.url, tmp_path)) as client:
@@ -728,7 +728,7 @@ def test_a_token_is_read_again_for_every_request(control_plane: ControlPlane, tm
 
 def test_a_right_that_is_missing_is_named(control_plane: ControlPlane, tmp_path: Path) -> None:
     async def run() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(120):
             account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "nobody"}}
             path = f"/api/v1/namespaces/{NAMESPACE}/serviceaccounts/nobody?fieldManager=test"
             await control_plane.request("PATCH", path, account, content_type=APPLY)

@@ -29,7 +29,6 @@ from tests.kube.test_operator_gateway import GATEWAY, administrator_file, scopec
 from tests.unit.test_gateway_clusters import machine_keys
 
 MANIFESTS = Path(__file__).parents[2] / "charts" / "manifests"
-pytestmark = pytest.mark.timeout(300)  # each starts two control planes and an operator in each
 
 RIGHTS = ("20-accounts.yaml", "30-operator-rights.yaml")
 

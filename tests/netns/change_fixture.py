@@ -20,7 +20,7 @@ from scope.model import IPAddress
 # Of one end, for one change of path: four, and on a busy machine what is under way when a hold ends
 # leads back once or twice more. Ends that chase each other change twenty times a second.
 MOST_CHANGES = 12
-CHANGED_S = 60.0  # far above what is seen
+CHANGED_S = 120.0  # far above what is seen
 _PACKET_OUTGOING, _ETH_P_ALL = 4, 3  # linux/if_packet.h, linux/if_ether.h
 _BUFFER_BYTES = 1 << 22
 _DATA, _KEEPALIVE_BYTES = b"\4\0\0\0", 8 + 32  # of WireGuard; the length with UDP's header

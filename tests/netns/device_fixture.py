@@ -27,7 +27,7 @@ from scope.model import DeviceKind, Endpoint, IPAddress, PublicKey, Secret
 # The virtual machine with kernel WireGuard sets this to "Kernel"; elsewhere the process is what there is.
 KIND = DeviceKind(os.environ.get("SCOPE_TEST_DEVICE", DeviceKind.USER_SPACE.value))
 # An emulated machine is some twenty times slower.
-PATIENCE = 120.0 if KIND is DeviceKind.KERNEL else 20.0
+PATIENCE = 120.0 if KIND is DeviceKind.KERNEL else 60.0
 
 _CLONE_NEWNET = 0x4000_0000
 _libc = ctypes.CDLL(None, use_errno=True)

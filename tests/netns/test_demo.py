@@ -10,7 +10,6 @@ import pytest
 
 from tests.demo_fixture import Demo
 
-pytestmark = pytest.mark.timeout(500)
 DEMO_S = 400.0  # a sixth of it is what it takes on a machine that does nothing else
 
 

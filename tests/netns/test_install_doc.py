@@ -53,7 +53,6 @@ class Walk(walk_fixture.Walk):
         self.wait_for(f"{place} has direct paths", lambda: self.paths(place) == others)
 
 
-@pytest.mark.timeout(300)
 def test_the_walk_of_the_install_page_makes_a_mesh_of_three_machines_and_unmakes_it(tmp_path: Path) -> None:
     with Lab(private=PRIVATE) as lab:
         walk = Walk(lab, tmp_path)

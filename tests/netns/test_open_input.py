@@ -6,11 +6,9 @@ agents that start on two cores are late by chance. The agents call before they p
 
 from __future__ import annotations
 
-import pytest
 from lab import Lab, Nat
 from meshlab import PRIVATE, Member, Pinger, Registry, Watch, mesh_document
 
-pytestmark = pytest.mark.timeout(200)
 KINDS = (*[Nat.PORT_RESTRICTED_OPEN_INPUT] * 8, *[Nat.PORT_RESTRICTED] * 2, Nat.CGNAT, Nat.NONE)
 CONVERGED_S = 50.0  # before the first rest of a search would be over: nothing is healed, nothing was broken
 SECOND_VIEW_S = 90.0  # who has missed the answer of one reflector asks again within a minute

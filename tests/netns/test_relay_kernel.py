@@ -31,7 +31,7 @@ from scope.model import Family, Forwarding, IPAddress, PublicKey, RelayLimits
 from scope.relay import Grant, Grants, Side, knock
 from tests.netns.device_fixture import one_processor, wait_until
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 QUIET_S = 1.0  # after what was sent at once: nothing more comes
 DEVICE = "scope-t"
 TABLE = rules.table(DEVICE)

@@ -26,12 +26,11 @@ from meshlab import PRIVATE, Member, Registry, mesh_document
 
 from tests.netns.members_fixture import SHORT_TIMERS
 
-pytestmark = pytest.mark.timeout(300)
 MESH = "wood"
 HUBS = ("oak", "elm")
 EDGES = ("left", "right")
-DONE_S = 45.0  # far above what is seen
-GAP_S = 10.0  # that no change takes three seconds is shown in virtual time
+DONE_S = 120.0  # far above what is seen
+GAP_S = 20.0  # that no change takes three seconds is shown in virtual time
 TABLE = "scope_tree_scope0"
 FORWARDING = ("net.ipv4.ip_forward", "net.ipv6.conf.all.forwarding")
 
@@ -57,6 +56,16 @@ class Wood:
             assert time.monotonic() < end, f"{name}: {self.members[name].log.read_text()}"
             time.sleep(0.1)
         return status.address
+
+    def is_routed(self) -> bool:
+        """Whether both edges say that hubs forward between them: each moves by itself."""
+        statuses = [(self.members[edge].status(), other) for edge, other in (EDGES, EDGES[::-1])]
+        return all(
+            status is not None
+            and (reach := status.peers.get(f"{MESH}.external.{other}")) is not None
+            and reach.path == "Routed"
+            for status, other in statuses
+        )
 
     @contextmanager
     def pinging(self) -> Iterator[Pings]:
@@ -137,9 +146,7 @@ def test_a_live_mesh_becomes_a_tree_loses_a_hub_and_becomes_full_again(wood: Woo
         pings.until(lambda: (pings.hops() or 0) >= 1, "a path by hubs")
         time.sleep(1.0)  # what the change does to it shows within that
         assert pings.longest_gap() < GAP_S
-        for edge, other in (EDGES, EDGES[::-1]):
-            status = wood.members[edge].status()
-            assert status is not None and status.peers[f"{MESH}.external.{other}"].path == "Routed"
+        pings.until(wood.is_routed, "both edges say that it is routed")
         pings.until(lambda: all(TABLE in _tables(wood.members[hub].machine) for hub in HUBS), "the rules")
 
         home = _home(wood)
@@ -185,7 +192,7 @@ else:
 def test_a_hub_forwards_nothing_to_where_the_mesh_is_not(wood: Wood) -> None:
     wood.apply("Tree")
     with wood.pinging() as pings:
-        pings.until(lambda: (pings.hops() or 0) >= 1, "a path by hubs")
+        pings.until(lambda: (pings.hops() or 0) >= 1 and wood.is_routed(), "a path by hubs")
     wood.members["left"].kill()
     left, outside = wood.members["left"].machine, str(_ipv4(wood.server))
     left.run([sys.executable, "-c", STRAY, outside])

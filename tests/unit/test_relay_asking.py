@@ -247,7 +247,6 @@ def test_a_much_nearer_hub_takes_the_place_of_the_farther_one_and_a_slightly_nea
     assert loop.asked(2)
 
 
-@pytest.mark.timeout(20)
 def test_hubs_that_refused_or_were_replaced_are_waited_for_without_haste() -> None:
     loop = _Loop(hubs=3)
     loop.refuse(0, RefusedBecause.NO_PORT_LEFT)
