@@ -44,7 +44,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from scope.credentials import PIN_BYTES, base64url, read_base64url
-from scope.model import KEY_BYTES, Endpoint, PublicKey, RelayLimits, Secret
+from scope.model import KEY_BYTES, Endpoint, GatewayOrigin, PublicKey, RelayLimits, Secret
 
 CARRIER_PATH: Final = "/v1/carrier"  # of the WebSocket; every other path is the registry's
 REFUSED_HEADER: Final = "Scope-Refused"  # why: a client does not read the body of a refused upgrade
@@ -239,17 +239,6 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Upstream:
-    """The registry's gateway, to which all goes that is no carrier's.
-
-    `url` is its origin, without a path. `pin` None: its certificate is checked against the system's CAs.
-    """
-
-    url: str
-    pin: bytes | None
-
-
-@dataclass(frozen=True, slots=True)
 class HubPart:
     """What a hub's carrier does: whom it carries to which UDP ports of the hub; it listens at `port`."""
 
@@ -263,7 +252,7 @@ class HubPart:
     last_port: int
     limits: RelayLimits  # `pair` holds for one member, both ways together
     members: tuple[Member, ...]
-    upstream: Upstream | None  # None: this hub leads to no gateway
+    upstream: GatewayOrigin | None  # to which all goes that is no carrier's; None: nowhere
 
     def carries_to(self, port: int) -> bool:
         """Whether members may send to, and hear from, that UDP port of the hub."""
@@ -396,7 +385,9 @@ def _decode_hub(document: dict[str, Any]) -> HubPart:
         ),
         upstream=None
         if upstream is None
-        else Upstream(_text(upstream["url"]), None if upstream["pin"] is None else _pin(upstream["pin"])),
+        else GatewayOrigin(
+            _text(upstream["url"]), None if upstream["pin"] is None else _pin(upstream["pin"])
+        ),
     )
 
 

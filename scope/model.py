@@ -399,6 +399,17 @@ class Reflector:
 
 
 @dataclass(frozen=True, slots=True)
+class GatewayOrigin:
+    """Where a registry's gateway serves: `url` is its origin, https://HOST or https://HOST:PORT.
+
+    `pin` is the SHA-256 of its certificate's SubjectPublicKeyInfo; None: the system's CAs vouch for it.
+    """
+
+    url: str
+    pin: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
 class MeshCounts:
     """Totals over a mesh: peers, and links by path (a pair counts once)."""
 
@@ -497,6 +508,7 @@ class MeshStatus:
 
     signing_key: PublicKey | None = None  # the registry's Ed25519 key: it signs tombstones
     reflectors: tuple[Reflector, ...] = ()
+    gateway: GatewayOrigin | None = None  # to which hubs that joined by none lead whom they carry
     counts: MeshCounts = MeshCounts()
     conditions: tuple[Condition, ...] = ()
     observed_generation: int = 0

@@ -213,6 +213,7 @@ def everything_of_a_mesh() -> Document:
         status={
             "signingKey": KEY,
             "reflectors": [{"probeKey": KEY, "endpoints": ["192.0.2.1:51820", "[2001:db8::1]:51820"]}],
+            "gateway": {"url": "https://registry.example.net:7443", "pin": KEY},
             "counts": {"peers": 3, "online": 3, "direct": 2, "relayed": 1, "unreachable": 0}
             | {"postQuantum": {"keyed": 2, "unkeyed": 1, "failed": 1}},
             "conditions": [_condition()],
@@ -413,6 +414,18 @@ def _wrong_mesh_statuses() -> Iterator[Case]:
     where = status(reflectors=[{"probeKey": KEY, "endpoints": ["192.0.2.1"]}])
     yield Case("a reflector nowhere", where, "status.reflectors[0].endpoints[0]")
     yield Case("17 reflectors", status(reflectors=[{"probeKey": KEY}] * 17), "status.reflectors")
+    for url in (
+        "http://r:7443",
+        "https://r/path",
+        "https://r:0",
+        "https://r:65536",
+        "https://",
+        "https://a@r",
+    ):
+        yield Case(f"a gateway at {url}", status(gateway={"url": url}), "status.gateway.url")
+    yield Case("a gateway nowhere", status(gateway={"pin": KEY}), "status.gateway.url")
+    short = status(gateway={"url": "https://[2001:db8::1]", "pin": "AAAA"})
+    yield Case("a gateway with half a pin", short, "status.gateway.pin")
     yield Case("fewer than no peers", status(counts={"peers": -1}), "status.counts.peers")
     yield Case("too many pairs", status(counts={"direct": 50_000_001}), "status.counts.direct")
     yield Case("a negative generation", status(observedGeneration=-1), "status.observedGeneration")

@@ -71,13 +71,19 @@ class Cluster:
         """Create or update what a YAML or JSON document describes."""
         _done(self.plane.apply(document))
 
-    def token(self, mesh: str) -> str:
-        """A fresh join string of the gateway, which scopectl makes with the file that is in the Secret."""
+    def token(self, mesh: str, *, hub: str | None = None) -> str:
+        """A fresh join string, which scopectl makes with the file that is in the gateway's Secret.
+
+        With `hub`, a ScopePeer, it leads to that hub's carrier.
+        """
         admin = Path("/proc", str(self.server.holder_pid), "root", _ADMIN)
         if not admin.exists():
             admin.touch(mode=0o600)
             admin.write_text(_done(self._administrator_file()))
-        return self.server.run([program("scopectl"), "token", "create", "--mesh", mesh]).stdout.strip()
+        options = [] if hub is None else ["--hub", hub]
+        return self.server.run(
+            [program("scopectl"), "token", "create", "--mesh", mesh, *options]
+        ).stdout.strip()
 
     def add_node(self, machine: Machine) -> list[str]:
         """Make a machine a Node: the arguments with which `scope-agent run` is its agent."""

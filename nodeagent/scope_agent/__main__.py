@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from scope.carrier import Upstream
 from scope.credentials import PIN_BYTES, read_base64url
 from scope.model import (
     ConfigError,
     DeviceKind,
     Fingerprint,
+    GatewayOrigin,
     IdentityTrust,
     Kind,
     Mesh,
@@ -188,8 +188,8 @@ def _parser() -> argparse.ArgumentParser:
         "--gateway-url",
         default=os.environ.get("SCOPE_GATEWAY_URL", ""),
         metavar="URL",
-        help="https://HOST:PORT of this cluster's own gateway, to which a hub leads peers that reach nothing "
-        "but its TCP port (SCOPE_GATEWAY_URL)",
+        help="https://HOST:PORT at which this Node reaches its cluster's gateway, to which a hub leads peers "
+        "that reach nothing but its TCP port, in place of the ScopeMesh's status.gateway (SCOPE_GATEWAY_URL)",
     )
     on_node.add_argument(
         "--gateway-pin",
@@ -399,7 +399,7 @@ def _run_node(options: argparse.Namespace) -> None:
     asyncio.run(run())
 
 
-def _upstream_of(options: argparse.Namespace) -> Upstream | None:
+def _upstream_of(options: argparse.Namespace) -> GatewayOrigin | None:
     """The cluster's own gateway, None where none is named. Raises ConfigError."""
     url, pin = options.gateway_url, options.gateway_pin
     if not url:
@@ -424,7 +424,7 @@ def _upstream_of(options: argparse.Namespace) -> Upstream | None:
         raw = b""
     if raw is not None and len(raw) != PIN_BYTES:
         raise ConfigError("--gateway-pin is no pin: take that of admin.json in the Secret scope-gateway")
-    return Upstream(url, raw)
+    return GatewayOrigin(url, raw)
 
 
 def _trust_of(options: argparse.Namespace) -> TrustPolicy | None:

@@ -15,7 +15,7 @@ from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar, assert_never
 
-from scope.carrier import Carrier, Upstream, is_carried
+from scope.carrier import Carrier, is_carried
 from scope.channel import Channel, Confirmed, Hello, Received
 from scope.model import (
     CandidateKind,
@@ -24,6 +24,7 @@ from scope.model import (
     Endpoint,
     Family,
     Fingerprint,
+    GatewayOrigin,
     IPInterface,
     PathKind,
     Peer,
@@ -167,7 +168,7 @@ class AgentConfig:
     identity: Identity
     registry_key: PublicKey | None  # None: the one that the ScopeMesh's status names
     fwmark: int = 0
-    upstream: Upstream | None = None  # the registry's gateway, to which a hub leads whom it carries
+    upstream: GatewayOrigin | None = None  # to which a hub leads; None: the one that the mesh names
 
 
 class Agent:
@@ -626,6 +627,7 @@ class Agent:
                 listen_port=self._listen_port,
                 members={key: p.report.keys.signing for key, p in snapshot.peers.items() if p.report},
                 listening=_listening(snapshot),
+                gateway=mesh.status.gateway,
             )
             self._take_passages(now)
         for key, peer in snapshot.peers.items():

@@ -32,10 +32,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from scope.carrier import Upstream
 from scope.model import (
     ConfigError,
     DeviceKind,
+    GatewayOrigin,
     IPAddress,
     Kind,
     Peer,
@@ -110,7 +110,7 @@ class NodeConfig:
     fwmark: int = 0
     keys: KeyChoice = DEFAULT
     gateway: Path | None = None
-    upstream: Upstream | None = None  # this cluster's own gateway, to which its hubs lead whom they carry
+    upstream: GatewayOrigin | None = None  # to which hubs lead, in place of what the ScopeMesh says
     trust: TrustPolicy | None = None  # in identities; None: the registry's word at first contact
 
 

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias, assert_never, runtime_checkable
 
 from scope import resources
-from scope.carrier import Carrier, CarrierFileError, Upstream, decode_carrier
+from scope.carrier import Carrier, CarrierFileError, decode_carrier
 from scope.channel import BOOT_ID_BYTES, Channel
-from scope.model import ConfigError, DeviceKind, Forwarding, IPInterface, Kind, PublicKey
+from scope.model import ConfigError, DeviceKind, Forwarding, GatewayOrigin, IPInterface, Kind, PublicKey
 from scope.registry.follow import delay_after
 from scope.registry.port import Disconnected, Gone, PeerRemoved, Registry, RegistryError
 from scope.relay import Grants
@@ -123,7 +123,7 @@ class RunConfig:
     fwmark: int = 0
     keys: KeyChoice = DEFAULT
     trust: TrustPolicy | None = None  # in identities; None: the registry's word at first contact
-    upstream: Upstream | None = None  # where the enrolment names no gateway: to which a hub leads
+    upstream: GatewayOrigin | None = None  # to which a hub leads, where its enrolment names none
 
 
 @dataclass(frozen=True, slots=True)
@@ -722,9 +722,9 @@ def close_ports(config: RunConfig, enrolment: Enrolment) -> list[str]:
     return []
 
 
-def upstream_of(config: RunConfig, enrolment: Enrolment) -> Upstream | None:
-    """The gateway to which we lead as a hub: our own registry's, or the one that we are told of."""
-    return Upstream(enrolment.url, enrolment.pin) if enrolment.url else config.upstream
+def upstream_of(config: RunConfig, enrolment: Enrolment) -> GatewayOrigin | None:
+    """The gateway to which we lead as a hub: where we joined, or the one that we were told of by hand."""
+    return GatewayOrigin(enrolment.url, enrolment.pin) if enrolment.url else config.upstream
 
 
 def carrier_file(config: RunConfig, enrolment: Enrolment) -> Path:

@@ -17,7 +17,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from scope.admission import Refusal
-from scope.carrier import Upstream
+from scope.model import GatewayOrigin
 from scope.registry.http import CONNECT_SECONDS, STREAM_IDLE_SECONDS, PinnedKey
 from scope_dataplane.carrier_link import marked_socket
 
@@ -56,12 +56,12 @@ class Proxy:
 
     def __init__(self, *, mark: int) -> None:
         self._mark = mark
-        self._upstream: Upstream | None = None
+        self._upstream: GatewayOrigin | None = None
         self._session: aiohttp.ClientSession | None = None
         self._old: set[asyncio.Task[None]] = set()  # sessions that end
         self._requests = 0
 
-    def follow(self, upstream: Upstream | None) -> None:
+    def follow(self, upstream: GatewayOrigin | None) -> None:
         """Lead there from now on; what is under way to another one ends."""
         if upstream == self._upstream:
             return
@@ -116,7 +116,7 @@ class Proxy:
         async with answer:
             return await _pass_on(request, answer)
 
-    def _opened(self, upstream: Upstream) -> aiohttp.ClientSession:
+    def _opened(self, upstream: GatewayOrigin) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(

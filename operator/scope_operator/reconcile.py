@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import assert_never
 
-from scope.model import Kind, Peer, PublicKey, Reflector, Resource
+from scope.model import GatewayOrigin, Kind, Peer, PublicKey, Reflector, Resource
 from scope.registry.follow import backoff, follow
 from scope.registry.port import (
     AlreadyExists,
@@ -103,6 +103,7 @@ class Reconciler:
         uniform: Callable[[float, float], float],
         signing_key: PublicKey | None = None,
         reflectors: tuple[Reflector, ...] = (),
+        gateway: GatewayOrigin | None = None,
         nodes: NodePeers | None = None,
         list_nodes: Callable[[], Awaitable[NodesListed]] | None = None,
         assigns: bool = True,
@@ -118,10 +119,11 @@ class Reconciler:
             tells_liveness=liveness is not None,
             signing_key=signing_key,
             reflectors=reflectors,
+            gateway=gateway,
             nodes=nodes,
             assigns=assigns,
         )
-        self._signing_key = signing_key
+        self._signing_key, self._gateway = signing_key, gateway
         self._list_nodes = list_nodes
         self._told = told
         self._wake = asyncio.Event()
@@ -153,10 +155,17 @@ class Reconciler:
         """The peer of that name, as it was last heard of."""
         return self._planner.peer(name)
 
-    def announce(self, *, reflectors: tuple[Reflector, ...], signing_key: PublicKey | None = None) -> None:
-        """Let every mesh name these reflectors, and this key where there is one, from now on."""
+    def announce(
+        self,
+        *,
+        reflectors: tuple[Reflector, ...],
+        signing_key: PublicKey | None = None,
+        gateway: GatewayOrigin | None = None,
+    ) -> None:
+        """Let every mesh name these reflectors, and this key and gateway where there are any, from now on."""
         self._signing_key = signing_key or self._signing_key
-        self._planner.announce(signing_key=self._signing_key, reflectors=reflectors)
+        self._gateway = gateway or self._gateway
+        self._planner.announce(signing_key=self._signing_key, reflectors=reflectors, gateway=self._gateway)
         self._wake.set()
 
     def take(self, fact: Put | Deleted | NodePut | NodeDeleted) -> None:

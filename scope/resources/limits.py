@@ -32,6 +32,7 @@ MAX_COUNT = 50_000_000  # pairs in a mesh of 10,000 peers
 MAX_REASON = 160  # a line on a terminal, beside the peer's name
 MAX_MESSAGE = 1024  # a paragraph for a condition
 MAX_ENDPOINT = 47  # "[" 39 characters of IPv6 "]:65535"
+MAX_ORIGIN = 8 + MAX_NAME + 6  # "https://", a name, ":65535"
 MAX_CIDR = 43  # 39 characters of IPv6 and "/128"
 MAX_DURATION_TEXT = 32  # "365d23h59m59s999ms" and then some
 MAX_STATUS_BYTES = 2048  # an agent's part of a status as compact JSON: 10,000 peers are 20 MB in etcd

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -9,6 +10,7 @@ from itertools import pairwise
 from scope.model import (
     Addressing,
     Family,
+    GatewayOrigin,
     Hubs,
     IPNetwork,
     Kind,
@@ -48,6 +50,7 @@ from scope.resources.selector import read_selector, selector_dict
 from scope.resources.times import format_duration
 from scope.resources.values import (
     NO_KEY,
+    read_base64,
     read_boolean,
     read_choice,
     read_count,
@@ -55,6 +58,7 @@ from scope.resources.values import (
     read_integer,
     read_key,
     read_mtu,
+    read_origin,
 )
 
 
@@ -149,6 +153,7 @@ def read_mesh_status(fields: Fields) -> MeshStatus:
     return MeshStatus(
         signing_key=fields.optional("signingKey", read_key, None),
         reflectors=fields.parts("reflectors", _read_reflector, limit=MAX_REFLECTORS),
+        gateway=_read_gateway(gateway) if (gateway := fields.sub_if_any("gateway")) else None,
         counts=_read_counts(fields.sub("counts")),
         conditions=read_conditions(fields),
         observed_generation=fields.optional(
@@ -184,6 +189,13 @@ def _read_reflector(fields: Fields) -> Reflector:
     return Reflector(
         probe_key=fields.required("probeKey", read_key, NO_KEY),
         endpoints=fields.items("endpoints", read_endpoint, limit=MAX_CANDIDATES),
+    )
+
+
+def _read_gateway(fields: Fields) -> GatewayOrigin:
+    return GatewayOrigin(
+        url=fields.required("url", read_origin, ""),
+        pin=fields.optional("pin", lambda value: read_base64(value, size=32), None),
     )
 
 
@@ -230,9 +242,15 @@ def mesh_status_dict(status: MeshStatus) -> dict[str, object]:
     return {
         **({"signingKey": str(status.signing_key)} if status.signing_key else {}),
         **({"reflectors": reflectors} if reflectors else {}),
+        **({"gateway": _gateway_dict(status.gateway)} if status.gateway else {}),
         **({"counts": counts} if counts else {}),
         **conditions_dict(status.conditions),
         **({"observedGeneration": status.observed_generation} if status.observed_generation else {}),
         **({"clusters": [cluster_to_dict(each) for each in status.clusters]} if status.clusters else {}),
         **({"hubs": [hub_choice_dict(each) for each in status.hubs]} if status.hubs else {}),
     }
+
+
+def _gateway_dict(gateway: GatewayOrigin) -> dict[str, object]:
+    pin = {} if gateway.pin is None else {"pin": base64.b64encode(gateway.pin).decode()}
+    return {"url": gateway.url, **pin}

@@ -19,6 +19,7 @@ from scope.resources.limits import (
     MAX_LATENCY,
     MAX_MTU,
     MAX_NAME,
+    MAX_ORIGIN,
     MAX_REASON,
     MAX_REQUIREMENTS,
     MAX_UID,
@@ -52,6 +53,21 @@ def read_some_text(value: object, limit: int) -> str:
     allowed = f"1 to {limit} characters"
     text = read_text(value, limit, allowed)
     if not text:
+        raise refusal(value, allowed)
+    return text
+
+
+# As in the definition of a ScopeMesh, for its gateway.
+_ORIGIN = re.compile(
+    r"https://(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])"
+    r"(?::(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?"
+)
+
+
+def read_origin(value: object) -> str:
+    allowed = "https://HOST or https://HOST:PORT"
+    text = read_text(value, MAX_ORIGIN, allowed)
+    if not _ORIGIN.fullmatch(text):
         raise refusal(value, allowed)
     return text
 

@@ -147,9 +147,12 @@ def test_replicas_share_their_keys_and_the_mesh_names_them(
 
         status = await eventually(named)
         assert len(status["reflectors"][0]["endpoints"]) == 2
+        assert status["gateway"]["url"] in urls
         for url in urls:  # scopectl checks the pin: both replicas have the key that it names
             admin = await administrator_file(east, tmp_path, url=url)
             assert "home" in await scopectl("get", "meshes", admin=admin)
+            pin = base64.b64decode(status["gateway"]["pin"])
+            assert base64.urlsafe_b64encode(pin).decode().rstrip("=") == json.loads(admin.read_text())["pin"]
         asked = tmp_path / "tree.json"
         asked.write_text(json.dumps(mesh(topology="Tree")))
         plan = await scopectl("plan", f"--file={asked}", admin=admin)

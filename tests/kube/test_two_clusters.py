@@ -206,13 +206,18 @@ def test_a_cluster_that_takes_anothers_name_is_refused_and_told_why(
 
 # --- agents ---------------------------------------------------------------------------------------------
 
+HUB = "home.default.e-1"
 JOINING = ("00-namespace", "10-cluster", "20-accounts", "30-operator-rights")  # as docs/kubernetes.md has it
 
 
 @dataclass
 class LabPair:
-    """Two clusters in the lab: a Node of each with its agent, and a Node of each whose agent never came."""
+    """Two clusters in the lab: a Node of each with its agent, and a Node of each whose agent never came.
 
+    The eastern Node is a hub.
+    """
+
+    lab: Lab
     east: LabCluster
     west: ControlPlane
     west_server: Server
@@ -264,13 +269,17 @@ class LabPair:
 
     def keys(self, name: str) -> Any:
         """The keys of a ScopePeer; none where its agent never came."""
+        return self.status(name).get("keys")
+
+    def status(self, name: str) -> dict[str, Any]:
+        """The status of a ScopePeer; empty where there is none."""
         try:
             found = asyncio.run(self.east.plane.request("GET", f"{PEERS}/{name}"))
         except ApiError as error:
             if error.status != 404:
                 raise
-            return None
-        return found.get("status", {}).get("keys")
+            return {}
+        return dict(found.get("status", {}))
 
     def address(self, member: Member) -> str:
         """The address of an agent, once it has one."""
@@ -297,7 +306,7 @@ def lab_pair() -> Iterator[LabPair]:
     """Both clusters; the western one has not joined yet, and its agent waits."""
     with Lab(delay_ms=5, private=PRIVATE) as lab, Pinger() as pinger:
         east = LabCluster(lab.server("east"))
-        east.apply(mesh_document("home"))
+        east.apply(mesh_document("home", hubs={"names": [HUB]}))
         server = lab.server("west")
         east.introduce(server)
         west = ControlPlane(host=server)
@@ -308,7 +317,7 @@ def lab_pair() -> Iterator[LabPair]:
                 lab.site("office", nat=Nat.PORT_RESTRICTED).machine("w-1"),
             ]
             first, second = [Member(each, mesh="home", registry=east) for each in machines]
-            pair = LabPair(east, west, server, (first, second), pinger)
+            pair = LabPair(lab, east, west, server, (first, second), pinger)
             first.run(*east.add_node(machines[0]))
             asyncio.run(east.plane.create_node("e-2"))
             (pair.mounted / "token").write_text(asyncio.run(agents_token(west, "w-1")))
@@ -361,6 +370,42 @@ def reaches(member: Member, name: str) -> bool:
     status = member.status()
     reach = status.peers.get(name) if status is not None else None
     return reach is not None and reach.is_direct
+
+
+def test_a_machine_that_reaches_only_the_tcp_port_of_a_node_joins_by_it_and_talks_to_the_other_cluster(
+    lab_pair: LabPair,
+) -> None:
+    lab, east, (hub, west) = lab_pair.lab, lab_pair.east, lab_pair.members
+    site = lab.site("closed", nat=Nat.PORT_RESTRICTED)
+    site.block_udp()
+    lab.cut(site, east.server)
+    lab_pair.until(lambda: carries(lab_pair.status(HUB)), hub.log)
+    token = east.token("home", hub=HUB)
+    locked = Member(site.machine("locked"), mesh="home", registry=east)
+    locked.join(token, wait=True)
+    try:
+        address = lab_pair.address(locked)
+        lab_pair.until(partial(is_carried, locked, "home.west.w-1"), locked.log, hub.log)
+        flows = [
+            lab_pair.pinger.flow(locked.machine, lab_pair.address(west)),
+            lab_pair.pinger.flow(west.machine, address),
+        ]
+        lab_pair.until(lambda: all(flow.first for flow in flows), locked.log, hub.log, west.log)
+    finally:
+        locked.hang_up()
+
+
+def carries(status: dict[str, Any]) -> bool:
+    """Whether a hub tells that members are carried by it."""
+    carrier = status.get("relay", {}).get("carrier", {})
+    return bool(carrier) and not carrier.get("reason")
+
+
+def is_carried(member: Member, name: str) -> bool:
+    """Whether an agent reaches a peer over TCP to the hub."""
+    status = member.status()
+    reach = status.peers.get(name) if status is not None else None
+    return reach is not None and reach.is_relayed and reach.carried and reach.hub == HUB
 
 
 def test_an_agent_with_the_token_of_another_node_is_refused_in_both_clusters(lab_pair: LabPair) -> None:

@@ -29,11 +29,10 @@ from scope.carrier import (
     Member,
     Passage,
     PeerPart,
-    Upstream,
     assign_loopbacks,
     sign_ticket,
 )
-from scope.model import Endpoint, PublicKey, RelayLimits, Secret
+from scope.model import Endpoint, GatewayOrigin, PublicKey, RelayLimits, Secret
 
 MESH = "5f2c9a52-0000-4000-8000-00000000c0de"
 HUB = PublicKey(b"\x10" * 32)
@@ -112,7 +111,7 @@ class Machine:
         for program in (self.wireguard, self.relay, *(peer.wireguard for peer in self.peers)):
             program.close()
 
-    def hub(self, *, limits: RelayLimits = RelayLimits(), upstream: Upstream | None = None) -> HubPart:  # noqa: B008
+    def hub(self, *, limits: RelayLimits = RelayLimits(), upstream: GatewayOrigin | None = None) -> HubPart:  # noqa: B008
         text, key, _ = certificate()
         return HubPart(
             mesh_uid=MESH,

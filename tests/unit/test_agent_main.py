@@ -30,7 +30,6 @@ from scope_agent.state import (
     sole_agent,
 )
 
-from scope.carrier import Upstream
 from scope.channel import BOOT_ID_BYTES, Channel
 from scope.join import JoinString
 from scope.model import (
@@ -39,6 +38,7 @@ from scope.model import (
     Condition,
     ConfigError,
     Fingerprint,
+    GatewayOrigin,
     Kind,
     Mesh,
     MeshSpec,
@@ -405,4 +405,4 @@ def test_the_agent_of_a_node_is_told_to_which_gateway_its_hubs_lead(
     monkeypatch.setenv("SCOPE_GATEWAY_PIN", pin)
     node = ["--kubernetes", "--node", "n1", "--cluster", "here", "--namespace", "scope-system"]
     assert main(["run", *node, "--state", str(tmp_path), "--run-dir", str(tmp_path / "run")]) == 0
-    assert [config.upstream for config in started] == [Upstream("https://gateway:7443", raw)]
+    assert [config.upstream for config in started] == [GatewayOrigin("https://gateway:7443", raw)]

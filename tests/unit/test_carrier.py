@@ -34,7 +34,6 @@ from scope.carrier import (
     Passage,
     PeerPart,
     TicketError,
-    Upstream,
     assign_loopbacks,
     decode_carrier,
     decode_frame,
@@ -47,7 +46,7 @@ from scope.carrier import (
     verify_ticket,
 )
 from scope.credentials import base64url, read_base64url
-from scope.model import Endpoint, PublicKey, RelayLimits, Secret
+from scope.model import Endpoint, GatewayOrigin, PublicKey, RelayLimits, Secret
 
 WALL = 1_800_000_000
 SEED = Secret(bytes(range(32)))
@@ -227,7 +226,7 @@ HUB_PART = HubPart(
     last_port=26255,
     limits=RelayLimits(pair=1000, total=0),
     members=(Member(PEER, SIGNING, Endpoint.parse(f"127.83.9.9:{MEMBER_PORT}")),),
-    upstream=Upstream("https://registry.example:8443", b"\x08" * 32),
+    upstream=GatewayOrigin("https://registry.example:8443", b"\x08" * 32),
 )
 
 

@@ -18,7 +18,7 @@ from scope.carrier import (
     is_carried,
     verify_ticket,
 )
-from scope.model import Endpoint, Hubs, PublicKey
+from scope.model import Endpoint, GatewayOrigin, Hubs, PublicKey
 
 IDENTITY = make_identity(lambda count: bytes(range(1, count + 1)))
 OWN = IDENTITY.public.wireguard
@@ -31,12 +31,17 @@ USUAL = Hubs()
 SILENT = Surroundings(0.0, is_used=False, distances={}, wanted=frozenset())
 
 
-def _carriage(earlier: Carrier | None = None) -> Carriage:
-    return Carriage(own=OWN, signing=IDENTITY.signing, upstream=None, earlier=earlier, now=0.0, wall=WALL)
+def _carriage(earlier: Carrier | None = None, *, upstream: GatewayOrigin | None = None) -> Carriage:
+    return Carriage(own=OWN, signing=IDENTITY.signing, upstream=upstream, earlier=earlier, now=0.0, wall=WALL)
 
 
 def _configure(
-    carriage: Carriage, *, is_hub: bool = False, hubs: Hubs = USUAL, listen_port: int = 20001
+    carriage: Carriage,
+    *,
+    is_hub: bool = False,
+    hubs: Hubs = USUAL,
+    listen_port: int = 20001,
+    gateway: GatewayOrigin | None = None,
 ) -> None:
     carriage.configure(
         mesh_uid="uid-1",
@@ -45,6 +50,7 @@ def _configure(
         listen_port=listen_port,
         members=MEMBERS,
         listening={} if is_hub else LISTENING,
+        gateway=gateway,
     )
 
 
@@ -149,6 +155,23 @@ def test_a_hub_has_each_member_at_an_endpoint_of_its_own_also_after_others_joine
     assert carriage.members() == endpoints
     report = carriage.report()
     assert report is not None and (report.port, report.pin, report.reason) == (443, PIN, "")
+
+
+def test_a_hub_leads_to_the_gateway_that_it_joined_by_or_else_to_the_one_that_its_mesh_names() -> None:
+    own, named, moved = [GatewayOrigin(f"https://{host}:7443", PIN) for host in ("own", "named", "moved")]
+    for upstream, led in ((own, [own, own]), (None, [named, moved])):
+        carriage = _carriage(upstream=upstream)
+        found = []
+        for gateway in (named, moved):
+            _configure(carriage, is_hub=True, gateway=gateway)
+            apply = carriage.take_apply(0.0)
+            if apply is not None:
+                assert apply.carrier is not None
+                asked = apply.carrier
+                _answer(carriage, 0.0, listening=True)
+            assert asked.hub is not None
+            found.append(asked.hub.upstream)
+        assert found == led
 
 
 def test_endpoints_lie_beside_the_ports_at_which_hubs_relay() -> None:

@@ -16,7 +16,7 @@ from aiohttp.client import _RequestContextManager
 from scope_dataplane import carrier_proxy
 from yarl import URL
 
-from scope.carrier import Upstream
+from scope.model import GatewayOrigin
 from scope.registry.http import PinnedKey
 from tests.unit.carrier_fixture import Machine, certificate, machine, serving, until
 
@@ -62,7 +62,7 @@ async def echo(request: web.BaseRequest) -> web.Response:
 @contextlib.asynccontextmanager
 async def asking(one: Machine, url: str | None, *, pin: bytes | None = None) -> AsyncIterator[Ask]:
     """A hub that leads to `url`; what is given asks it."""
-    upstream = None if url is None else Upstream(url, pin)
+    upstream = None if url is None else GatewayOrigin(url, pin)
     pinned = PinnedKey(certificate()[2])
     async with serving(one.hub(upstream=upstream)), aiohttp.ClientSession() as session:
 

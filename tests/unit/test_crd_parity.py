@@ -234,6 +234,7 @@ LENGTHS = {
         resources.MAX_ISSUER: {"status.clusters[0].issuer"},
         resources.MAX_UID: {"status.clusters[0].uid"},
         resources.MAX_ENDPOINT: {"status.reflectors[0].endpoints[0]"},
+        resources.MAX_ORIGIN: {"status.gateway.url"},
         resources.MAX_REASON: {"status.conditions[0].reason", "status.hubs[0].reason"},
         resources.MAX_MESSAGE: {"status.conditions[0].message"},
     },

@@ -30,7 +30,7 @@ from scope.channel import Channel, Confirmed, Opened, Received
 from scope.credentials import AdminCredential, PeerCredential, base64url, read_base64url
 from scope.enrolment import Enrolment, enrolment_to_dict, sign_enrolment
 from scope.join import JoinString
-from scope.model import ConfigError, Kind, Mesh, Peer, PeerKeys, PublicKey, Secret
+from scope.model import ConfigError, GatewayOrigin, Kind, Mesh, Peer, PeerKeys, PublicKey, Secret
 from scope.registry.http import HttpRegistry, Joined
 from scope.registry.port import Conflict, NotFound, PeerRemoved, Refused, Unavailable
 from scope.resources import tombstone_to_dict
@@ -249,6 +249,7 @@ def test_a_joined_machine_is_told_its_endpoint_by_the_reflector_that_its_mesh_na
         mesh = await admin.get(Kind.MESH, "home")
         assert isinstance(mesh, Mesh)
         (reflector,) = mesh.status.reflectors
+        assert mesh.status.gateway == GatewayOrigin(running.url, running.pin)
         assert reflector.endpoints == running.reflecting
         assert len({endpoint.port for endpoint in reflector.endpoints}) == 2
         channel = Channel(secret=machine.probe, boot_id=bytes(16))

@@ -21,11 +21,11 @@ from scope_agent.run import Gateway as Courier
 from scope_agent.run import HttpModule, RemovedFromMesh, upstream_of
 from scope_agent.state import Enrolment, StateDir, make_identity
 
-from scope.carrier import Upstream
 from scope.gateway_file import NAME, GatewayFile
 from scope.model import (
     Assignment,
     ConfigError,
+    GatewayOrigin,
     Kind,
     Meta,
     Peer,
@@ -80,7 +80,7 @@ class FakeRunner:
 
     running: dict[str, Enrolment]
     ran: set[str]  # the meshes of all that ever were running
-    upstreams: list[Upstream | None]
+    upstreams: list[GatewayOrigin | None]
     failures: list[ConfigError]
 
     def __init__(self, config: Any, enrolment: Enrolment, *, connect: Callable[[], Awaitable[Any]]) -> None:
@@ -178,7 +178,7 @@ class World:
             state.save(DiskState(Snapshot(own=own), listen_port=20000))
         return enrolment
 
-    def new_agent(self, *, gateway: Path | None = None, upstream: Upstream | None = None) -> NodeAgent:
+    def new_agent(self, *, gateway: Path | None = None, upstream: GatewayOrigin | None = None) -> NodeAgent:
         """Its agent."""
         config = NodeConfig(
             node="n1",
@@ -195,7 +195,7 @@ class World:
 
     @asynccontextmanager
     async def agent(
-        self, *, gateway: Path | None = None, upstream: Upstream | None = None
+        self, *, gateway: Path | None = None, upstream: GatewayOrigin | None = None
     ) -> AsyncIterator[NodeAgent]:
         """Its agent, from start to stop."""
         agent = self.new_agent(gateway=gateway, upstream=upstream)
@@ -261,7 +261,7 @@ def test_as_a_hub_a_node_leads_to_the_gateway_that_its_agent_is_told_of(
 ) -> None:
     async def body(world: World) -> None:
         await world.peer("home")
-        gateway = Upstream("https://gateway:7443", bytes(32))
+        gateway = GatewayOrigin("https://gateway:7443", bytes(32))
         async with world.agent(upstream=gateway):
             await until(lambda: "home" in FakeRunner.running)
         async with world.agent():

@@ -25,11 +25,10 @@ from scope.carrier import (
     Member,
     Passage,
     PeerPart,
-    Upstream,
     assign_loopbacks,
     sign_ticket,
 )
-from scope.model import Endpoint, HubCarrier, Hubs, PublicKey, Secret
+from scope.model import Endpoint, GatewayOrigin, HubCarrier, Hubs, PublicKey, Secret
 from scope.resources import as_reason
 from scope_agent.carrier.boarding import Boarding, ListeningHub, Surroundings
 
@@ -61,14 +60,17 @@ class CarrierSeen:
 
 
 class Carriage:
-    """`signing` is our own Ed25519 key, `earlier` what the last run asked for, `wall` the clock at `now`."""
+    """`signing` is our own Ed25519 key, `earlier` what the last run asked for, `wall` the clock at `now`.
+
+    `upstream` is the gateway to which we lead as a hub; where it is None, the one that the mesh names.
+    """
 
     def __init__(
         self,
         *,
         own: PublicKey,
         signing: Secret,
-        upstream: Upstream | None,
+        upstream: GatewayOrigin | None,
         earlier: Carrier | None,
         now: float,
         wall: float,
@@ -84,6 +86,7 @@ class Carriage:
         self._is_configured = False
         self._mesh_uid = ""
         self._hubs = Hubs()
+        self._gateway: GatewayOrigin | None = None
         self._is_hub = False
         self._listen_port = 0
         self._members: Mapping[PublicKey, PublicKey] = {}
@@ -107,13 +110,14 @@ class Carriage:
         listen_port: int,
         members: Mapping[PublicKey, PublicKey],
         listening: Mapping[PublicKey, ListeningHub],
+        gateway: GatewayOrigin | None = None,
     ) -> None:
         """What the mesh says: `members` are WireGuard keys with their signing keys."""
         if not self._is_configured:
             self._hold_earlier(mesh_uid)
         self._is_configured = self._is_dirty = True
         self._mesh_uid, self._hubs, self._is_hub = mesh_uid, hubs, is_hub
-        self._listen_port, self._members = listen_port, members
+        self._listen_port, self._members, self._gateway = listen_port, members, gateway
         self._boarding.set_hubs(listening, members=members.keys())
 
     def set_granted(self, ports: Mapping[PublicKey, Set[int]]) -> None:
@@ -303,7 +307,7 @@ class Carriage:
             members=tuple(
                 Member(key, self._members[key], endpoints[self._member_name(key)]) for key in members
             ),
-            upstream=self._upstream,
+            upstream=self._upstream or self._gateway,
         )
 
     def _own_port(self, port: int) -> int:

@@ -24,7 +24,7 @@ from typing import Any
 
 from scope.channel import BOOT_ID_BYTES, Channel
 from scope.credentials import base64url
-from scope.model import ConfigError, Endpoint, Reflector, Secret, endpoint_at
+from scope.model import ConfigError, Endpoint, GatewayOrigin, Reflector, Secret, endpoint_at
 from scope.registry.port import Registry
 from scope.serving import Server, listening_socket
 from scope_operator.gateway import tls
@@ -87,6 +87,11 @@ class Face:
     feed: Feed
     _hosts: tuple[Advertised, ...]
     _reflector: Reflecting
+
+    @property
+    def origin(self) -> GatewayOrigin:
+        """What a mesh says of it."""
+        return GatewayOrigin(self.url, self.pin)
 
     async def reflectors(self) -> tuple[Reflector, ...]:
         """Where the reflector is found, as its advertised names resolve now."""

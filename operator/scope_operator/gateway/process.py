@@ -77,6 +77,7 @@ async def serving(config: FaceConfig) -> AsyncIterator[Serving]:
             uniform=random.uniform,
             signing_key=public_half(identity.signing),
             reflectors=reflectors,
+            gateway=served.origin,
         )
         works.watched = lambda: reconciler.health.trouble
         works.start("reconciler", reconciler.follow())

@@ -168,7 +168,9 @@ class Operator:
         # A mesh names the reflectors that serve: the first write waits for them.
         served = await asyncio.shield(self._face)
         reflectors = await served.reflectors()
-        self._reconciler.announce(reflectors=reflectors, signing_key=public_half(keys.signing))
+        self._reconciler.announce(
+            reflectors=reflectors, signing_key=public_half(keys.signing), gateway=served.origin
+        )
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._tell_administrator(served, keys))
             tasks.create_task(announce(served, self._reconciler, reflectors))

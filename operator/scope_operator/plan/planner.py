@@ -29,6 +29,7 @@ from typing import TypeAlias
 from scope.model import (
     Assignment,
     Cluster,
+    GatewayOrigin,
     HubMode,
     IPAddress,
     Kind,
@@ -149,6 +150,7 @@ class Planner:
         tells_liveness: bool,
         signing_key: PublicKey | None = None,
         reflectors: tuple[Reflector, ...] = (),
+        gateway: GatewayOrigin | None = None,
         nodes: NodePeers | None = None,
         assigns: bool = True,
     ) -> None:
@@ -161,6 +163,7 @@ class Planner:
         self._tells_liveness = tells_liveness
         self._signing_key = signing_key
         self._reflectors = reflectors
+        self._gateway = gateway
         self._listed: set[Kind] = set()
         self._seen: dict[Kind, Revision] = {}  # the newest revision that a fact told
         self._meshes: dict[str, Mesh] = {}
@@ -191,9 +194,15 @@ class Planner:
         """How many keys wait for a time, such as meshes for that of their counts' next write."""
         return len(self._later)
 
-    def announce(self, *, signing_key: PublicKey | None, reflectors: tuple[Reflector, ...]) -> None:
+    def announce(
+        self,
+        *,
+        signing_key: PublicKey | None,
+        reflectors: tuple[Reflector, ...],
+        gateway: GatewayOrigin | None,
+    ) -> None:
         """What every mesh says of the registry, from now on."""
-        self._signing_key, self._reflectors = signing_key, reflectors
+        self._signing_key, self._reflectors, self._gateway = signing_key, reflectors, gateway
         self._queue.update(((Kind.MESH, name), None) for name in self._meshes)
 
     # --- what is known ------------------------------------------------------------------------------------
@@ -541,6 +550,7 @@ class Planner:
             ),
             signing_key=self._signing_key,
             reflectors=self._reflectors,
+            gateway=self._gateway,
             cluster=self._cluster,
             hubs=hubs.told,
         )

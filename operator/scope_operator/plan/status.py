@@ -13,6 +13,7 @@ from scope.model import (
     Assignment,
     Cluster,
     Condition,
+    GatewayOrigin,
     HubChoice,
     IPAddress,
     IPInterface,
@@ -102,6 +103,7 @@ def plan_mesh_status(
     conditions: tuple[Condition, ...],
     signing_key: PublicKey | None,
     reflectors: tuple[Reflector, ...],
+    gateway: GatewayOrigin | None = None,
     cluster: Cluster | None = None,
     hubs: tuple[HubChoice, ...] = (),
 ) -> MeshStatus:
@@ -115,6 +117,7 @@ def plan_mesh_status(
     return MeshStatus(
         signing_key=signing_key,
         reflectors=reflectors,
+        gateway=gateway,
         counts=count(peers),
         conditions=conditions,
         observed_generation=mesh.meta.generation,
