@@ -271,6 +271,7 @@ class Agent:
         self._membership.restore(state.snapshot)
         self._paths.restore(state.last_good, now)
         self._paths.restore_openings(openings, now)
+        self._paths.restore_tries(state.tries, now, wall=wall)
         self._asking.restore(state.grants)
         self._tree.restore(state.attachments, was_in_mesh=bool(state.snapshot.peers))
 
@@ -988,7 +989,7 @@ class Agent:
             self._save_at = at
 
     def _plan_save(self, changes: Changes, now: float) -> None:
-        if changes.last_good or self._asking.take_change():
+        if changes.kept or self._asking.take_change():
             self._save_soon(now)
         if self._saving is not None or self._save_at is None or now < self._save_at:
             return
@@ -1000,6 +1001,7 @@ class Agent:
             listen_port=self._listen_port,
             grants=self._asking.held(),
             attachments=self._tree.kept(),
+            tries=self._paths.kept_tries(offset=self._wall_offset),
         )
         if state != self._saved:
             self._saving = state

@@ -26,6 +26,7 @@ from scope.model import (
 from scope.registry.port import Fact
 from scope.relay import Grants
 from scope_agent.carrier.core import ApplyCarrier, CarrierSeen
+from scope_agent.paths.birthday import Tried
 from scope_agent.relay.asking import HeldGrant
 from scope_agent.relay.counting import Counted
 from scope_agent.tree.rules import ForwardedPrefixes
@@ -78,7 +79,8 @@ class Target(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DiskState:
-    """The last good snapshot, what worked last, what hubs granted, and where edges are attached.
+    """The last good snapshot, what worked last, what hubs granted, where edges are attached, and when ports
+    were guessed.
 
     A restart needs nobody else.
     """
@@ -88,6 +90,7 @@ class DiskState:
     listen_port: int = 0
     grants: tuple[HeldGrant, ...] = ()  # in the order of peers and hubs
     attachments: tuple[Attachment, ...] = ()  # of a tree: all that a hub holds, and our own last one
+    tries: tuple[Tried, ...] = ()  # to guess ports, the latest first
 
 
 # --- inputs -------------------------------------------------------------------------------------------------

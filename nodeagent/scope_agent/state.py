@@ -21,11 +21,13 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import stat
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -51,6 +53,7 @@ from scope.wire import SIGNATURE_BYTES, TOKEN_BYTES
 from scope_agent.desired import Identity
 from scope_agent.files import replace_file
 from scope_agent.inputs import DiskState
+from scope_agent.paths.birthday import Tried
 from scope_agent.relay.asking import HeldGrant
 
 if TYPE_CHECKING:  # imported where there are post-quantum keys, and not at every start
@@ -524,6 +527,17 @@ def _state_dict(state: DiskState) -> dict[str, object]:
             }
             for attachment in state.attachments
         ],
+        "tries": [
+            {
+                "peer": str(each.peer),
+                "here": str(each.here),
+                "at": str(each.at),
+                "tried": each.tried,
+                "misses": each.misses,
+                "hits": each.hits,
+            }
+            for each in state.tries
+        ],
     }
 
 
@@ -549,6 +563,7 @@ def _parse_state(document: Mapping[str, object]) -> DiskState:
         listen_port=int(str(document["listenPort"])),
         grants=_parse_grants(document.get("grants", [])),  # earlier releases keep none
         attachments=_parse_attachments(document.get("attachments", [])),  # nor these
+        tries=_parse_tries(document.get("tries", [])),
     )
 
 
@@ -577,6 +592,19 @@ def _parse_attachments(documents: object) -> tuple[Attachment, ...]:
         edge, hub = (PublicKey.parse(str(document[name])) for name in ("edge", "hub"))
         attachments.append(Attachment(edge, hub, epoch, signature))
     return tuple(attachments)
+
+
+def _parse_tries(documents: object) -> tuple[Tried, ...]:
+    if not isinstance(documents, list):
+        raise ValueError("tries are a list")  # noqa: TRY004 - damage, as any other
+    tries = []
+    for document in documents:
+        tried, misses, hits = float(document["tried"]), int(document["misses"]), int(document["hits"])
+        if not math.isfinite(tried) or misses < 0 or hits < 0:
+            raise ValueError("a try has a time and counts")
+        here, at = ip_address(str(document["here"])), Endpoint.parse(str(document["at"]))
+        tries.append(Tried(PublicKey.parse(str(document["peer"])), here, at, tried, misses, hits))
+    return tuple(tries)
 
 
 def _parse_granted(document: Mapping[str, object]) -> Grants:

@@ -171,8 +171,12 @@ def test_a_try_that_fails_spends_no_more_than_it_may_and_is_repeated_after_a_day
     assert _view(a, b).reason.endswith("none of its ports was guessed, next try in a day")
     assert len(_view(a, b).reason) <= 160
     assert a.ports.is_empty
-    world.run(1800.0)
+    world.run(900.0)
     assert _spent(a)["tries"] == 1 and len(tries) < 8
+    a.restart()
+    world.run(900.0)
+    assert world.is_relayed(a, b) and _spent(a)["tries"] == 0
+    assert _view(a, b).reason.endswith("none of its ports was guessed, next try in a day")
 
 
 def test_a_try_that_failed_is_repeated_at_once_after_a_network_change() -> None:

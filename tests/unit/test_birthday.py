@@ -14,12 +14,14 @@ from scope_agent.paths.birthday import (
     GAP,
     LAST_PORT,
     LINGER,
+    MAX_KEPT,
     PORTS,
     RETRY_RULES,
     START_AFTER,
     Ask,
     Birthday,
     Out,
+    Tried,
 )
 from scope_agent.paths.guesses import AT_ONCE, GUESSES, MAX_PER_PEER, RATE, TRY, Say, Standing
 from scope_agent.wireguard.port_rules import Opening, PortRules
@@ -173,6 +175,35 @@ def test_a_try_that_misses_is_repeated_after_a_day() -> None:
     assert len(loop.says(Guess)) == asked
     loop.run(120.0)
     assert len(loop.says(Guess)) > asked
+
+
+@pytest.mark.parametrize(
+    ("passed", "is_due"), [(60.0, False), (DAY - 60.0, False), (DAY, True), (-9 * DAY, False)]
+)
+def test_the_day_goes_on_when_the_agent_starts_anew_and_is_no_longer_by_a_clock_that_was_moved_back(
+    passed: float, is_due: bool
+) -> None:
+    before = agreed()
+    before.run(TRY + 1.0)
+    (kept,) = before.core.kept_tries(offset=1_800_000_000.0)
+    assert (kept.peer, kept.here, kept.at, kept.misses, kept.hits) == (KEY, OURS.address, THEIRS, 1, 0)
+    again = symmetric()
+    again.core.restore_tries([kept], 0.0, wall=kept.tried + passed)
+    assert again.core.explain(KEY) == "none of its ports was guessed, next try in a day"
+    again.run(START_AFTER + 2.0)
+    assert bool(again.says(Guess)) is is_due
+    again.run(DAY)
+    assert again.says(Guess)
+
+
+def test_what_is_kept_of_tries_is_bounded_and_the_latest() -> None:
+    loop = symmetric()
+    tries = [
+        Tried(PublicKey(n.to_bytes(32, "big")), OURS.address, THEIRS, float(n), misses=1, hits=0)
+        for n in range(MAX_KEPT + 9)
+    ]
+    loop.core.restore_tries(tries, 0.0, wall=1000.0)
+    assert loop.core.kept_tries(offset=1000.0) == tuple(reversed(tries[9:]))
 
 
 @pytest.mark.parametrize("change", ["ours", "theirs", "interfaces"])

@@ -8,11 +8,12 @@ import os
 import stat
 from base64 import b64encode
 from dataclasses import replace
-from ipaddress import IPv4Interface, IPv4Network
+from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from pathlib import Path
 
 import pytest
 from scope_agent.inputs import DiskState
+from scope_agent.paths.birthday import Tried
 from scope_agent.psk.cryptography_provider import CryptographyProvider
 from scope_agent.psk.slots import Keys, Record
 from scope_agent.psk.trust import succeed
@@ -117,6 +118,16 @@ def state(enrolment: Enrolment) -> DiskState:
             ),
         ),
         attachments=(Attachment(keys.wireguard, PublicKey(bytes([1] * 32)), 2**64 - 1, bytes(range(64))),),
+        tries=(
+            Tried(
+                keys.wireguard,
+                IPv4Address("198.51.100.1"),
+                Endpoint.parse("198.51.100.2:22000"),
+                tried=1_800_000_000.0,
+                misses=2,
+                hits=1,
+            ),
+        ),
     )
 
 
@@ -125,14 +136,14 @@ def test_a_snapshot_comes_back_as_it_was(directory: StateDir, state: DiskState) 
     assert directory.load() == (state, "")
 
 
-def test_a_snapshot_of_an_earlier_release_holds_no_grants_and_no_attachments(
+def test_a_snapshot_of_an_earlier_release_holds_no_grants_attachments_and_tries(
     directory: StateDir, state: DiskState
 ) -> None:
     directory.save(state)
     document = json.loads(directory.snapshot_file.read_text())
-    del document["grants"], document["attachments"]
+    del document["grants"], document["attachments"], document["tries"]
     directory.snapshot_file.write_text(json.dumps(document))
-    assert directory.load() == (replace(state, grants=(), attachments=()), "")
+    assert directory.load() == (replace(state, grants=(), attachments=(), tries=()), "")
 
 
 def test_a_token_has_no_printable_form(state: DiskState) -> None:

@@ -18,8 +18,9 @@ side's NAT lets in only endpoints that were sent to, neither side's pings arrive
 
 It is opt-in, because each try fills the tables of both sites' routers with sessions. One try at a time, of
 bounded packets and time. One that fails is repeated after a day, at once when either side's public endpoint
-or our own network changed, and sooner where a port was hit in these networks before. Whoever guesses bounds
-by itself how often it does. Time is monotonic seconds. Nothing here sends: what is to be sent comes back.
+or our own network changed, and sooner where a port was hit in these networks before. What came of tries is
+kept on disk, so that an agent that starts anew keeps the day. Whoever guesses bounds by itself how often it
+does. Time is monotonic seconds. Nothing here sends: what is to be sent comes back.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ DAY = 86400.0
 AGAIN_AFTER_HIT, AGAIN_GROWTH = 60.0, 4.0  # where a port was hit before
 AGAIN_REFUSED = 600.0
 RETRY_RULES = 60.0
+MAX_KEPT = 256  # pairs on disk, the latest tries: a day has no room for many more, at GAP and TRY for each
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,18 @@ class _Try:
         return self.phase in (_Phase.ARMING, _Phase.ASKING, _Phase.OPENING)
 
 
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What came of the tries of one pair, for the disk: `misses` since the last of `hits`."""
+
+    peer: PublicKey
+    here: IPAddress
+    at: Endpoint
+    tried: float  # wall clock, seconds
+    misses: int
+    hits: int
+
+
 @dataclass(slots=True)
 class _Record:
     """What came of the tries of one pair."""
@@ -124,6 +138,15 @@ class _Record:
     end: _End
     misses: int = 0
     hits: int = 0
+
+    @property
+    def pause(self) -> float:
+        """Seconds from the last try to the next."""
+        if not self.misses:
+            return GAP
+        if not self.hits:
+            return DAY
+        return min(AGAIN_AFTER_HIT * AGAIN_GROWTH ** min(self.misses - 1, 10), DAY)
 
 
 @dataclass(slots=True)
@@ -174,6 +197,30 @@ class Birthday:
         for opening in openings:
             self._held[opening.endpoint] = _Held(opening.port, now)
             self._concerns = True
+
+    def restore_tries(self, tries: Iterable[Tried], now: float, *, wall: float) -> None:
+        """Take what an earlier agent kept. A try that is said to be still to come, as the clock was moved
+        back, counts as made now.
+        """
+        for each in tries:
+            tried = now - max(wall - each.tried, 0.0)
+            record = _Record((each.here, each.at), tried, tried, _End.HIT, misses=each.misses, hits=each.hits)
+            if each.misses:
+                record.end = _End.MISSED_AGAIN if each.hits else _End.MISSED
+            record.next = tried + record.pause
+            self._records[each.peer] = record
+
+    def kept_tries(self, *, offset: float) -> tuple[Tried, ...]:
+        """What is to be kept on disk; `offset` is the wall clock less the monotonic one."""
+        kept = sorted(
+            ((record.tried, key) for key, record in self._records.items() if record.misses or record.hits),
+            reverse=True,
+        )
+        return tuple(
+            Tried(key, *record.situation, float(round(record.tried + offset)), record.misses, record.hits)
+            for _, key in kept[:MAX_KEPT]
+            for record in (self._records[key],)
+        )
 
     def configure(self, *, allowed: bool) -> None:
         """Take whether the mesh allows it."""
@@ -487,30 +534,29 @@ class Birthday:
     def _miss(self, current: _Try, now: float) -> None:
         self._held.pop(current.at, None)
         record = self._records.get(current.key)
-        if record is None or not record.hits or record.situation != (current.here.address, current.at):
-            self._end(current, _End.MISSED, now, wait=DAY)
-            return
-        wait = min(AGAIN_AFTER_HIT * AGAIN_GROWTH**record.misses, DAY)
-        self._end(current, _End.MISSED_AGAIN, now, wait=wait)
+        is_known = record is not None and record.situation == (current.here.address, current.at)
+        was_hit = record is not None and is_known and record.hits
+        self._end(current, _End.MISSED_AGAIN if was_hit else _End.MISSED, now)
 
     def _give_up(self, current: _Try, now: float) -> None:
         self._end(current, _End.GIVEN_UP, now, wait=GAP)
 
-    def _end(self, current: _Try, end: _End, now: float, *, wait: float) -> None:
-        """End the try, and note when the pair's next one is due."""
+    def _end(self, current: _Try, end: _End, now: float, *, wait: float | None = None) -> None:
+        """End the try. The pair's next one is due after `wait`, or after what its tries so far call for."""
         self._try = None
         situation = (current.here.address, current.at)
         record = self._records.get(current.key)
         if record is None or record.situation != situation:
-            record = _Record(situation, now, now + wait, end)
+            record = _Record(situation, now, now, end)
             self._records[current.key] = record
-        record.tried, record.next, record.end = now, now + wait, end
+        record.tried, record.end = now, end
         if end is _End.HIT:
             record.hits, record.misses = record.hits + 1, 0
             self._spent = _add(self._spent, hits=1)
         elif end in (_End.MISSED, _End.MISSED_AGAIN):
             record.misses += 1
             self._spent = _add(self._spent, misses=1)
+        record.next = now + (record.pause if wait is None else wait)
         self._news.add(current.key)
 
 

@@ -45,7 +45,7 @@ from scope.wire import (
     Pong,
 )
 from scope_agent.agenda import Agenda
-from scope_agent.paths.birthday import Ask, Birthday, Spent
+from scope_agent.paths.birthday import Ask, Birthday, Spent, Tried
 from scope_agent.paths.candidates import (
     claims,
     is_private,
@@ -124,7 +124,7 @@ class Changes:
     pairs: set[PublicKey] = field(default_factory=set)  # whose view differs in anything
     moved: bool = False  # a path, an endpoint or a reason differs, not only a latency
     own: bool = False  # our candidates or our mapping differ
-    last_good: bool = False  # what to try first after a restart differs
+    kept: bool = False  # what to know after a restart may differ: last good endpoints, tries to guess ports
 
 
 class Paths:
@@ -289,6 +289,14 @@ class Paths:
     def restore_openings(self, openings: Iterable[Opening], now: float) -> None:
         """Take the ports that an earlier agent had WireGuard speak from."""
         self._birthday.restore(openings, now)
+
+    def restore_tries(self, tries: Iterable[Tried], now: float, *, wall: float) -> None:
+        """Take what came of guessing ports, as an earlier agent kept it."""
+        self._birthday.restore_tries(tries, now, wall=wall)
+
+    def kept_tries(self, *, offset: float) -> tuple[Tried, ...]:
+        """The same, for the disk; `offset` is the wall clock less the monotonic one."""
+        return self._birthday.kept_tries(offset=offset)
 
     def take_port_rules(self, now: float) -> PortRules | None:
         """The ports that WireGuard is to speak from, once; answered by `port_rules_applied`."""
@@ -595,7 +603,9 @@ class Paths:
         return Standing(view.path, view.since, view.endpoint, peer.report.mapping, endpoints)
 
     def _explain_birthday(self, now: float) -> None:
-        for key in self._birthday.take_news() & self._pairs.keys():
+        news = self._birthday.take_news()
+        self._changes.kept |= bool(news)
+        for key in news & self._pairs.keys():
             if not self._pairs[key].direct:
                 self._pairs[key].explain(self._why_not(key, now))
             self._touch(key, now)
@@ -878,7 +888,7 @@ class Paths:
     def _note_last_good(self, key: PublicKey, endpoint: Endpoint | None) -> None:
         if self._last_good.get(key) == endpoint:
             return
-        self._changes.last_good = True
+        self._changes.kept = True
         if endpoint is not None:
             self._last_good[key] = endpoint
         else:
