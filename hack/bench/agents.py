@@ -186,7 +186,9 @@ def pair(
         yield here, first, second
 
 
-AGENT_MODULES = "scope_agent.__main__, scope.registry.http, scope_dataplane.wireguard, pyroute2"
+AGENT_MODULES = (
+    "scope_agent.__main__, scope.registry.http, scope_dataplane.wireguard, scope_dataplane.carrier, pyroute2"
+)
 
 
 def prepare_programs(modules: str = AGENT_MODULES) -> None:

@@ -7,22 +7,26 @@ that was sent after the change was answered, each way.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from lab import Nat
+from lab.netns import processes_in
 from meshlab import Member
 
 from bench.agents import MESH, POLL_S, REST_S, SAVED_S, SETTLE_S, BenchError, World, reboot, world
 from bench.moves import answered_both_ways
 from bench.packets import Stream
-from bench.result import Benchmark, Sample, Target
+from bench.result import Benchmark, Row, Sample, Target
 
 HUBS = ("one", "two")
 RATE = 500.0  # packets a second each way
 DEAD_S = 25.0  # a hub's agent is away for so long: each side knocks in that time
 QUIET_S = 3.0  # between two changes: what the last one set off has ended
+STABLE_S = 7.0  # between two ends of a carrier: one that dies sooner is started ever more rarely
 
 
 def _started(attempts: int) -> Iterator[Sample]:
@@ -91,6 +95,55 @@ def _rerouted(attempts: int) -> Iterator[Sample]:
             here.lab.heal(*ends)
 
 
+def _carrier_killed(attempts: int) -> Iterator[Sample | Row]:
+    """The carrier of the one that is carried and that of its hub, in turn."""
+    hub_name = f"{MESH}.external.{HUBS[0]}"
+    with world(spec={"hubs": {"names": [hub_name]}}) as here:
+        hub = here.member(HUBS[0], Nat.NONE)
+        blocked = here.member("blocked", Nat.PORT_RESTRICTED)
+        blocked.machine.site.block_udp()
+        for member in (hub, blocked):
+            member.join(here.token, wait=True)
+        _await_carried(here, hub, blocked)
+        for flow in (here.flow(hub, blocked), here.flow(blocked, hub)):
+            if here.await_ping(flow) is None:
+                raise BenchError("no ping comes back over TCP")
+        times: dict[str, list[Sample]] = {"peer": [], "hub": []}
+        for _ in range(attempts):
+            for whose, member in (("peer", blocked), ("hub", hub)):
+                time.sleep(STABLE_S)
+                began = time.monotonic()
+                os.kill(_carrier_of(member), signal.SIGKILL)
+                took = answered_both_ways(here, hub, blocked, began)
+                times[whose].append(took)
+                yield took
+        for number in range(attempts):
+            yield {
+                "attempt": number + 1,
+                **{f"{whose}'s (s)": taken[number] for whose, taken in times.items()},
+            }
+
+
+def _await_carried(here: World, hub: Member, blocked: Member) -> None:
+    deadline = time.monotonic() + SETTLE_S
+    while time.monotonic() < deadline:
+        said = [here.ask(member) for member in (hub, blocked)]
+        reaches = [reach for status in said if status is not None for reach in status.peers.values()]
+        if len(reaches) == len(said) and all(reach.is_relayed and reach.carried for reach in reaches):
+            return
+        time.sleep(POLL_S)
+    raise BenchError("the peer without UDP is not carried")
+
+
+def _carrier_of(member: Member) -> int:
+    """The pid of its carrier."""
+    for pid in processes_in([member.machine.namespace]):
+        with contextlib.suppress(OSError):
+            if b"scope_dataplane.carrier" in Path("/proc", str(pid), "cmdline").read_bytes():
+                return pid
+    raise BenchError(f"{member.name} has no carrier")
+
+
 @contextlib.contextmanager
 def _pair(nat: Nat) -> Iterator[tuple[World, Member, Member]]:
     """Two members behind such NATs that talk, as well as they can, and two hubs."""
@@ -150,6 +203,14 @@ BENCHMARKS = (
         target=Target(worst=0.0),
         attempts=3,
         run=_hub_frozen,
+    ),
+    Benchmark(
+        "carrier-killed",
+        unit="s",
+        what="a carrier of a peer without UDP, or its hub's, killed, to pings answered both ways",
+        target=Target(p99=2.0),
+        attempts=5,
+        run=_carrier_killed,
     ),
     Benchmark(
         "hub-cut",
