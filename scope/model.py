@@ -44,6 +44,9 @@ class Family(enum.StrEnum):
     IPV6 = "IPv6"
 
 
+_FAMILIES = {4: Family.IPV4, 6: Family.IPV6}  # by version
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class PublicKey:
     """A 32-byte public key: WireGuard (X25519), probe (X25519) or signing (Ed25519). Ordered by raw bytes."""
@@ -149,7 +152,7 @@ class Endpoint:
 
     @property
     def family(self) -> Family:
-        return Family.IPV4 if self.address.version == 4 else Family.IPV6
+        return _FAMILIES[self.address.version]
 
     def __str__(self) -> str:
         return f"{self.address}:{self.port}" if self.address.version == 4 else f"[{self.address}]:{self.port}"

@@ -1,4 +1,4 @@
-"""When each of many pairs is to be looked at again. Pure.
+"""When each of many pairs is to be looked at again, and which of a few times comes first. Pure.
 
 Each key has one appointment at most. One that is moved leaves its old entry in the heap until that comes to
 the top, or until such entries are most of the heap: so moving one costs no search.
@@ -11,6 +11,19 @@ from collections.abc import Hashable
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
+
+
+def earliest(*times: float | None) -> float | None:
+    """The earliest of the times, in seconds of one clock; None where there is none.
+
+    Asked of every room after every input, so it makes no iterator.
+    """
+    first = None
+    for at in times:
+        if at is not None and (first is None or at < first):
+            first = at
+    return first
+
 
 # The heap is rebuilt when it holds more entries than so many for each appointment, and a few: moving one then
 # costs the same on average, however often that happens.

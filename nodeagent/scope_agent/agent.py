@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from base64 import b64decode
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import islice
+from operator import attrgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar, assert_never
 
@@ -50,6 +51,7 @@ from scope.wire import (
     Refused,
     Removed,
 )
+from scope_agent.agenda import earliest
 from scope_agent.carrier.boarding import ListeningHub, Surroundings
 from scope_agent.carrier.core import Carriage, CarrierSeen
 from scope_agent.carrying import Carrying, back
@@ -120,6 +122,7 @@ from scope_agent.wireguard.device import (
     HoldEndpoint,
     ObservedDevice,
     ObservedPeer,
+    PlannedAction,
     RemoveAddress,
     RemoveGuard,
     RemovePeer,
@@ -131,7 +134,7 @@ from scope_agent.wireguard.device import (
     SetPrivateKey,
     SetUp,
 )
-from scope_agent.wireguard.plan import count_drift, plan_device, plan_holds
+from scope_agent.wireguard.plan import count_drift, plan_device, plan_holds, plan_peers
 from scope_agent.wireguard.port_rules import Opening
 
 if TYPE_CHECKING:
@@ -217,11 +220,14 @@ class Agent:
         self._interfaces: frozenset[IPInterface] = frozenset()
         self._underlay_mtu = 1500
         self._out: list[Output] = []
+        self._due: float | None = None  # what `get_timer` says until the next input
+        self._is_due_known = False
         # device
         self._observed: ObservedDevice | None = None
         self._device_kind: DeviceKind | None = None
         self._sessions: dict[PublicKey, tuple[float, float]] = {}  # key -> (last handshake, since when, ours)
-        self._agreed: DesiredDevice | None = None
+        self._agreed: DesiredDevice | None = None  # what the device was last seen to agree with, but for
+        self._agreed_peers: dict[PublicKey, DesiredPeer] = {}  # peers: of these it was
         self._drift = 0
         self._device_busy = False
         self._holding: set[PublicKey] = set()  # whose holds are in the batch in flight
@@ -349,7 +355,12 @@ class Agent:
 
     def get_timer(self) -> float | None:
         """When `handle_timer` wants to run next."""
-        times = [
+        if not self._is_due_known:
+            self._due, self._is_due_known = self._next_due(), True
+        return self._due
+
+    def _next_due(self) -> float | None:
+        return earliest(
             self._paths.get_timer(),
             self._asking.get_timer(),
             self._serving.get_timer(),
@@ -361,9 +372,8 @@ class Agent:
             self._observe_at if self._observing_since is None and not self._device_busy else None,
             self._reporting.get_timer(),
             self._save_at if self._saving is None else None,
-            *(at for _, at in self._passed.values()),
-        ]
-        return min((t for t in times if t is not None), default=None)
+            *[at for _, at in self._passed.values()],
+        )
 
     def outputs(self) -> list[Output]:
         """What is to be performed now, in order."""
@@ -532,7 +542,7 @@ class Agent:
             self._out += self._carrying.seal(telling.to, telling.message, leg, now)
         report = self._relaying(now)
         # How many pairs there are goes along with whatever else is reported.
-        if _without_pairs(report) != _without_pairs(self._relay_report):
+        if _says_more(report, self._relay_report):
             self._reporting.expect()
         self._relay_report = report
 
@@ -552,15 +562,9 @@ class Agent:
 
     def _carry(self, now: float) -> None:
         """Have ourselves carried, and others, as things are now."""
-        is_carried = self._carriage.is_carried
-        around = Surroundings(
-            self._paths.udp_silent_since(),
-            is_used=is_carried and self._paths.any_by_carrier,
-            distances=self._asking.distances() if is_carried else {},
-            wanted=self._asking.wanted_hubs() if is_carried else frozenset(),
-        )
-        if self._carriage.observe(around, now):
-            self._paths.doubt_udp(now)
+        silent_since = self._paths.udp_silent_since()
+        if silent_since is not None or not self._carriage.is_at_rest:
+            self._choose_carriers(silent_since, now)
         if self._carriage.is_carried:
             self._carriage.set_granted(self._asking.ports())
         apply = self._carriage.take_apply(now)
@@ -571,6 +575,17 @@ class Agent:
         for hub in self._carriage.take_connected():
             self._asking.connected(hub, now)
             self._paths.connected(hub, now)
+
+    def _choose_carriers(self, silent_since: float | None, now: float) -> None:
+        is_carried = self._carriage.is_carried
+        around = Surroundings(
+            silent_since,
+            is_used=is_carried and self._paths.any_by_carrier,
+            distances=self._asking.distances() if is_carried else {},
+            wanted=self._asking.wanted_hubs() if is_carried else frozenset(),
+        )
+        if self._carriage.observe(around, now):
+            self._paths.doubt_udp(now)
 
     def _take_passages(self, now: float) -> None:
         peers, own = self._snapshot.peers, self._snapshot.own
@@ -778,13 +793,14 @@ class Agent:
         desired, observed = self._want(now), self._observed
         if desired is None:
             return
+        actions: tuple[PlannedAction, ...]
         if self._plan_all:
             keys = desired.peers.keys() | observed.peers.keys()
-            wanted, known = desired, observed
+            actions = (*plan_holds(desired.peers), *plan_device(desired, observed))
         else:
             keys = self._touched | set(islice(self._backlog, MAX_BATCH))
-            wanted, known = _only(desired, keys), _only(observed, keys)
-        actions = (*plan_holds(wanted), *plan_device(wanted, known))
+            wanted, known = _only(desired.peers, keys), _only(observed.peers, keys)
+            actions = (*plan_holds(wanted), *plan_peers(wanted, known))
         batch = actions[:MAX_BATCH]
         acted = {action.key for action in batch if not isinstance(action, DEVICE_ACTIONS)}
         waits = {a.key: None for a in actions[MAX_BATCH:] if not isinstance(a, DEVICE_ACTIONS)}
@@ -808,23 +824,26 @@ class Agent:
     def _agree(self, desired: DesiredDevice, keys: Set[PublicKey], *, but: Set[PublicKey]) -> None:
         """Note with what the device agrees now, of these peers; what is acted on is to be seen first."""
         if self._plan_all:
-            peers = dict(desired.peers)
+            self._agreed_peers = dict(desired.peers)
         elif self._agreed is not None:
-            peers = self._agreed.peers | {key: desired.peers[key] for key in keys & desired.peers.keys()}
+            self._agreed_peers |= _only(desired.peers, keys)
         else:
             return
         for key in but:
-            peers.pop(key, None)
-        self._agreed = replace(desired, peers=peers)
+            self._agreed_peers.pop(key, None)
+        self._agreed = desired
 
     def _count_drift(self, device: ObservedDevice, differing: set[PublicKey] | None) -> None:
         """Count what somebody else changed since the device was last as it should be."""
         agreed, desired = self._agreed, self._desired
         if agreed is None or desired is None or self._device_busy or differing == set():
             return
-        keys = device.peers.keys() | agreed.peers.keys() if differing is None else differing
-        foreign = {key for key in keys if key in agreed.peers or key not in desired.peers}
-        self._drift += count_drift(_only(agreed, foreign), _only(device, foreign))
+        known = self._agreed_peers
+        keys = device.peers.keys() | known.keys() if differing is None else differing
+        foreign = {key for key in keys if key in known or key not in desired.peers}
+        self._drift += count_drift(
+            replace(agreed, peers=_only(known, foreign)), replace(device, peers=_only(device.peers, foreign))
+        )
 
     def _want(self, now: float) -> DesiredDevice | None:
         """The device as it should be: worked out anew for peers that were touched, else for all."""
@@ -959,6 +978,7 @@ class Agent:
             self._observe_soon(now, OBSERVE_BUSY)
         self._plan_report(changes, now)
         self._plan_save(changes, now)
+        self._is_due_known = False
 
     def _plan_report(self, changes: Changes, now: float) -> None:
         own = self._snapshot.own
@@ -1128,8 +1148,16 @@ def pick_port(random: Callable[[], float]) -> int:
     return 20000 + int(random() * 6000)
 
 
-def _without_pairs(report: RelayReport | None) -> RelayReport | None:
-    return None if report is None else replace(report, pairs=0)
+_but_pairs: Callable[[RelayReport], tuple[object, ...]] = attrgetter(
+    *(each.name for each in fields(RelayReport) if each.name != "pairs")
+)
+
+
+def _says_more(report: RelayReport | None, before: RelayReport | None) -> bool:
+    """Whether what is said of relaying differs by more than how many pairs there are."""
+    if report is None or before is None:
+        return report is not before
+    return _but_pairs(report) != _but_pairs(before)
 
 
 def _hubs(snapshot: Snapshot) -> dict[PublicKey, Hub]:
@@ -1181,17 +1209,25 @@ def _claim(peer: Peer) -> tuple[object, ...]:
     return peer.assignment.addresses, peer.spec.routes, peer.meta.uid, peer.meta.created
 
 
-_Device = TypeVar("_Device", DesiredDevice, ObservedDevice)
+_AnyPeer = TypeVar("_AnyPeer", DesiredPeer, ObservedPeer)
 
 
-def _only(device: _Device, keys: Set[PublicKey]) -> _Device:
-    """The device with some of its peers; to plan for these alone costs the same in a mesh of any size."""
-    return replace(device, peers={key: device.peers[key] for key in keys if key in device.peers})
+def _only(peers: Mapping[PublicKey, _AnyPeer], keys: Set[PublicKey]) -> dict[PublicKey, _AnyPeer]:
+    """Some of the peers; to plan for these alone costs the same in a mesh of any size."""
+    return {key: peers[key] for key in keys if key in peers}
+
+
+_but_peers: Callable[[ObservedDevice], tuple[object, ...]] = attrgetter(
+    *(each.name for each in fields(ObservedDevice) if each.name != "peers")
+)
+_set_up: Callable[[ObservedPeer], tuple[object, ...]] = attrgetter(
+    "endpoint", "allowed_ips", "keepalive", "psk"
+)
 
 
 def _differing(before: ObservedDevice | None, after: ObservedDevice) -> set[PublicKey] | None:
     """Peers that are set up otherwise than they were observed before; None when more than peers differs."""
-    if before is None or replace(before, peers={}) != replace(after, peers={}):
+    if before is None or _but_peers(before) != _but_peers(after):
         return None
     differing = before.peers.keys() ^ after.peers.keys()
     return differing | {
@@ -1200,7 +1236,3 @@ def _differing(before: ObservedDevice | None, after: ObservedDevice) -> set[Publ
         if before.peers[key] is not after.peers[key]
         and _set_up(before.peers[key]) != _set_up(after.peers[key])
     }
-
-
-def _set_up(peer: ObservedPeer) -> tuple[object, ...]:
-    return peer.endpoint, peer.allowed_ips, peer.keepalive, peer.psk

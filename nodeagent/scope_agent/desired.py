@@ -7,7 +7,8 @@ whether saying it is worth a write.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from types import MappingProxyType
 
 from scope.carrier import is_carried
@@ -213,7 +214,7 @@ def is_news(wanted: PeerReport, written: PeerReport | None) -> bool:
     """Whether a report says more than the written one, latencies that wobble aside."""
     if written is None:
         return True
-    if _without_links(wanted) != _without_links(written):
+    if _but_links(wanted) != _but_links(written):
         return True
     before = {link.peer: link for link in written.links}
     if before.keys() != {link.peer for link in wanted.links}:
@@ -221,12 +222,16 @@ def is_news(wanted: PeerReport, written: PeerReport | None) -> bool:
     return any(_link_changed(link, before[link.peer]) for link in wanted.links)
 
 
-def _without_links(value: PeerReport) -> PeerReport:
-    return replace(value, links=())
+_but_links: Callable[[PeerReport], tuple[object, ...]] = attrgetter(
+    *(each.name for each in fields(PeerReport) if each.name != "links")
+)
+_but_latency: Callable[[Link], tuple[object, ...]] = attrgetter(
+    *(each.name for each in fields(Link) if each.name != "latency")
+)
 
 
 def _link_changed(now: Link, before: Link) -> bool:
-    if replace(now, latency=None) != replace(before, latency=None):
+    if _but_latency(now) != _but_latency(before):
         return True
     if now.latency is None or before.latency is None:
         return now.latency != before.latency

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scope_agent.agenda import Agenda
+from scope_agent.agenda import Agenda, earliest
 
 
 def taken(agenda: Agenda[str], now: float) -> list[str]:
@@ -56,3 +56,9 @@ def test_appointments_that_are_always_moved_take_bounded_room() -> None:
         agenda.put(step % 10, 1e6 - step)
     assert len(agenda._heap) <= 4 * 10 + 64
     assert agenda.next() == 1e6 - 9999
+
+
+def test_the_earliest_of_a_few_times_passes_over_those_that_never_come() -> None:
+    assert earliest(None, 3.0, 0.0, None, 2.0) == 0.0
+    assert earliest(None, None) is None
+    assert earliest() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from collections.abc import Mapping as MappingOf
 from ipaddress import IPv4Address, IPv4Interface, IPv4Network
 from random import Random
 
@@ -25,8 +26,8 @@ from scope_agent.inputs import (
     Target,
 )
 from scope_agent.paths import pace
-from scope_agent.wireguard.device import AddPeer, DesiredDevice, ObservedDevice, ObservedPeer
-from scope_agent.wireguard.plan import plan_device
+from scope_agent.wireguard.device import AddPeer, DesiredDevice, DesiredPeer, ObservedDevice, ObservedPeer
+from scope_agent.wireguard.plan import plan_device, plan_peers
 
 from scope.channel import Channel, Hello, Received
 from scope.model import (
@@ -206,11 +207,18 @@ def test_a_pair_that_answers_does_not_wait_behind_all_that_do_not(monkeypatch: p
 def test_a_long_plan_is_done_batch_by_batch_and_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[int] = []
 
-    def counted(desired: DesiredDevice, observed: ObservedDevice) -> tuple[object, ...]:
+    def whole_device(desired: DesiredDevice, observed: ObservedDevice) -> tuple[object, ...]:
         compared.append(len(desired.peers))
         return plan_device(desired, observed)
 
-    monkeypatch.setattr(agent_module, "plan_device", counted)
+    def some_peers(
+        desired: MappingOf[PublicKey, DesiredPeer], observed: MappingOf[PublicKey, ObservedPeer]
+    ) -> tuple[object, ...]:
+        compared.append(len(desired))
+        return plan_peers(desired, observed)
+
+    monkeypatch.setattr(agent_module, "plan_device", whole_device)
+    monkeypatch.setattr(agent_module, "plan_peers", some_peers)
     crowd = Crowd(300)
     crowd.run(20.0)
     assert crowd.desired is not None and crowd.known == crowd.desired.peers.keys()

@@ -38,7 +38,7 @@ from scope_agent.wireguard.device import (
     SetPsk,
     SetUp,
 )
-from scope_agent.wireguard.plan import count_drift, plan_device, plan_holds
+from scope_agent.wireguard.plan import count_drift, plan_device, plan_holds, plan_peers
 
 from scope.model import Endpoint, IPNetwork, PublicKey, Secret
 
@@ -340,6 +340,14 @@ def test_an_allowed_ip_that_stays_or_moves_is_never_without_a_peer(
 
 
 @given(desired_devices, observed_devices())
+def test_on_a_device_that_is_else_as_it_should_be_the_plan_is_that_of_its_peers(
+    desired: DesiredDevice, observed: ObservedDevice
+) -> None:
+    as_it_should_be = replace(perform(plan_device(desired, observed), observed), peers=observed.peers)
+    assert plan_peers(desired.peers, observed.peers) == plan_device(desired, as_it_should_be)
+
+
+@given(desired_devices, observed_devices())
 def test_a_plan_does_not_depend_on_how_its_sets_were_built(
     desired: DesiredDevice, observed: ObservedDevice
 ) -> None:
@@ -350,4 +358,4 @@ def test_a_plan_does_not_depend_on_how_its_sets_were_built(
 def test_a_hold_is_planned_once_for_each_peer_that_wants_one() -> None:
     hold = HoldEndpoint(ONE, HERE, frozenset({THERE}), 0.3)
     desired = device(DesiredPeer(ONE, HERE, hold=hold), DesiredPeer(TWO, HERE))
-    assert plan_holds(desired) == (hold,)
+    assert plan_holds(desired.peers) == (hold,)

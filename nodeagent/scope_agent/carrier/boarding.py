@@ -96,6 +96,11 @@ class Boarding:
         """Whether hubs are to carry us, if there are any that listen."""
         return self._is_carried
 
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether nothing carries us, and `observe` only waits for nobody to answer over UDP."""
+        return not self._is_carried and self._due is None
+
     def observe(self, around: Surroundings, now: float) -> None:
         """Decide anew."""
         self._due = None

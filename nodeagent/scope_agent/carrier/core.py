@@ -30,6 +30,7 @@ from scope.carrier import (
 )
 from scope.model import Endpoint, GatewayOrigin, HubCarrier, Hubs, PublicKey, Secret
 from scope.resources import as_reason
+from scope_agent.agenda import earliest
 from scope_agent.carrier.boarding import Boarding, ListeningHub, Surroundings
 
 APPLY_AGAIN = 2.0  # seconds after one that failed: the process may only have been slow to start
@@ -126,6 +127,11 @@ class Carriage:
             self._granted = ports
             self._is_dirty = True
 
+    @property
+    def is_at_rest(self) -> bool:
+        """Whether `observe` need not be asked for as long as somebody answers over UDP."""
+        return self._boarding.is_at_rest
+
     def observe(self, around: Surroundings, now: float) -> bool:
         """Take what being carried depends on. Whether hubs begin to carry us, so that UDP leads nowhere."""
         before, was_carried = self._boarding.chosen, self.is_carried
@@ -166,6 +172,8 @@ class Carriage:
 
     def take_connected(self) -> list[PublicKey]:
         """Hubs to which the carrier was connected since it was last asked."""
+        if not self._news:
+            return []
         news, self._news = self._news, set()
         return sorted(news)
 
@@ -222,17 +230,17 @@ class Carriage:
 
     def get_timer(self) -> float | None:
         """When `observe` or `take_apply` wants to be asked next."""
-        renewals = [renew for hub, (_, renew) in self._tickets.items() if hub in self._boarding.chosen]
-        times = [self._boarding.get_timer(), *renewals]
-        if self._retry_at is not None and not self._is_busy:
-            times.append(self._retry_at)
-        return min((at for at in times if at is not None), default=None)
+        return earliest(
+            self._boarding.get_timer(),
+            self._retry_at if not self._is_busy else None,
+            *[renew for hub, (_, renew) in self._tickets.items() if hub in self._boarding.chosen],
+        )
 
     def take_apply(self, now: float) -> ApplyCarrier | None:
         """What the carrier is to do from now on, where that is something else and nothing is in flight."""
         if self._is_busy or not self._is_configured or (self._retry_at is not None and now < self._retry_at):
             return None
-        self._is_dirty |= any(now >= self._tickets[hub][1] for hub in self._tickets)
+        self._is_dirty |= any(now >= renew for _, renew in self._tickets.values())
         if not self._is_dirty and self._retry_at is None:
             return None
         wanted = self._want(now)

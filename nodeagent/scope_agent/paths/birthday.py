@@ -32,6 +32,7 @@ from typing import TypeAlias, assert_never
 
 from scope.model import Endpoint, IPAddress, Mapping, PathKind, PublicKey
 from scope.wire import Guess, Guesses, Guessing
+from scope_agent.agenda import earliest
 from scope_agent.paths.guesses import TRY, Guesser, Say, Standing, empty_ping
 from scope_agent.paths.route import NEVER
 from scope_agent.paths.schedule import OPENER_TTL
@@ -292,9 +293,10 @@ class Birthday:
 
     def take_rules(self, now: float) -> PortRules | None:
         """What the machine is to be given now, once; answered by `applied`."""
+        if not self._concerns or not self._port or self._applying is not None or now < self._apply_after:
+            return None
         wanted = self._rules()
-        is_known = self._applied == wanted or not self._concerns or not self._port
-        if is_known or self._applying is not None or now < self._apply_after:
+        if wanted == self._applied:
             return None
         self._applying = wanted
         return wanted
@@ -376,12 +378,11 @@ class Birthday:
     def get_timer(self) -> float | None:
         """When `handle_timer` wants to run next."""
         looks = self._held or (self._allowed and self._mapping is Mapping.ENDPOINT_DEPENDENT)
-        times = (
+        return earliest(
             self._try.next if self._try is not None else None,
             self._guesser.get_timer(),
             self._check_at if looks else None,
         )
-        return min((at for at in times if at is not None), default=None)
 
     def handle_timer(
         self,

@@ -8,6 +8,7 @@ other one.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network
 
 from scope.model import Candidate, CandidateKind, Endpoint, Family, IPAddress, IPInterface, IPNetwork, Peer
@@ -22,6 +23,8 @@ _PRIVATE: tuple[IPNetwork, ...] = (
 )
 # Between a carrier and its customers (RFC 6598): reached only from inside, and other overlays number from it.
 _CARRIER = IPv4Network("100.64.0.0/10")
+# Addresses of which is remembered what they are: the same few of each peer are asked about again and again.
+REMEMBERED = 4096
 MAX_PUBLISHED = 16  # host addresses of a multi-homed server, reflexive and static ones, with room
 
 
@@ -33,16 +36,24 @@ def contains(networks: Iterable[IPNetwork], address: IPAddress) -> bool:
 def refusal(endpoint: Endpoint, *, mesh: Iterable[IPNetwork], own: frozenset[Endpoint]) -> str | None:
     """Why `endpoint` can never be a candidate for another peer, in words; None when it may be one."""
     address = endpoint.address
+    if (unfit := _unfitness(address)) is not None:
+        return unfit
+    if contains(mesh, address):
+        return "inside the mesh's own prefix"
+    if endpoint in own:
+        return "our own endpoint"
+    return None
+
+
+@lru_cache(REMEMBERED)
+def _unfitness(address: IPAddress) -> str | None:
+    """Why no datagram from elsewhere can be meant for the address, in words."""
     if address.is_loopback:
         return "loopback"
     if address.is_unspecified or address.is_multicast or str(address) == "255.255.255.255":
         return "not a unicast address"
     if address.is_link_local:
         return "link-local without a scope"
-    if contains(mesh, address):
-        return "inside the mesh's own prefix"
-    if endpoint in own:
-        return "our own endpoint"
     return None
 
 
@@ -62,6 +73,7 @@ def misplacement(
     return None
 
 
+@lru_cache(REMEMBERED)
 def is_private(address: IPAddress) -> bool:
     """Whether the address is of a site's own range (RFC 1918, RFC 4193) or a carrier's (RFC 6598)."""
     return contains(_PRIVATE, address)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from scope.model import Endpoint, PublicKey
+from scope_agent.agenda import earliest
 from scope_agent.paths.due import SendTo
 from scope_agent.paths.route import NEVER
 from scope_agent.wireguard.device import HoldEndpoint
@@ -145,8 +146,7 @@ class Changeover:
 
     def get_timer(self) -> float | None:
         """When `due_offer` or `take_answer` wants to be asked next."""
-        times = (
+        return earliest(
             self._offer.next if self._offer is not None else None,
             self._answer[0] if self._answer is not None else None,
         )
-        return min((t for t in times if t is not None), default=None)

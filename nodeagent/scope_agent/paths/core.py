@@ -12,7 +12,8 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Set
 from collections.abc import Mapping as MappingOf
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from operator import attrgetter
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -44,7 +45,7 @@ from scope.wire import (
     Ping,
     Pong,
 )
-from scope_agent.agenda import Agenda
+from scope_agent.agenda import Agenda, earliest
 from scope_agent.paths.birthday import Ask, Birthday, Spent, Tried
 from scope_agent.paths.candidates import (
     claims,
@@ -91,6 +92,12 @@ class Call:
     to: PublicKey
     message: Message
 
+
+_MINOR = ("rtt", "is_in_doubt")
+# What of a pair's view is worth a report at once: all but how long the way is, and whether it is being asked.
+_way: Callable[[PairView], tuple[object, ...]] = attrgetter(
+    *(each.name for each in fields(PairView) if each.name not in _MINOR)
+)
 
 PathsOutput: TypeAlias = Outgoing | Call
 
@@ -154,6 +161,8 @@ class Paths:
         # kept up to date by `_touch` and `view`, so that one datagram costs the same in a mesh of any size
         self._dirty: set[PublicKey] = set()
         self._views: dict[PublicKey, PairView] = {}
+        self._view = PathsView(pairs=MappingProxyType(self._views))
+        self._view_of: tuple[object, ...] = ()  # its other parts, as they were when it was made
         self._changes = Changes()
         self._living: dict[PublicKey, None] = {}
         self._busy: dict[PublicKey, float] = {}  # until when
@@ -517,17 +526,12 @@ class Paths:
 
     def get_timer(self) -> float | None:
         """When `handle_timer` wants to run next."""
-        due = self._agenda.next()
-        times = [due] if due is not None else []
-        reflexive = self._reflexive.get_timer()
-        if reflexive is not None and self._families:
-            times.append(reflexive)
-        guess = self._birthday.get_timer()
-        if guess is not None:
-            times.append(guess)
-        if self._young or self._waiting:
-            times.append(self._pace.next_search())
-        return min(times, default=None)
+        return earliest(
+            self._agenda.next(),
+            self._reflexive.get_timer() if self._families else None,
+            self._birthday.get_timer(),
+            self._pace.next_search() if self._young or self._waiting else None,
+        )
 
     def handle_timer(self, now: float) -> None:
         """Do what is due."""
@@ -640,13 +644,10 @@ class Paths:
     def view(self, now: float) -> PathsView:
         """All pairs; only those that were touched since the last view are worked out anew."""
         self._look(now)
-        return PathsView(
-            pairs=MappingProxyType(self._views),
-            candidates=self._candidates,
-            mapping=self._mapping,
-            reflectors_silent_since=self._reflexive.silent_since(),
-            reflectors_known=bool(self._targets),
-        )
+        own = (self._candidates, self._mapping, self._reflexive.silent_since(), bool(self._targets))
+        if own != self._view_of:
+            self._view, self._view_of = PathsView(MappingProxyType(self._views), *own), own
+        return self._view
 
     def explain(self, key: PublicKey, now: float) -> tuple[Attempt, ...]:
         """Every candidate towards a peer, and what came of it; none of one that we have no link with."""
@@ -681,9 +682,7 @@ class Paths:
             if view != before:
                 self._views[key] = view
                 self._changes.pairs.add(key)
-                self._changes.moved |= before is None or (
-                    replace(before, rtt=view.rtt, is_in_doubt=view.is_in_doubt) != view
-                )
+                self._changes.moved |= before is None or _way(before) != _way(view)
         self._dirty.clear()
 
     def _publish(self, now: float) -> bool:
@@ -722,8 +721,8 @@ class Paths:
             if target.probe_key == probe:
                 return target.endpoint
         key = self._peer_of.get(probe)
-        view = self._pairs[key].view(now) if key is not None and key in self._pairs else None
-        return view.endpoint if view is not None and view.path is not PathKind.NONE else None
+        pair = self._pairs.get(key) if key is not None else None
+        return pair.endpoint if pair is not None and pair.alive else None
 
     def settled(self, key: PublicKey, now: float) -> None:
         """Endpoint and hold of `key` were handed to the device."""

@@ -40,6 +40,7 @@ from typing import assert_never
 from scope.carrier import is_carried
 from scope.model import Endpoint, Family, Mapping, PathKind, PublicKey, Timers
 from scope.wire import Nominate, Nominated, Ping, Pong
+from scope_agent.agenda import earliest
 from scope_agent.paths import schedule
 from scope_agent.paths.changeover import Changeover, Offer
 from scope_agent.paths.counters import SUSPECT_AFTER, Flow
@@ -401,8 +402,8 @@ class Pair:
 
     def get_timer(self) -> float | None:
         """When `take` wants to run next."""
-        times = [route.next for route in self._routes]  # at most MAX_ROUTES
-        times += [
+        return earliest(
+            *[route.next for route in self._routes],  # at most MAX_ROUTES
             self._search.get_timer(searching=not self._path.is_direct),
             self._path.get_timer(),
             self._gate.until,
@@ -411,8 +412,7 @@ class Pair:
             self._decide_at,
             self._settling.next,
             self._changeover.get_timer(),
-        ]
-        return min((t for t in times if t is not None), default=None)
+        )
 
     def take(self, now: float, transactions: Callable[[], int], *, can_call: bool) -> list[Due]:
         """Everything due at `now`. `can_call`: something carries our calls to the peer."""
@@ -491,6 +491,11 @@ class Pair:
     def alive(self) -> bool:
         """Whether the path in use is believed to work."""
         return self._path.is_alive
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Where the path in use leads; None: nowhere yet."""
+        return self._path.endpoint
 
     @property
     def direct(self) -> bool:

@@ -17,6 +17,7 @@ import enum
 from collections.abc import Callable
 
 from scope.model import Timers
+from scope_agent.agenda import earliest
 from scope_agent.paths.schedule import FAMILY_DELAY, PUNCH
 
 # Call-me-maybe of one punch: the first may come before the other family's openers have left, be lost, or find
@@ -140,18 +141,17 @@ class Search:
 
     def get_timer(self, *, searching: bool) -> float | None:
         """When `climb` or `take_call` wants to run next."""
-        times = (self._next_call, self._retry_at, self._next_bound() if searching else None)
-        return min((t for t in times if t is not None), default=None)
+        return earliest(self._next_call, self._retry_at, self._next_bound() if searching else None)
 
     def _next_bound(self) -> float | None:
-        bounds = [self._rest_until] if self._rest_until is not None else []
-        if self._rests < RESTS and self._rest_until is None:
-            bounds.append(self._rest_due())
-        if not self.declared:
-            timers = self.timers
-            bound = timers.hub_fallback if self._connected_back else timers.connect_back
-            bounds.append(self._started + bound)
-        return min(bounds, default=None)
+        rests = self._rest_until
+        if rests is None and self._rests < RESTS:
+            rests = self._rest_due()
+        if self.declared:
+            return rests
+        timers = self.timers
+        bound = timers.hub_fallback if self._connected_back else timers.connect_back
+        return earliest(rests, self._started + bound)
 
     def _rest_due(self) -> float:
         # What had a path is asked for it without a pause at first: most paths that break heal by themselves.

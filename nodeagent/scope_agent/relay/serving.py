@@ -135,5 +135,7 @@ class Serving:
 
     def take_tellings(self) -> list[Telling]:
         """What is to be said now: the last word to each side about each pair."""
+        if not self._told:
+            return []
         told, self._told = self._told, []
         return list({(telling.to, telling.message.peer): telling for telling in told}.values())

@@ -29,6 +29,7 @@ from typing import Final
 
 from scope.attachments import supersedes
 from scope.model import Attachment, PublicKey
+from scope_agent.agenda import earliest
 
 WATCH: Final = 1.0  # seconds between two looks at the home
 WATCH_OTHERS: Final = 30.0  # at a hub that may become the home: its round trip, and that it lives
@@ -216,12 +217,13 @@ class Attaching:
 
     def get_timer(self) -> float | None:
         """When `handle_timer` wants to run next."""
-        times = [self._claim_at, self._leave_at, self._release_at]
-        if self._nearer is not None:
-            times.append(self._nearer[1] + NEARER_FOR)
-        if self._patient_until > float("-inf"):
-            times.append(self._patient_until)
-        return min((t for t in times if t is not None), default=None)
+        return earliest(
+            self._claim_at,
+            self._leave_at,
+            self._release_at,
+            self._nearer[1] + NEARER_FOR if self._nearer is not None else None,
+            self._patient_until if self._patient_until > float("-inf") else None,
+        )
 
     def handle_timer(self, now: float, wall: float) -> None:
         """Do what is due."""

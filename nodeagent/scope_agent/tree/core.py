@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from scope.attachments import sign_attachment, verify_attachment
 from scope.model import Attachment, PeerKeys, PublicKey, Role, Secret, Snapshot, TopologyMode
 from scope.topology import Topology, by_hub, rehomed
 from scope.wire import Attach, Attached
+from scope_agent.agenda import earliest
 from scope_agent.tree.attaching import Attaching, Phase, Reach
 from scope_agent.tree.holding import Holding
 from scope_agent.tree.rules import ForwardedPrefixes, forwarded_prefixes
@@ -34,6 +36,9 @@ class TreeChanges:
     is_reshaped: bool  # all is to be worked out anew
     moves: Mapping[PublicKey, tuple[PublicKey | None, PublicKey | None]]
     to_keep: bool  # the disk should know
+
+
+_UNCHANGED = TreeChanges(is_reshaped=False, moves=MappingProxyType({}), to_keep=False)
 
 
 class Tree:
@@ -108,10 +113,13 @@ class Tree:
     def take_changes(self) -> TreeChanges:
         """What changed since the last call."""
         shape = (self._hubs, self._is_hub, self._attaching.phase, self.home)
-        before, self._shape = self._shape, shape
+        kept = (self._attaching.claim, self._holding.changes)
         moves = self._holding.take_moves()
-        kept, self._kept = self._kept, (self._attaching.claim, self._holding.changes)
-        return TreeChanges(before != self._shape, moves, kept != self._kept)
+        if not moves and shape == self._shape and kept == self._kept:
+            return _UNCHANGED
+        shape_before, self._shape = self._shape, shape
+        kept_before, self._kept = self._kept, kept
+        return TreeChanges(shape_before != shape, moves, kept_before != kept)
 
     # --- what happens --------------------------------------------------------------------------------------
 
@@ -182,8 +190,7 @@ class Tree:
 
     def get_timer(self) -> float | None:
         """When `handle_timer` wants to run next."""
-        times = (self._attaching.get_timer(), self._holding.get_timer())
-        return min((t for t in times if t is not None), default=None)
+        return earliest(self._attaching.get_timer(), self._holding.get_timer())
 
     def handle_timer(self, now: float) -> None:
         """Do what is due."""

@@ -24,6 +24,7 @@ from typing import Final
 from scope.attachments import supersedes, verify_attachment
 from scope.model import Attachment, PublicKey, Snapshot
 from scope.wire import MAX_ATTACHMENTS
+from scope_agent.agenda import earliest
 
 FORGET_AFTER: Final = 120.0  # edges stay attached for a minute; twice that
 AGAIN_FIRST, AGAIN_LONGEST = 0.3, 30.0  # between two tellings that a hub does not answer
@@ -87,14 +88,18 @@ class Holding:
 
     def take_moves(self) -> dict[PublicKey, tuple[PublicKey | None, PublicKey | None]]:
         """The edges that are reached by another hub than before, with both; asked again, none."""
+        if not self._moved:
+            return {}
         moved, self._moved = self._moved, {}
         moves = {edge: (self._home_by(before, edge), self.home_of(edge)) for edge, before in moved.items()}
         return {edge: move for edge, move in moves.items() if move[0] != move[1]}
 
     def get_timer(self) -> float | None:
         """When `handle_timer` wants to run next."""
-        times = [at for told in self._told.values() for at in (told.say_at, told.again_at)]
-        return min((t for t in (*times, self._forget_at) if t is not None), default=None)
+        first = self._forget_at
+        for told in self._told.values():
+            first = earliest(first, told.say_at, told.again_at)
+        return first
 
     # --- what happens --------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ again) and nothing is lost on the way:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from ipaddress import IPv4Interface, IPv4Network, IPv6Interface, IPv6Network
 from typing import TypeVar
@@ -56,18 +56,39 @@ def plan_device(desired: DesiredDevice, observed: ObservedDevice) -> tuple[Actio
     Peers, addresses, routes and guards that are not desired are removed. A settling peer's SetEndpoint is
     emitted each time; everything else differs before it is emitted.
     """
-    owners = _owners(desired)
-    pairs = [
-        (desired.peers[key], observed.peers[key])
-        for key in sorted(desired.peers.keys() & observed.peers.keys())
-    ]
+    urgent, others = _plan_peers(desired.peers, observed.peers)
     return (
-        *_correct_endpoints(pairs),
-        *(RemovePeer(key) for key in sorted(observed.peers.keys() - desired.peers.keys())),
+        *urgent,
         *(AddGuard(prefix) for prefix in _sorted(desired.guarded - observed.guarded)),
         *_correct_device(desired, observed),
         *(AddAddress(address) for address in _sorted(desired.addresses - observed.addresses)),
         *(AddRoute(prefix) for prefix in _sorted(desired.routes - observed.routes)),
+        *others,
+        *(RemoveRoute(prefix) for prefix in _sorted(observed.routes - desired.routes)),
+        *(RemoveAddress(address) for address in _sorted(observed.addresses - desired.addresses)),
+        *(RemoveGuard(prefix) for prefix in _sorted(observed.guarded - desired.guarded)),
+    )
+
+
+def plan_peers(
+    desired: Mapping[PublicKey, DesiredPeer], observed: Mapping[PublicKey, ObservedPeer]
+) -> tuple[Action, ...]:
+    """What of `plan_device` concerns these peers alone, on a device that is else as it should be."""
+    urgent, others = _plan_peers(desired, observed)
+    return (*urgent, *others)
+
+
+def _plan_peers(
+    desired: Mapping[PublicKey, DesiredPeer], observed: Mapping[PublicKey, ObservedPeer]
+) -> tuple[list[Action], list[Action]]:
+    """What goes before all other actions, and what goes after those that make the device."""
+    owners = _owners(desired)
+    pairs = [(desired[key], observed[key]) for key in sorted(desired.keys() & observed.keys())]
+    urgent: list[Action] = [
+        *_correct_endpoints(pairs),
+        *(RemovePeer(key) for key in sorted(observed.keys() - desired.keys())),
+    ]
+    others: list[Action] = [
         *(
             SetPsk(want.key, want.psk)
             for want, have in pairs
@@ -76,15 +97,14 @@ def plan_device(desired: DesiredDevice, observed: ObservedDevice) -> tuple[Actio
         *_add_peers(desired, observed, owners),
         *_correct_allowed_ips(pairs, owners),
         *(SetKeepalive(want.key, want.keepalive) for want, have in pairs if want.keepalive != have.keepalive),
-        *(RemoveRoute(prefix) for prefix in _sorted(observed.routes - desired.routes)),
-        *(RemoveAddress(address) for address in _sorted(observed.addresses - desired.addresses)),
-        *(RemoveGuard(prefix) for prefix in _sorted(observed.guarded - desired.guarded)),
-    )
+    ]
+    return urgent, others
 
 
-def plan_holds(desired: DesiredDevice) -> tuple[HoldEndpoint, ...]:
+def plan_holds(desired: Mapping[PublicKey, DesiredPeer]) -> tuple[HoldEndpoint, ...]:
     """The holds to be set, before the endpoints that they hold."""
-    return tuple(peer.hold for _, peer in sorted(desired.peers.items()) if peer.hold is not None)
+    held = {key: peer.hold for key, peer in desired.items() if peer.hold is not None}
+    return tuple(held[key] for key in sorted(held))
 
 
 def count_drift(agreed: DesiredDevice, observed: ObservedDevice) -> int:
@@ -122,10 +142,12 @@ def _correct_device(desired: DesiredDevice, observed: ObservedDevice) -> Iterato
 
 
 def _add_peers(
-    desired: DesiredDevice, observed: ObservedDevice, owners: dict[IPNetwork, PublicKey]
+    desired: Mapping[PublicKey, DesiredPeer],
+    observed: Mapping[PublicKey, ObservedPeer],
+    owners: dict[IPNetwork, PublicKey],
 ) -> Iterator[AddPeer]:
-    for key in sorted(desired.peers.keys() - observed.peers.keys()):
-        want = desired.peers[key]
+    for key in sorted(desired.keys() - observed.keys()):
+        want = desired[key]
         yield AddPeer(
             key,
             endpoint=want.endpoint,
@@ -149,13 +171,9 @@ def _correct_allowed_ips(
     yield from replaced
 
 
-def _owners(desired: DesiredDevice) -> dict[IPNetwork, PublicKey]:
+def _owners(desired: Mapping[PublicKey, DesiredPeer]) -> dict[IPNetwork, PublicKey]:
     """Which peer each allowed IP belongs to: WireGuard gives a prefix to one peer, here to the lower key."""
-    return {
-        prefix: key
-        for key in sorted(desired.peers, reverse=True)
-        for prefix in desired.peers[key].allowed_ips
-    }
+    return {prefix: key for key in sorted(desired, reverse=True) for prefix in desired[key].allowed_ips}
 
 
 def _owned(peer: DesiredPeer, owners: dict[IPNetwork, PublicKey]) -> frozenset[IPNetwork]:
