@@ -543,6 +543,9 @@ class PeerSpec:
     cluster: str = ""
     node_name: str = ""
     node_uid: str = ""
+    leaving: bool = (
+        False  # of a Node: its agent takes down what the mesh has there; the address stays its own
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -629,6 +632,7 @@ class PeerReport:
     hub: str = ""  # of an edge of a tree: name of the ScopePeer by which it is reached
     identity: Fingerprint | None = None  # for post-quantum keys; None: the agent makes none
     post_quantum: KeyCounts | None = None  # None: as `identity`
+    left: bool = False  # the agent was told to leave, and nothing of the mesh is on its Node any more
 
 
 @dataclass(frozen=True, slots=True)

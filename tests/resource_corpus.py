@@ -239,6 +239,7 @@ def everything_of_a_peer() -> Document:
         role="Edge",
         routes=["10.244.1.0/24", "fd00:1::/64"],
         endpoints=["192.0.2.1:51820"],
+        leaving=True,
         status={
             "keys": KEYS,
             "endpoints": [{"endpoint": "10.0.0.1:51820", "kind": "Host"}],
@@ -263,6 +264,7 @@ def everything_of_a_peer() -> Document:
             "hub": "home.external.nas",
             "identity": "0f" * 32,
             "postQuantum": {"keyed": 2, "unkeyed": 1, "failed": 1},
+            "left": True,
             "addresses": ["100.80.0.7/16", "fd5c::7/64"],
             "role": "Edge",
             "online": True,
@@ -492,6 +494,8 @@ def _wrong_peers() -> Iterator[Case]:
     for name in ("a.b", "Home", "", "m" * 64):
         yield Case(f"of mesh {name[:10]!r}", peer(mesh=name), "spec.mesh")
     yield Case("a role of no kind", peer(role="hub"), "spec.role")
+    yield Case("an external peer that is to leave", peer(leaving=True), "spec")
+    yield Case("leaving tomorrow", peer(**NODE, leaving="tomorrow"), "spec.leaving")
     for missing in NODE:
         kept = {name: value for name, value in NODE.items() if name != missing}
         yield Case(f"a Node without {missing}", peer(**kept), "spec")
@@ -557,6 +561,7 @@ def _wrong_reports() -> Iterator[Case]:
     yield Case("an endpoint nowhere", nowhere, "status.endpoints[0].endpoint")
     kindless = report(endpoints=[candidate | {"kind": "Guess"}])
     yield Case("an endpoint of no kind", kindless, "status.endpoints[0].kind")
+    yield Case("left in part", report(left=0.5), "status.left")
     yield Case("five held addresses", report(heldAddresses=["10.0.0.1"] * 5), "status.heldAddresses")
     for address in ("10.0.0.1/8", "::ffff:10.0.0.1", "fe80::1%e", ""):
         yield Case(f"holding {address!r}", report(heldAddresses=[address]), "status.heldAddresses[0]")
@@ -645,6 +650,7 @@ def _wrong_assignments() -> Iterator[Case]:
 def changes() -> Iterator[Change]:
     """Specs that replace others."""
     node, external = peer(**NODE), peer()
+    yield Change("one that is to leave", node, peer(**NODE, leaving=True))
     yield Change("another role and routes", node, peer(**NODE, role="Hub", routes=["10.1.0.0/16"]))
     yield Change("nothing", external, external)
     yield Change("another mesh", external, peer(mesh="away"), "spec.mesh")

@@ -7,6 +7,7 @@ The registry advises, the agent decides what to believe:
   when a complete list, not older than the last one seen, holds the mesh and our own ScopePeer but not the
   peer. Where a list would remove more than MANY peers and a tenth of the mesh, it takes a second list, at
   least 30 s later, that says the same;
+- a peer that is told to leave is no member while it is;
 - a revision that goes backwards, or another registry id, is a restore: for ten minutes nothing is removed but
   by a signed tombstone, then a complete list is asked for; no tombstone is forgotten.
 
@@ -282,7 +283,8 @@ class Membership:
 
     def _settle(self, key: PublicKey) -> None:
         """Believe the oldest peer that names the key, unless the key was removed or is our own."""
-        claimants = [self._peers[uid] for uid in self._claims.get(key, ()) if uid not in self._tombstones]
+        held = [self._peers[uid] for uid in self._claims.get(key, ()) if uid not in self._tombstones]
+        claimants = [peer for peer in held if not peer.spec.leaving]
         if not claimants or key in self._buried or key == self._own:
             self._believed.pop(key, None)
         else:

@@ -13,6 +13,9 @@ A mesh is left, with its device and keys, when its ScopePeer is gone, or only st
 absent from two complete lists half a minute apart. For a mesh that was not listed since the start, or since
 the registry went back in time, as a restored one does, that is not believed for ten minutes.
 
+One whose ScopePeer is told to leave is left at once, and the ScopePeer then says so: whoever told it waits
+for that. It stays away for as long as that stands there.
+
 In a cluster whose registry is elsewhere the gateway there takes the API server's place. This asks it for the
 one ScopePeer that is its own, at intervals: the event stream is the Runner's, since a second one of the same
 peer would end it. A gateway that knows no such ScopePeer tells nothing of its revision, so it is believed
@@ -26,11 +29,11 @@ import logging
 import secrets
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from scope.model import (
     ConfigError,
@@ -135,7 +138,7 @@ class NodeAgent:
         self._absent: dict[str, float] = {}  # meshes that we serve without a ScopePeer, since when
         self._listed: set[str] = set()  # meshes whose ScopePeer was there since the start
         self._patient_until = time.monotonic() + RESTORE_PATIENCE
-        self._leaving: dict[str, asyncio.Task[None]] = {}  # by mesh
+        self._leaving: dict[str, asyncio.Task[object]] = {}  # by mesh
         self._revision: Revision | None = None
         self._opening: asyncio.Task[tuple[KubeModule, KubeClient, Leases]] | None = None
         self._asked = asyncio.Event()  # a Runner's first pings are on their way
@@ -171,7 +174,7 @@ class NodeAgent:
         if self._failure is not None:
             raise self._failure
 
-    def _note_end(self, task: asyncio.Future[None]) -> None:
+    def _note_end(self, task: asyncio.Future[Any]) -> None:
         """What ends following, but stopping, is for a person to mend."""
         if task.cancelled() or (error := task.exception()) is None:
             return
@@ -247,10 +250,13 @@ class NodeAgent:
         self._note_present()
 
     def _note_present(self) -> None:
-        for mesh in self._peers:
+        for mesh, peer in self._peers.items():
             self._absent.pop(mesh, None)
             self._listed.add(mesh)
-            self._serve(mesh).changed.set()
+            if peer.spec.leaving:
+                self._depart(mesh, peer)
+            else:
+                self._serve(mesh).changed.set()
 
     def _ours(self, resources: Iterable[Resource]) -> dict[str, Peer]:
         """The ScopePeers of our own cluster and Node, by mesh; the newest of two, which follows the Node."""
@@ -279,8 +285,18 @@ class NodeAgent:
         log.info("mesh.left mesh=%s: its ScopePeer is gone", mesh)
         self._absent.pop(mesh)
         self._peers.pop(mesh, None)
-        served = self._served.pop(mesh)
-        leaving = self._leaving[mesh] = asyncio.ensure_future(self._leave(mesh, served))
+        self._begin_leaving(mesh, self._leave(mesh, self._served.pop(mesh)))
+
+    def _depart(self, mesh: str, peer: Peer) -> None:
+        """Our ScopePeer is told to leave: have nothing of the mesh here, and have the ScopePeer say so."""
+        is_told = peer.report is None or peer.report.left
+        if mesh in self._leaving or (mesh not in self._served and is_told):
+            return
+        log.info("mesh.leaving mesh=%s: its ScopePeer is told to", mesh)
+        self._begin_leaving(mesh, self._leave_and_tell(mesh, self._served.pop(mesh, None)))
+
+    def _begin_leaving(self, mesh: str, work: Coroutine[object, None, object]) -> None:
+        leaving = self._leaving[mesh] = asyncio.ensure_future(work)
         leaving.add_done_callback(self._note_end)
         leaving.add_done_callback(lambda _: self._leaving.pop(mesh))
 
@@ -394,25 +410,51 @@ class NodeAgent:
                 log.error("mesh.stopped mesh=%s error=%s", mesh, error)  # noqa: TRY400 - it is a sentence
             await asyncio.sleep(RESTART)
 
-    async def _leave(self, mesh: str, served: _Served) -> None:
-        """Take down what a mesh had here: its Runner, its device, its keys."""
+    async def _leave_and_tell(self, mesh: str, served: _Served | None) -> None:
+        """Leave, and say so where nothing stays; who waits for that names the Node otherwise."""
+        if served is not None and not await self._leave(mesh, served):
+            return
+        while (peer := self._peers.get(mesh)) is not None and peer.spec.leaving:
+            if peer.report is None or peer.report.left:
+                return
+            try:
+                registry = (
+                    await self._elsewhere.registry()
+                    if self._elsewhere is not None
+                    else await self._registry()
+                )
+                said = PeerReport(keys=peer.report.keys, left=True)
+                await registry.update_status(Kind.PEER, peer.meta.name, said, uid=peer.meta.uid)
+            except (RegistryError, ConfigError) as error:
+                log.warning("mesh.left_untold mesh=%s error=%s", mesh, error)
+                await asyncio.sleep(RETRY)
+            else:
+                log.info("mesh.left mesh=%s: its ScopePeer says so", mesh)
+                return
+
+    async def _leave(self, mesh: str, served: _Served) -> bool:
+        """Take down what a mesh had here: its Runner, its device, its keys. False where something stays."""
         await self._end(served)
         state, config = self._state(mesh), self._config
         if not state.is_enrolled():
-            return
+            return True
         enrolment = state.load_enrolment()
         run_config = RunConfig(state, config.run_dir, fwmark=config.fwmark)
+        is_clean = True
         for undo in (be_no_hub, close_ports, carry_nobody):
             for failed in await asyncio.to_thread(undo, run_config, enrolment):
                 log.error("mesh.traces_stay mesh=%s error=%s", mesh, failed)
+                is_clean = False
         device = choose_device(enrolment.device, run_dir=config.run_dir, only=config.only)
         try:
             await device.delete()
         except ApplyError as error:
             log.error("mesh.device_stays mesh=%s error=%s", mesh, error)  # noqa: TRY400 - it is a sentence
+            is_clean = False
         finally:
             await device.close()
         state.remove()
+        return is_clean
 
     async def _end(self, served: _Served) -> None:
         if served.work is not None:

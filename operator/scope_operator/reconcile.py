@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import assert_never
 
 from scope.model import GatewayOrigin, Kind, Peer, PublicKey, Reflector, Resource
@@ -38,6 +38,7 @@ from scope_operator.plan.planner import (
     CreatePeer,
     DeletePeer,
     Planner,
+    RevivePeer,
     Write,
     WriteAssignment,
     WriteMeshStatus,
@@ -336,6 +337,10 @@ class Reconciler:
             case CreatePeer(peer, mesh):
                 log.info("reconcile.created peer=%s node=%s", peer.meta.name, peer.spec.node_name)
                 return await self._registry.create(peer)
+            case RevivePeer(peer=peer):
+                log.info("reconcile.revived peer=%s node=%s", peer.meta.name, peer.spec.node_name)
+                asked = Peer(peer.meta, replace(peer.spec, leaving=False))
+                return await self._registry.update(asked, if_revision=peer.meta.revision)
             case DeletePeer(peer=peer, why=why):
                 log.info("reconcile.deleted peer=%s uid=%s why=%s", peer.meta.name, peer.meta.uid, why)
                 await self._registry.delete(Kind.PEER, peer.meta.name, uid=peer.meta.uid)

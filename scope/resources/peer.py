@@ -116,7 +116,7 @@ def forbidden_changes(stored: Resource, asked: Resource) -> tuple[Problem, ...]:
 REPORT_FIELDS = frozenset(
     {
         *("keys", "endpoints", "mapping", "device", "links", "direct", "relayed", "unreachable"),
-        *("heldAddresses", "protocol", "relay", "hub", "identity", "postQuantum"),
+        *("heldAddresses", "protocol", "relay", "hub", "identity", "postQuantum", "left"),
     }
 )
 
@@ -128,6 +128,8 @@ def _read_peer_spec(fields: Fields) -> PeerSpec:
             f"{', '.join(sorted(node))} without {', '.join(sorted(_NODE_FIELDS - node))}",
             "all three for the peer of a Kubernetes Node, none for an external peer",
         )
+    if "leaving" in fields.present() and not node:
+        fields.refuse("leaving without nodeName", "no leaving: run scope-agent leave on that machine")
     return PeerSpec(
         mesh=fields.required("mesh", read_label, ""),
         role=fields.optional("role", lambda value: read_choice(Role, value), Role.AUTO),
@@ -136,6 +138,7 @@ def _read_peer_spec(fields: Fields) -> PeerSpec:
         cluster=fields.optional("cluster", read_cluster_name, ""),
         node_name=fields.optional("nodeName", read_subdomain, ""),
         node_uid=fields.optional("nodeUID", read_object_uid, ""),
+        leaving=fields.optional("leaving", read_boolean, False),
     )
 
 
@@ -166,6 +169,7 @@ def read_report(fields: Fields) -> PeerReport:
         hub=fields.optional("hub", read_subdomain, ""),
         identity=fields.optional("identity", read_fingerprint, None),
         post_quantum=read_key_counts(counts) if (counts := fields.sub_if_any("postQuantum")) else None,
+        left=fields.optional("left", read_boolean, False),
     )
 
 
@@ -245,6 +249,7 @@ def peer_spec_dict(spec: PeerSpec) -> dict[str, object]:
         **({"cluster": spec.cluster} if spec.cluster else {}),
         **({"nodeName": spec.node_name} if spec.node_name else {}),
         **({"nodeUID": spec.node_uid} if spec.node_uid else {}),
+        **({"leaving": True} if spec.leaving else {}),
     }
 
 
@@ -270,6 +275,7 @@ def report_dict(report: PeerReport) -> dict[str, object]:
         **({"hub": report.hub} if report.hub else {}),
         **({"identity": str(report.identity)} if report.identity is not None else {}),
         **({"postQuantum": key_counts_dict(report.post_quantum)} if report.post_quantum is not None else {}),
+        **({"left": True} if report.left else {}),
     }
 
 

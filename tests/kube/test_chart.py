@@ -17,6 +17,7 @@ import sys
 import tomllib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tests.kube.operator_fixture import MESHES, PEERS, Replica, addresses, end, 
 
 NAMESPACE = "scope-system"
 CORE, APPS = f"/api/v1/namespaces/{NAMESPACE}", f"/apis/apps/v1/namespaces/{NAMESPACE}"
+BATCH = f"/apis/batch/v1/namespaces/{NAMESPACE}"
 DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 PATIENCE_S = 180.0  # an operator starts in two seconds of processor time; the machine may be busy
 SPEC = {"addressing": {"ipv4": "100.64.0.0/16"}}
@@ -221,11 +223,13 @@ VARIANTS: dict[str, dict[str, object]] = {
         "wireguard": {"enabled": True, "devices": ["scope0", "scope1"]},
         "networkPolicy": {"enabled": True, "metricsFrom": [{"namespaceSelector": {}}]},
         "mesh": MESH,
+        "cleanup": {"onUninstall": True},
     },
     "a cluster that joins": {
         "clusterName": "ams",
         "registry": {"url": "https://scope.example.net:7443"},
         "networkPolicy": {"enabled": True},
+        "cleanup": {"onUninstall": True},
     },
     "agents alone": {"operator": {"enabled": False}, "crds": {"install": False}},
 }
@@ -254,6 +258,12 @@ def test_a_joining_cluster_gets_no_gateway_and_no_rights_for_its_agents(helm: He
     ]
     agent = pod_of(only(documents, "DaemonSet", "scope-agent"))
     assert "--gateway=/var/run/secrets/scope-gateway" in agent["containers"][0]["args"]
+    [cleanup] = pod_of(only(documents, "Job", "scope-cleanup"))["containers"]
+    assert "--registry-url=https://scope.example.net:7443" in cleanup["args"]
+    [rule] = only(documents, "Role", "scope-cleanup")["rules"]
+    assert (rule["resourceNames"], rule["verbs"]) == (["scope-cluster"], ["get"])
+    [rule] = only(documents, "ClusterRole", "scope-cleanup")["rules"]
+    assert rule["resources"] == ["namespaces"]
 
 
 def test_behind_node_ports_the_reflector_listens_on_the_numbers_that_peers_are_told(helm: Helm) -> None:
@@ -349,6 +359,7 @@ def test_the_operator_runs_where_pod_security_is_restricted_and_an_agent_does_no
         await _make_namespace(plane, "restricted", level="restricted")
         await admitted(pod_of(only(documents, "Deployment", "scope-operator")))
         await admitted(only(documents, "Pod", "scope-test")["spec"])
+        await admitted(pod_of(only(documents, "Job", "scope-cleanup")))
         with pytest.raises(ApiError, match="PodSecurity"):
             await admitted(pod_of(only(documents, "DaemonSet", "scope-agent")))
 
@@ -365,6 +376,7 @@ class Release:
         self.plane = plane
         self._directory = directory
         self._runs = 0
+        self._jobs: set[str] = set()  # uids of those that ran
 
     async def get(self, path: str) -> Any:
         """An object; None where there is none."""
@@ -427,6 +439,54 @@ class Release:
             return next(iter(addresses(found)), None) if found else None
 
         return await eventually(given, within=PATIENCE_S)
+
+    async def report(self, peer: str, *, left: bool) -> None:
+        """Write what the agent of a peer says."""
+        keys = {name: base64.b64encode(bytes(32)).decode() for name in ("wireGuard", "probe", "signing")}
+        status = {"status": {"keys": keys, "left": left}}
+        await self.plane.request("PATCH", f"{PEERS}/{peer}/status", status, content_type=MERGE)
+
+    async def comes_back(self, peer: str) -> None:
+        """Return when a peer is no longer told to leave."""
+
+        async def stays() -> bool:
+            return "leaving" not in (await self.get(f"{PEERS}/{peer}"))["spec"]
+
+        await eventually(stays, within=PATIENCE_S)
+
+    async def cleans_up(self, *, code: int) -> str:
+        """Run the one Job that has not run, as its kubelet does, and tell how it ended: what it said."""
+
+        async def made() -> dict[str, Any] | None:
+            job = await self.get(f"{BATCH}/jobs/scope-cleanup")
+            return job if job and job["metadata"]["uid"] not in self._jobs else None
+
+        job = await eventually(made, within=PATIENCE_S)
+        self._jobs.add(job["metadata"]["uid"])
+        pod = pod_of(job)
+        [container] = pod["containers"]
+        token = await self.plane.token(pod["serviceAccountName"], namespace=NAMESPACE)
+        access = [f"--kubeconfig={self.plane.kubeconfig(token=token)}", f"--namespace={NAMESPACE}"]
+        arguments = [each.replace("$(SCOPE_CLUSTER)", "fra") for each in container["args"]]
+        process = await asyncio.create_subprocess_exec(
+            str(Path(sys.executable).parent / container["command"][0]),
+            *arguments,
+            *access,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        said, _ = await asyncio.wait_for(process.communicate(), PATIENCE_S)
+        assert process.returncode == code, said.decode()
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        ended = ("SuccessCriteriaMet", "Complete") if code == 0 else ("FailureTarget", "Failed")
+        conditions = [
+            {"type": each, "status": "True", "lastTransitionTime": now, "reason": "Ended"} for each in ended
+        ]
+        status = {"startTime": now, "conditions": conditions} | ({"completionTime": now} if code == 0 else {})
+        await self.plane.request(
+            "PATCH", f"{BATCH}/jobs/scope-cleanup/status", {"status": status}, content_type=MERGE
+        )
+        return said.decode()
 
     async def listen_port(self, wanted: int) -> None:
         """Return when the mesh has this port; 0 for none."""
@@ -552,5 +612,30 @@ def test_a_release_is_installed_upgraded_rolled_back_removed_and_installed_again
             assert await release.address("home.fra.n2") != address
             assert await release.address("home.fra.n1") == address
             assert await release.gateway_key() == key
+
+        # Nodes leave before the release goes, or it stays; the next one lets them come back as they were.
+        cleanup = {"onUninstall": True, "timeoutSeconds": 1}
+        helm("upgrade", "other", packaged, values={"clusterName": "fra", "cleanup": cleanup})
+        for name in ("home.fra.n1", "home.fra.n2"):
+            await release.report(name, left=False)
+        removing = asyncio.create_task(asyncio.to_thread(helm, "uninstall", "other"))
+        assert "Node n1, mesh home: its agent" in await release.cleans_up(code=1)
+        with pytest.raises(KubeLabError, match="scope-cleanup failed"):
+            await removing
+        assert await release.get(agent)
+        for name in ("home.fra.n1", "home.fra.n2"):
+            assert (await plane.request("GET", f"{PEERS}/{name}"))["spec"]["leaving"]
+            await release.report(name, left=True)
+        removing = asyncio.create_task(asyncio.to_thread(helm, "uninstall", "other"))
+        assert "leaving.done left=2" in await release.cleans_up(code=0)
+        await removing
+        for path in (agent, f"{BATCH}/jobs/scope-cleanup", f"{CORE}/serviceaccounts/scope-cleanup"):
+            assert await release.get(path) is None
+
+        helm("install", "other", packaged, "--take-ownership", values={"clusterName": "fra"})
+        async with release.operator():
+            for name in ("home.fra.n1", "home.fra.n2"):
+                await release.comes_back(name)
+            assert await release.address("home.fra.n1") == address
 
     asyncio.run(body())

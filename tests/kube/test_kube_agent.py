@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kubelab import APPLY, ApiError, ControlPlane
-from lab import Lab, LabError, Machine, Nat
+from kubelab import APPLY, MERGE, ApiError, ControlPlane
+from lab import Host, Lab, LabError, Machine, Nat
 from meshlab import PRIVATE, Flow, Member, Pinger, Status
 from meshlab.programs import POLL_S, program, tail
 
@@ -102,6 +102,7 @@ class Cluster:
     """A cluster in the lab, and this test in its operator's place."""
 
     plane: ControlPlane
+    api: Host  # where its API server is
     nodes: list[Node]
     pinger: Pinger
 
@@ -190,6 +191,12 @@ class Cluster:
         assert isinstance(found, dict)
         return found
 
+    def leave(self, *, patience_s: float) -> None:
+        """Have the Nodes leave, as the chart's Job does. Raises LabError with what it said."""
+        options = [f"--kubeconfig={self.plane.kubeconfig()}", f"--namespace={NAMESPACE}"]
+        said = [f"--cluster-name={CLUSTER}", f"--leave={patience_s:g}"]
+        self.api.run([program("scope-operator"), *options, *said], timeout=180.0)
+
     def await_beats(self, node: Node, names: list[str]) -> None:
         """Return when the Lease of a Node speaks for these ScopePeers."""
 
@@ -250,7 +257,8 @@ def until(done: Callable[[], Any], *, within_s: float, missing: Callable[[], str
 def cluster() -> Iterator[Cluster]:
     """A control plane on a server of the lab, and two Nodes, one of them behind a NAT."""
     with Lab(delay_ms=5, private=PRIVATE) as lab, Pinger() as pinger:
-        plane = ControlPlane(host=lab.server("api"))
+        api = lab.server("api")
+        plane = ControlPlane(host=api)
         try:
             asyncio.run(start(plane))
             machines = [
@@ -260,7 +268,7 @@ def cluster() -> Iterator[Cluster]:
             nodes = [
                 Node(machine, asyncio.run(make_node(plane, machine.name)), plane) for machine in machines
             ]
-            yield Cluster(plane, nodes, pinger)
+            yield Cluster(plane, api, nodes, pinger)
         finally:
             plane.close(keep_logs=False)
 
@@ -386,6 +394,35 @@ def test_a_mesh_whose_peer_is_gone_is_left_and_the_other_stays(cluster: Cluster,
     )
     assert "scope0" in node.devices()
     cluster.await_pings(joined)
+
+
+def test_nodes_that_are_told_to_leave_are_waited_for_and_who_has_not_left_is_named(
+    cluster: Cluster, joined: list[Flow]
+) -> None:
+    first, second = cluster.nodes
+    before = {node.name: cluster.peer("home", node)["status"] for node in cluster.nodes}
+    second.kill()
+    with pytest.raises(LabError, match=f"Node {second.name}, mesh home: its agent"):
+        cluster.leave(patience_s=0)
+    cluster.await_report("home", first, lambda status: status.get("left") is True)
+    assert not {"scope0", "scope1"} & first.devices()
+    assert "scope0" in second.devices()
+    second.run()
+    cluster.leave(patience_s=120)
+    for node in cluster.nodes:
+        assert not {"scope0", "scope1"} & node.devices()
+        assert not [each for each in node.state.iterdir() if each.is_dir()]
+
+    # What the operator of the next installation does.
+    for node in cluster.nodes:
+        spec = {"spec": {"leaving": None}}
+        cluster.ask("PATCH", f"{PEERS}/{peer_name('home', node)}", spec, content_type=MERGE)
+    cluster.await_direct("home")
+    cluster.await_pings(joined)
+    for node in cluster.nodes:
+        status = cluster.await_report("home", node, is_whole)
+        assert status["addresses"] == before[node.name]["addresses"]
+        assert status["keys"] != before[node.name]["keys"]
 
 
 def test_a_cluster_or_node_that_is_not_named_is_asked_for(cluster: Cluster) -> None:

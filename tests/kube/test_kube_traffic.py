@@ -93,7 +93,8 @@ def await_connected(cluster: Cluster) -> None:
 
 def test_no_packet_is_lost_while_the_api_server_fails_restarts_and_is_restored() -> None:
     with Lab(delay_ms=5, private=PRIVATE) as lab, Pinger(calm_s=PINGS_S, eager_s=PINGS_S) as pinger:
-        plane = ControlPlane(host=lab.server("api"))
+        api = lab.server("api")
+        plane = ControlPlane(host=api)
         try:
             asyncio.run(start(plane))
             with proxied(plane) as (proxy, loop):
@@ -106,7 +107,7 @@ def test_no_packet_is_lost_while_the_api_server_fails_restarts_and_is_restored()
                     for each in machines
                 ]
                 try:
-                    story(Cluster(plane, nodes, pinger), proxy, loop)
+                    story(Cluster(plane, api, nodes, pinger), proxy, loop)
                 finally:  # before the proxy, which they would still ask
                     for node in nodes:
                         if node.agent is not None:

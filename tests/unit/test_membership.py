@@ -77,6 +77,15 @@ def test_a_peer_that_comes_back_with_other_keys_loses_the_earlier_ones_at_once()
     assert _names(membership) == {"p1", "p2", "p3"}
 
 
+def test_a_peer_that_is_told_to_leave_is_no_member_until_that_is_taken_back() -> None:
+    membership = _members(4)
+    leaving = replace(PEERS[1], spec=replace(PEERS[1].spec, leaving=True))
+    membership.receive(Put(leaving, _at(11)), 1.0)
+    assert _names(membership) == {"p2", "p3"}
+    membership.receive(Put(PEERS[1], _at(12)), 2.0)
+    assert _names(membership) == {"p1", "p2", "p3"}
+
+
 def test_few_absences_in_a_complete_list_are_believed_at_once() -> None:
     membership = _members(20)
     membership.receive(Listed(Kind.PEER, _at(11), tuple(PEERS[:18])), 1.0)

@@ -20,6 +20,7 @@ from scope_agent.node import KubeModule, NodeAgent, NodeConfig
 from scope_agent.run import Gateway as Courier
 from scope_agent.run import HttpModule, RemovedFromMesh, upstream_of
 from scope_agent.state import Enrolment, StateDir, make_identity
+from scope_agent.wireguard.device import ApplyError
 
 from scope.gateway_file import NAME, GatewayFile
 from scope.model import (
@@ -319,6 +320,81 @@ def test_a_peer_that_was_made_anew_gets_the_keys_and_addresses_that_are_held(
             report = await world.report_of(peer.meta.name)
             assert report.keys == before.identity.public
             assert report.held_addresses == (ip_address("10.9.0.7"),)
+
+    on(tmp_path, monkeypatch, body)
+
+
+async def tell_to_leave(world: World, name: str, *, leaving: bool = True) -> None:
+    """What `scope-operator --leave` writes, and what the next operator takes away."""
+    peer = await world.registry.get(Kind.PEER, name)
+    assert isinstance(peer, Peer)
+    await world.registry.update(replace(peer, spec=replace(peer.spec, leaving=leaving)))
+
+
+async def until_left(world: World, name: str) -> None:
+    """Return once a ScopePeer says that its agent has left."""
+    while not (await world.report_of(name)).left:  # noqa: ASYNC110 - as above
+        await asyncio.sleep(0.002)
+
+
+def test_a_peer_that_is_told_to_leave_is_taken_down_and_says_so_and_comes_back_as_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(world: World) -> None:
+        home = (await world.peer("home")).meta.name
+        await world.peer("work")
+        async with world.agent():
+            await until(lambda: {"home", "work"} <= FakeRunner.running.keys())
+            before = FakeRunner.running["home"]
+            await tell_to_leave(world, home)
+            await until_left(world, home)
+            assert FakeDevice.deleted == [before.device]
+            assert not world.state("home").is_enrolled()
+            assert set(FakeRunner.running) == {"work"}
+        async with world.agent():
+            await until(lambda: "work" in FakeRunner.running)
+            assert set(FakeRunner.running) == {"work"}
+            await tell_to_leave(world, home, leaving=False)
+            await until(lambda: "home" in FakeRunner.running)
+            report = await world.report_of(home)
+            assert (report.left, report.keys) == (False, FakeRunner.running["home"].identity.public)
+            assert report.keys != before.identity.public
+
+    on(tmp_path, monkeypatch, body)
+
+
+def test_an_agent_that_was_killed_before_it_could_say_that_it_left_says_so_when_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(world: World) -> None:
+        home = await world.peer("home")
+        await world.registry.update_status(
+            Kind.PEER, home.meta.name, PeerReport(make_identity(bytes).public), uid=home.meta.uid
+        )
+        await tell_to_leave(world, home.meta.name)
+        async with world.agent():
+            await until_left(world, home.meta.name)
+        assert FakeRunner.ran == set()
+
+    on(tmp_path, monkeypatch, body)
+
+
+def test_a_node_on_which_something_stays_does_not_say_that_it_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refuse(_: FakeDevice) -> None:
+        raise ApplyError("the device is busy")
+
+    monkeypatch.setattr(FakeDevice, "delete", refuse)
+
+    async def body(world: World) -> None:
+        home = (await world.peer("home")).meta.name
+        async with world.agent():
+            await until(lambda: "home" in FakeRunner.running)
+            await tell_to_leave(world, home)
+            await until(lambda: "mesh.device_stays" in caplog.text)
+            await until(lambda: not world.state("home").is_enrolled())
+        assert not (await world.report_of(home)).left
 
     on(tmp_path, monkeypatch, body)
 

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 from ipaddress import IPv4Network
 
+from scope_agent.state import make_identity
 from scope_operator.plan.nodes import (
     CONFIRM,
     HOLD,
@@ -22,6 +23,7 @@ from scope_operator.plan.planner import (
     CreatePeer,
     DeletePeer,
     Planner,
+    RevivePeer,
     Why,
     WriteMeshStatus,
     key_of,
@@ -37,6 +39,7 @@ from scope.model import (
     MeshSpec,
     Meta,
     Peer,
+    PeerReport,
     PeerSpec,
 )
 from scope.names import MAX_NAME, peer_name
@@ -116,6 +119,9 @@ class World:
             elif isinstance(action, DeletePeer):
                 self.store.write(Delete(kind, meta.name, meta.uid))
                 self.planner.succeeded(action, None)
+            elif isinstance(action, RevivePeer):
+                asked = Peer(meta, replace(action.peer.spec, leaving=False))
+                self.planner.succeeded(action, self.store.write(Update(asked, meta.revision)))
             else:
                 write = UpdateStatus(kind, meta.name, action.part, meta.uid, meta.revision)
                 self.planner.succeeded(action, self.store.write(write))
@@ -126,6 +132,17 @@ class World:
         self.now += seconds
         self.planner.hear(dict.fromkeys(self.peers(), 0.0), now=self.now)
         self.planner.sweep()
+        self.settle()
+
+    def restart(self) -> None:
+        """Another process in place of the planner's."""
+        self.cluster = NodePeers(cluster=self.cluster.cluster, uid=self.cluster.uid)
+        self.planner = Planner(now=self.now, tells_liveness=True, nodes=self.cluster)
+        self.start()
+
+    def tell_to_leave(self, node: str) -> None:
+        peer = self.peer(node)
+        self.store.write(Update(replace(peer, spec=replace(peer.spec, leaving=True))))
         self.settle()
 
     def lists(self, *, complete: bool = True, nodes: tuple[Node, ...] | None = None) -> None:
@@ -505,3 +522,42 @@ def test_names_that_would_be_too_long_are_cut_and_stay_apart() -> None:
     assert len(one) <= MAX_NAME
     assert one != other
     assert peer_name("home", "east", "n1") == "home.east.n1"
+
+
+def test_a_peer_that_is_told_to_leave_does_so_until_an_operator_starts_anew() -> None:
+    world = cluster_of(2)
+    before = world.peer("n000")
+    world.tell_to_leave("n000")
+    world.later(CONFIRM)
+    assert world.peer("n000").spec.leaving
+    for left, reason in ((False, "Leaving"), (True, "Left")):
+        said = PeerReport(make_identity(bytes).public, left=left)
+        world.store.write(UpdateStatus(Kind.PEER, before.meta.name, said, before.meta.uid))
+        world.settle()
+        ready = next(each for each in world.peer("n000").assignment.conditions if each.type == "Ready")
+        assert (ready.status, ready.reason) == ("False", reason)
+
+    world.restart()
+    after = world.peer("n000")
+    assert (after.spec, after.meta.uid) == (before.spec, before.meta.uid)
+    assert after.assignment.addresses == before.assignment.addresses
+    assert [each.peer.meta.name for each in world.done if isinstance(each, RevivePeer)] == ["home.east.n000"]
+
+
+def test_whoever_tells_a_peer_to_leave_again_is_heard() -> None:
+    world = cluster_of(1)
+    world.tell_to_leave("n000")
+    world.restart()
+    world.tell_to_leave("n000")
+    world.later(CONFIRM)
+    assert world.peer("n000").spec.leaving
+
+
+def test_a_peer_of_another_cluster_leaves_as_long_as_that_one_says() -> None:
+    world = cluster_of(1)
+    spec = PeerSpec("home", cluster="west", node_name="n1", node_uid="w-1", leaving=True)
+    world.store.write(Create(Peer(Meta("home.west.n1"), spec)))
+    world.restart()
+    stored = world.store.get(Kind.PEER, "home.west.n1")
+    assert isinstance(stored, Peer)
+    assert stored.spec.leaving

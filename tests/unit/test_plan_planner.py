@@ -16,6 +16,7 @@ from scope_operator.plan.planner import (
     CreatePeer,
     DeletePeer,
     Planner,
+    RevivePeer,
     WriteAssignment,
     WriteMeshStatus,
     key_of,
@@ -71,7 +72,7 @@ class World:
             if isinstance(action, DeletePeer):
                 self.store.write(Delete(kind, meta.name, meta.uid))
                 self.planner.succeeded(action, None)
-            elif isinstance(action, CreatePeer):
+            elif isinstance(action, CreatePeer | RevivePeer):
                 raise AssertionError("there are no Nodes here")
             else:
                 write = UpdateStatus(kind, meta.name, action.part, meta.uid, meta.revision)

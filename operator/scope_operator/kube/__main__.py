@@ -15,7 +15,7 @@ from scope.registry.kube.access import SERVICE_ACCOUNT, Access, from_kubeconfig,
 from scope.registry.port import RegistryError
 from scope.resources import InvalidResource
 from scope_operator.gateway.options import add_gateway_options, certificate_of, listen_of
-from scope_operator.kube import joined
+from scope_operator.kube import joined, leaving
 from scope_operator.kube.declared import read_mesh
 from scope_operator.kube.lease import LeaseLost
 from scope_operator.kube.process import GatewayConfig, OperatorConfig, operate
@@ -23,6 +23,7 @@ from scope_operator.kube.process import GatewayConfig, OperatorConfig, operate
 METRICS_PORT = 9187
 METRICS_ADDRESS = "0.0.0.0"  # noqa: S104 - Prometheus and the kubelet ask from elsewhere
 NAMESPACE = "scope-system"
+MAX_PATIENCE = 3600.0  # seconds for Nodes to leave: whoever waits longer has a Node to look at
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -99,12 +100,22 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a ScopeMesh to apply when this replica is elected: JSON with its `name` and `spec`",
     )
+    parser.add_argument(
+        "--leave",
+        type=_seconds,
+        metavar="SECONDS",
+        help="serve nothing: have this cluster's Nodes leave their meshes, wait so long for their agents to "
+        "take everything down, and name those that did not",
+    )
     add_gateway_options(parser)
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     return parser
 
 
 async def _operate(options: argparse.Namespace) -> None:
+    if options.leave is not None:
+        await _leave(options)
+        return
     if options.join_string_file is not None:
         await joined.operate(
             await _access(options),
@@ -132,6 +143,23 @@ async def _operate(options: argparse.Namespace) -> None:
     )
 
 
+async def _leave(options: argparse.Namespace) -> None:
+    """Raises ConfigError where a Node has not left, with its name."""
+    config = leaving.LeaveConfig(
+        cluster=options.cluster_name,
+        namespace=options.namespace,
+        patience=options.leave,
+        is_joined=options.registry_url is not None or options.join_string_file is not None,
+    )
+    staying = await leaving.leave(await _access(options), config)
+    if staying:
+        raise ConfigError(
+            f"not everything was taken down within {options.leave:g} s:\n{leaving.describe(staying)}\n"
+            "look at the logs of these agents, and try again; or go on without them (helm uninstall "
+            "--no-hooks), and take down by hand what stays on these Nodes"
+        )
+
+
 def _gateway(options: argparse.Namespace) -> GatewayConfig:
     return GatewayConfig(
         listen=listen_of(options),
@@ -145,6 +173,16 @@ async def _access(options: argparse.Namespace) -> Access:
     if options.kubeconfig is None and options.context is None and "KUBECONFIG" not in os.environ:
         return in_cluster(url=options.api_server)
     return await from_kubeconfig(options.kubeconfig, context=options.context)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= MAX_PATIENCE:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 0 to {MAX_PATIENCE:.0f}")
+    return seconds
 
 
 def _cluster(text: str) -> str:

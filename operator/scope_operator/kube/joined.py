@@ -274,6 +274,12 @@ async def _kept(client: KubeClient, namespace: str) -> tuple[Secret | None, Memb
     return read_secret(secret)
 
 
+async def read_membership(client: KubeClient, namespace: str) -> Membership | None:
+    """Where the cluster has joined; None where it has not. Raises ConfigError, RegistryError."""
+    _, membership = await _kept(client, namespace)
+    return membership
+
+
 def read_secret(secret: Mapping[str, Any]) -> tuple[Secret, Membership | None]:
     """The key, and where it joined. Raises ConfigError."""
     data = secret.get("data") or {}

@@ -29,7 +29,14 @@ from scope_operator.plan.conditions import (
     ROUTE_CONFLICT,
 )
 from scope_operator.plan.nodes import NodeDeleted, NodePut
-from scope_operator.plan.planner import CreatePeer, DeletePeer, Why, WriteAssignment, WriteMeshStatus
+from scope_operator.plan.planner import (
+    CreatePeer,
+    DeletePeer,
+    RevivePeer,
+    Why,
+    WriteAssignment,
+    WriteMeshStatus,
+)
 from scope_operator.reconcile import Done
 
 log = logging.getLogger(__name__)
@@ -93,7 +100,7 @@ def news_of(done: Done) -> tuple[News, ...]:
         case DeletePeer(peer, why, mesh):
             note = "their Nodes are gone or not selected" if why is Why.NODE_LEFT else "past peerExpiry"
             return _of_mesh(mesh, "PeerRemoved", note, peer)
-        case CreatePeer():
+        case CreatePeer() | RevivePeer():
             return ()
 
 

@@ -22,7 +22,14 @@ from scope.registry.port import (
     Refused,
     RegistryError,
 )
-from scope_operator.plan.planner import CreatePeer, DeletePeer, Write, WriteAssignment, WriteMeshStatus
+from scope_operator.plan.planner import (
+    CreatePeer,
+    DeletePeer,
+    RevivePeer,
+    Write,
+    WriteAssignment,
+    WriteMeshStatus,
+)
 from scope_operator.reconcile import Done, ReconcileHealth
 
 # Its own lists come every ten minutes at most: who heard nothing for longer than that is cut off.
@@ -139,6 +146,8 @@ def kind_of_write(action: Write) -> str:
             return "mesh_status"
         case CreatePeer():
             return "create_peer"
+        case RevivePeer():
+            return "revive_peer"
         case DeletePeer():
             return "delete_peer"
 

@@ -172,6 +172,7 @@ def peer_conditions(
         Failure("NoAddressLeft", "no address is left: widen spec.addressing of its ScopeMesh")
         if lacks_address
         else None,
+        _leaving(peer) if peer.spec.leaving else None,
         None if online else Failure("Offline", "nothing heard for 180 s: is scope-agent running there?"),
     )
     earlier = peer.assignment.conditions
@@ -191,6 +192,18 @@ def peer_conditions(
     if mesh is not None and online and (failed := keys_failed(mesh, (peer,))):
         told.append(_problem(earlier, POST_QUANTUM_FAILED, _keys_failed(mesh, failed), wall))
     return tuple(told)
+
+
+def _leaving(peer: Peer) -> Failure:
+    if peer.report is not None and peer.report.left:
+        return Failure(
+            "Left",
+            "its agent has taken its device down, as it was told (spec.leaving); it comes back when this "
+            "cluster's operator starts anew",
+        )
+    return Failure(
+        "Leaving", "it is to leave (spec.leaving), and its agent has not said yet that it has: see its log"
+    )
 
 
 def why_not_forwarding(relay: RelayReport) -> str | None:

@@ -1,12 +1,15 @@
 """Which ScopePeers the Nodes of one cluster ask for: one for every Node that a mesh selects, following it.
 
-    Nodes, meshes, the cluster's own peers -> CreatePeer, DeletePeer
+    Nodes, meshes, the cluster's own peers -> CreatePeer, DeletePeer, RevivePeer
 
 A peer of a Node stands for that one Node: its spec names cluster, Node and the Node's UID, so a Node that is
 deleted and made again gets a new peer under the same name. Only peers that name this cluster are ever
 touched; those of other clusters and those made by hand for machines elsewhere are not even looked at. A mesh
 that is deleted takes its peers with it by ownership, so nothing is deleted for it here. A mesh in which this
 cluster's name belongs to another cluster is left alone whole.
+
+Peers that are told to leave belong to an installation that goes. One that begins lets those come back which
+were told before it.
 
 An absent Node is believed slowly where believing it would hurt. `DeletePeer` wants a complete list of Nodes;
 where more than `FEW` peers and a `SHARE`th of the mesh would go at once, it also wants a second one, asked
@@ -17,7 +20,7 @@ backup, nothing is deleted at all. `now` is monotonic.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -88,6 +91,7 @@ class NodePeers:
         self._touched: dict[str, None] = {}  # names whose fate is to be judged, in order
         self._leaving: dict[str, dict[str, float]] = {}  # by mesh: peers that no Node asks for, since when
         self._left: dict[str, deque[float]] = {}  # by mesh: when such peers went
+        self._told_before: set[str] = set()  # uids of peers that were told to leave before our start
         self._went: list[str] = []  # meshes of peers that went since the last `judge`
         self._listed_at: float | None = None  # when the newest complete list was asked for
         self._revision = 0
@@ -163,6 +167,10 @@ class NodePeers:
         else:
             self._touched[name] = None
 
+    def begin(self, peers: Iterable[Peer]) -> None:
+        """Take the peers of the first list since our start: who is told to leave there was told before."""
+        self._told_before.update(peer.meta.uid for peer in peers if self._is_own(peer) and peer.spec.leaving)
+
     # --- what follows -------------------------------------------------------------------------------------
 
     def judge(self, *, now: float) -> list[str]:
@@ -189,6 +197,14 @@ class NodePeers:
     def is_wanted(self, peer: Peer) -> bool:
         """Whether a Node asks for this very peer: it stays, however long its machine is away."""
         return self._is_own(peer) and not self._is_to_go(peer) and peer.spec.mesh in self._meshes
+
+    def may_stay(self, peer: Peer) -> bool:
+        """Whether a peer that is told to leave need not, since nobody told it that while we were here."""
+        return peer.spec.leaving and peer.meta.uid in self._told_before and self.is_wanted(peer)
+
+    def revived(self, peer: Peer) -> None:
+        """Take that a peer was let come back: from now on whoever tells it to leave means it."""
+        self._told_before.discard(peer.meta.uid)
 
     def missing(self, name: str) -> Peer | None:
         """The peer to be created under this name, given that there is none."""

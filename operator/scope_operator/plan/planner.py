@@ -83,6 +83,13 @@ class CreatePeer:
     mesh: Mesh
 
 
+@dataclass(frozen=True, slots=True)
+class RevivePeer:
+    """Take back that a peer is to leave."""
+
+    peer: Peer
+
+
 class Why(enum.StrEnum):
     """Why a peer is deleted."""
 
@@ -106,7 +113,7 @@ class Confirm:
     resource: Mesh | Peer
 
 
-Write: TypeAlias = WriteAssignment | WriteMeshStatus | CreatePeer | DeletePeer
+Write: TypeAlias = WriteAssignment | WriteMeshStatus | CreatePeer | RevivePeer | DeletePeer
 Action: TypeAlias = Write | Confirm
 
 
@@ -117,7 +124,9 @@ def key_of(action: Action) -> Key:
             return kind_of(resource), resource.meta.name
         case WriteMeshStatus(mesh=mesh):
             return Kind.MESH, mesh.meta.name
-        case WriteAssignment(peer=peer) | CreatePeer(peer=peer) | DeletePeer(peer=peer):
+        case (
+            WriteAssignment(peer=peer) | CreatePeer(peer=peer) | RevivePeer(peer=peer) | DeletePeer(peer=peer)
+        ):
             return Kind.PEER, peer.meta.name
 
 
@@ -269,6 +278,8 @@ class Planner:
                 self._doubt(each)
             elif not restored and complete and each.meta.revision <= revision.number:
                 self._doubt(each)
+        if kind is Kind.PEER and kind not in self._listed and self._nodes is not None:
+            self._nodes.begin(each for each in resources if isinstance(each, Peer))
         self._listed.add(kind)
         self._note(kind, revision)
 
@@ -351,6 +362,8 @@ class Planner:
         if isinstance(action, Confirm):
             self._confirmed(action.resource, stored)
         elif stored is not None:
+            if isinstance(action, RevivePeer) and self._nodes is not None:
+                self._nodes.revived(action.peer)
             self._put(stored, at=stored.meta.revision)
         elif isinstance(action, DeletePeer):
             self._forget(action.peer)
@@ -425,6 +438,8 @@ class Planner:
         nodes = self._nodes
         if nodes is not None and nodes.may_go(peer, members=len(members.peers), now=now):
             return DeletePeer(peer, Why.NODE_LEFT, mesh)
+        if nodes is not None and nodes.may_stay(peer):
+            return RevivePeer(peer)
         if not self._assigns:
             return None
         stays = nodes is not None and nodes.is_wanted(peer)
