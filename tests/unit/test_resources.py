@@ -29,6 +29,7 @@ from scope.model import (
     Endpoint,
     Family,
     Forwarding,
+    GatewayOrigin,
     HubCarrier,
     HubChoice,
     HubMode,
@@ -168,6 +169,11 @@ def _with_hubs(spec: MeshSpec) -> st.SearchStrategy[MeshSpec]:
     return st.just(spec) | asked.map(lambda hubs: replace(spec, hubs=hubs))
 
 
+ORIGINS = st.builds(
+    GatewayOrigin,
+    st.builds("https://{}{}".format, LABELS, st.just("") | st.integers(1, 65535).map(":{}".format)),
+    st.none() | st.binary(min_size=32, max_size=32),
+)
 MESHES = st.builds(
     Mesh,
     MESH_METAS,
@@ -187,6 +193,7 @@ MESHES = st.builds(
         st.lists(st.builds(Reflector, KEYS, st.lists(ENDPOINTS, max_size=3).map(tuple)), max_size=3).map(
             tuple
         ),
+        st.none() | ORIGINS,
         st.builds(MeshCounts, COUNTS, COUNTS, COUNTS, COUNTS, COUNTS),
         CONDITIONS,
         st.integers(0, 2**62),
