@@ -611,6 +611,14 @@ REFUSED = RelayReport(Forwarding.KERNEL, pairs=256, refused=3)
             "hub home.a has no port for some pairs: widen spec.hubs.ports, or add a hub",
         ),
         (
+            Registry(
+                a_peer("home.a", relay=replace(REFUSED, reason="UDP port 26000 is held by another program")),
+                hubs=Hubs(names=("home.a",)),
+            ),
+            "NoPortLeft",
+            "add a hub; it says: UDP port 26000 is held by another program",
+        ),
+        (
             Registry(natted("home.a")),
             "NobodyReachable",
             "no peer that is online can be reached by every other one",

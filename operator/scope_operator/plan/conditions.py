@@ -85,7 +85,7 @@ class HubsState:
     offline: tuple[str, ...]
     behind_nat: tuple[str, ...]
     not_forwarding: tuple[tuple[str, str], ...]  # with the reason
-    without_port: tuple[str, ...]  # some pair found none
+    without_port: tuple[tuple[str, str], ...]  # some pair found none; and what the hub says is amiss
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +238,7 @@ def _hubs_available(earlier: Iterable[Condition], hubs: HubsState, wall: float) 
         _nobody_reachable() if not hubs.hubs and hubs.is_auto else None,
         _not_reachable(hubs) if hubs.behind_nat else None,
         _not_forwarding(hubs.not_forwarding) if hubs.not_forwarding else None,
-        _no_port_left(hubs) if hubs.without_port else None,
+        _no_port_left(hubs.without_port) if hubs.without_port else None,
     )
     holds = f"{'routed' if hubs.is_tree else 'relayed'} by {_some(hubs.hubs)}"
     return _holds(earlier, HUBS_AVAILABLE, chain, holds, wall)
@@ -381,10 +381,13 @@ def _not_forwarding(hubs: tuple[tuple[str, str], ...]) -> Failure:
     )
 
 
-def _no_port_left(hubs: HubsState) -> Failure:
+def _no_port_left(hubs: tuple[tuple[str, str], ...]) -> Failure:
+    reason = next((reason for _, reason in hubs if reason), "")
+    said = f"; it says: {reason}" if reason else ""
+    names = _some(tuple(name for name, _ in hubs))
     return Failure(
         "NoPortLeft",
-        f"hub {_some(hubs.without_port)} has no port for some pairs: widen spec.hubs.ports, or add a hub",
+        f"hub {names} has no port for some pairs: widen spec.hubs.ports, or add a hub{said}",
     )
 
 

@@ -105,7 +105,7 @@ def hubs_state(
         offline=those(Trouble.OFFLINE),
         behind_nat=those(Trouble.BEHIND_NAT),
         not_forwarding=tuple((name, _why_not(peers[name])) for name in those(Trouble.NOT_FORWARDING)),
-        without_port=those(Trouble.NO_PORT_LEFT),
+        without_port=tuple((name, _relay_reason(peers[name])) for name in those(Trouble.NO_PORT_LEFT)),
     )
 
 
@@ -141,6 +141,12 @@ def _why_not(peer: Peer) -> str:
     """Why a hub does not forward, in its own words."""
     relay = peer.report.relay if peer.report is not None else None
     return (why_not_forwarding(relay) or "") if relay is not None else ""
+
+
+def _relay_reason(peer: Peer) -> str:
+    """What a hub that relays says is amiss."""
+    relay = peer.report.relay if peer.report is not None else None
+    return relay.reason if relay is not None else ""
 
 
 def _by_name(choice: HubChoice) -> str:
