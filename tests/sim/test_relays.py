@@ -393,7 +393,10 @@ def test_a_relayed_pair_outlives_the_registry_and_its_own_agents(seed: int) -> N
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_grants_from_the_disk_relay_at_once_with_no_registry_and_a_dead_agent_on_the_hub(seed: int) -> None:
+@pytest.mark.parametrize("sees_device_first", [False, True])
+def test_grants_from_the_disk_relay_at_once_with_no_registry_and_a_dead_agent_on_the_hub(
+    seed: int, sees_device_first: bool
+) -> None:
     world, (first, second), a, b = _relayed(seed)
     world.registry.go_down()
     for machine in (first, second, a, b):
@@ -402,6 +405,7 @@ def test_grants_from_the_disk_relay_at_once_with_no_registry_and_a_dead_agent_on
         machine.device.delete()
     world.run(300.0)
     for machine in (a, b):
+        machine.sees_device_first = sees_device_first
         machine.start()
     assert world.until(lambda: world.is_relayed(a, b), within=5.0) < 1.5
 

@@ -319,6 +319,7 @@ class Machine:
         self.crash_after: int | None = None  # outputs still to be performed
         self._waiting: list[tuple[int, Input]] = []
         self.busy_until = 0.0  # till then nothing that comes to the agent, its timer included, is looked at
+        self.sees_device_first = False  # before its interfaces, when the agent starts
         self.disk_fails = False
         self.device_fails = False
         self.can_hold = True
@@ -414,8 +415,9 @@ class Machine:
             channel=Channel(secret=self.identity.probe, boot_id=world.bytes(16)),
             state=self.disk,
         )
-        self._later(0.0, lambda: self.give(self._interfaces()))
-        self._later(DEVICE_DELAY, lambda: self.give(self._observation()))
+        seen = (DEVICE_DELAY, 0.0) if self.sees_device_first else (0.0, DEVICE_DELAY)
+        self._later(seen[0], lambda: self.give(self._interfaces()))
+        self._later(seen[1], lambda: self.give(self._observation()))
         self._later(0.0, lambda: world.registry.connect(self))
         if self.carrier.carrier is not None:
             self._watch_carrier(self.generation)

@@ -333,6 +333,8 @@ def test_grants_come_back_from_the_disk_and_are_knocked_at_and_asked_for_again()
     asking = Asking(random=lambda: 0.5)
     asking.restore([grant, replace(grant, peer=OTHER)])
     assert set(asking.held()) == {grant, replace(grant, peer=OTHER)}
+    asking.set_members((), {}, 0.0)  # the mesh is not known yet
+    assert set(asking.held()) == {grant, replace(grant, peer=OTHER)}
     asking.set_members((PEER, HUBS[0]), {HUBS[0]: Hub("hub0", (ADDRESSES[0],))}, 0.0)
     asking.set_families(ALL, 0.0)
     assert asking.held() == (grant,)

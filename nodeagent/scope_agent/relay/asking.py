@@ -194,7 +194,7 @@ class Asking:
             self._ports = None
         for key in sorted(members - self._pairs.keys()):
             self._pairs[key] = _Pair(Standing(PathKind.DIRECT, float("-inf")))  # until we hear otherwise
-        if self._restored:
+        if self._restored and members:  # of a mesh that is not known yet nobody is a member
             restored, self._restored = self._restored, []
             for grant in restored:
                 if grant.peer in self._pairs and grant.hub in hubs:
