@@ -294,7 +294,9 @@ async def _enrol(
         registry=invitation.registry_key,
         signing=identity.signing,
     )
-    async with HttpRegistry(invitation.url, pin=invitation.pin, credential=None) as registry:
+    async with HttpRegistry(
+        invitation.url, pin=invitation.pin, credential=None, registry_key=invitation.registry_key
+    ) as registry:
         try:
             joined = await registry.join(enrolment_to_dict(request))
         except Unavailable as error:
@@ -559,7 +561,9 @@ async def _tell(enrolment: Enrolment, stored: DiskState) -> None:
     credential = PeerCredential(
         enrolment.peer_name, enrolment.peer_uid, enrolment.registry_id, enrolment.identity.signing
     )
-    async with HttpRegistry(enrolment.url, pin=enrolment.pin, credential=credential) as registry:
+    async with HttpRegistry(
+        enrolment.url, pin=enrolment.pin, credential=credential, registry_key=enrolment.registry_key
+    ) as registry:
         try:
             mesh = stored.snapshot.mesh or await registry.get(Kind.MESH, enrolment.mesh)
             if isinstance(mesh, Mesh):

@@ -556,7 +556,14 @@ class _Elsewhere:
         gateway = await self._gateway()
         http = await asyncio.to_thread(import_http)
         token = http.ProjectedToken(mesh, self._config.cluster, str(self._directory / "token"))
-        return http.HttpRegistry(gateway.url, pin=gateway.pin, credential=token, for_agent=True)
+        return http.HttpRegistry(
+            gateway.url,
+            pin=gateway.pin,
+            credential=token,
+            for_agent=True,
+            # A pin that replaces ours comes with the file as well, and with that we start anew.
+            registry_key=gateway.registry_key,
+        )
 
     async def registry(self) -> HttpRegistry:
         """The gateway for questions between; it is closed with this."""

@@ -562,7 +562,15 @@ class Runner(AgentLoop[Agent]):
                 signing=enrolment.identity.signing,
             ),
             for_agent=True,
+            registry_key=enrolment.registry_key,
+            followed=self._keep_pin,
         )
+
+    def _keep_pin(self, pin: bytes) -> None:
+        """The gateway has another key, for which the registry vouches: the earlier one holds no longer."""
+        log.warning("registry.gateway_key_replaced url=%s", self._enrolment.url)
+        self._enrolment = replace(self._enrolment, pin=pin)
+        self._config.state.save_enrolment(self._enrolment)
 
     async def _first_pings(self) -> None:
         """Let an enrolled agent reach its peers before anything is imported for the registry."""

@@ -66,6 +66,7 @@ from scope.registry.port import (
     RegistryError,
     Unavailable,
 )
+from scope.vouching import replaces
 
 API = f"/apis/{resources.API_VERSION}"
 REGISTRY_HEADER = "Scope-Registry"  # in every answer: the registry's id, within which revisions are compared
@@ -113,29 +114,53 @@ class ClusterJoined:
 
 
 class PinnedKey(aiohttp.Fingerprint):
-    """Checks a server by the SHA-256 of its certificate's SubjectPublicKeyInfo."""
+    """Checks a server by the SHA-256 of its certificate's SubjectPublicKeyInfo.
 
-    def __init__(self, pin: bytes) -> None:
+    A key that the registry vouches for, with `registry_key`, takes the place of the pinned one: `follow` is
+    told its pin, and the earlier one holds no longer.
+    """
+
+    def __init__(
+        self,
+        pin: bytes,
+        *,
+        registry_key: PublicKey | None = None,
+        follow: Callable[[bytes], None] = lambda _: None,
+    ) -> None:
         if len(pin) != PIN_BYTES:
             raise ConfigError(f"a pin is {PIN_BYTES} bytes, not {len(pin)}")
         super().__init__(pin)
+        self._pin = pin
+        self._registry_key = registry_key
+        self._follow = follow
 
     def check(self, transport: asyncio.Transport) -> None:
         """Raises aiohttp.ServerFingerprintMismatch unless the connection is TLS with the pinned key."""
         tls = transport.get_extra_info("ssl_object")
         certificate = tls.getpeercert(binary_form=True) if tls is not None else None
         seen = pin_of(certificate) if certificate else b""
-        if not secrets.compare_digest(seen, self.fingerprint):
-            host, port, *_ = transport.get_extra_info("peername")
-            raise aiohttp.ServerFingerprintMismatch(self.fingerprint, seen, host, port)
+        if secrets.compare_digest(seen, self._pin):
+            return
+        if (
+            certificate
+            and self._registry_key is not None
+            and replaces(certificate, pin=self._pin, registry=self._registry_key)
+        ):
+            self._pin = seen
+            self._follow(seen)
+            return
+        host, port, *_ = transport.get_extra_info("peername")
+        raise aiohttp.ServerFingerprintMismatch(self._pin, seen, host, port)
 
 
 class HttpRegistry:
     """The port at `url` (https://HOST:PORT). Use it from one event loop; `close` it, or use `async with`.
 
     `pin` is the 32-byte pin of the gateway's key, None to trust the machine's certificate authorities (or for
-    http, which a test may use). `credential` None is for joining. `wall` is the wall clock. With
-    `for_agent`, lists and watches give of others what an agent acts on, and no change in anything else.
+    http, which a test may use). A gateway that got another key is followed where the registry vouches for it,
+    with `registry_key`; `followed` is then told the new pin, to keep it in place of the earlier one.
+    `credential` None is for joining. `wall` is the wall clock. With `for_agent`, lists and watches give of
+    others what an agent acts on, and no change in anything else.
     """
 
     def __init__(
@@ -147,6 +172,8 @@ class HttpRegistry:
         wall: Callable[[], float] = time.time,
         stream_idle: float = STREAM_IDLE_SECONDS,
         for_agent: bool = False,
+        registry_key: PublicKey | None = None,
+        followed: Callable[[bytes], None] = lambda _: None,
     ) -> None:
         self._url = url.rstrip("/")
         if not self._url.startswith(("https://", "http://")):
@@ -154,6 +181,8 @@ class HttpRegistry:
         if pin is not None and not self._url.startswith("https://"):
             raise ConfigError(f"{url} has a pin, which only https can hold to")
         self._pin = pin
+        self._registry_key = registry_key
+        self._followed = followed
         self._credential = credential
         self._wall = wall
         self._offset = 0.0  # what the gateway's clock is ahead of ours
@@ -401,12 +430,17 @@ class HttpRegistry:
         if self._session is None:
             check: ssl.SSLContext | aiohttp.Fingerprint | bool = True
             if self._pin is not None:
-                check = PinnedKey(self._pin)
+                check = PinnedKey(self._pin, registry_key=self._registry_key, follow=self._note_pin)
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(ssl=check),
                 cookie_jar=aiohttp.DummyCookieJar(),
             )
         return self._session
+
+    def _note_pin(self, pin: bytes) -> None:
+        """The registry vouches for another key of its gateway: from now on that one alone is right."""
+        self._pin = pin
+        self._followed(pin)
 
     async def _answered(self, response: aiohttp.ClientResponse) -> _Answer:
         raw = bytearray()
@@ -474,8 +508,8 @@ class HttpRegistry:
                 seen = base64url(error.got) if error.got else "none"
                 return Refused(
                     f"{self._url} shows a certificate key with pin {seen}, expected "
-                    f"{base64url(error.expected)}: someone is in between, or the registry was made anew; "
-                    "ask its administrator for a new join string"
+                    f"{base64url(error.expected)}, and the registry does not vouch for it: someone is in "
+                    "between, or the registry was made anew; ask its administrator for a new join string"
                 )
             case aiohttp.ClientConnectorCertificateError():
                 return Refused(

@@ -27,6 +27,7 @@ import yaml
 from kubelab import MERGE, ApiError, ControlPlane, KubeLabError
 from kubelab.programs import kubernetes_program
 
+from tests.docs_fixture import blocks
 from tests.kube.operator_fixture import MESHES, PEERS, Replica, addresses, end, eventually
 
 NAMESPACE = "scope-system"
@@ -364,6 +365,34 @@ def test_the_operator_runs_where_pod_security_is_restricted_and_an_agent_does_no
             await admitted(pod_of(only(documents, "DaemonSet", "scope-agent")))
 
     asyncio.run(body())
+
+
+def test_the_commands_of_the_page_for_beginners_install_both_clusters(
+    plane: ControlPlane, helm: Helm, tmp_path: Path
+) -> None:
+    """Those that need no kubelet, in their order; both clusters' on this one, one after the other."""
+    programs = f"{Path(kubernetes_program('helm')).parent}:{Path(kubernetes_program('kubectl')).parent}"
+    environment = {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "HOME": str(tmp_path),
+        "KUBECONFIG": str(plane.kubeconfig()),
+    }
+    walked = [block for block in blocks(chart.ROOT / "docs" / "getting-started.md") if block.places]
+    assert [block.places for block in walked] == [("fra",), ("ams",)]
+    for block in walked:
+        subprocess.run(
+            ["bash", "-eu", "-o", "pipefail", "-c", block.text],
+            env=environment,
+            cwd=chart.ROOT,
+            check=True,
+            capture_output=True,
+            timeout=180,
+        )
+        given = json.loads(helm("get", "values", "scope", "--output=json"))
+        assert given["clusterName"] in block.places
+        helm("uninstall", "scope")
+    joining = asyncio.run(plane.request("GET", f"{CORE}/secrets/scope-join"))
+    assert base64.b64decode(joining["data"]["join-string"]) == b"JOIN STRING\n"
 
 
 # --- a release from its installation to its removal ---------------------------------------------------------

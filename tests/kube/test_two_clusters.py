@@ -7,29 +7,32 @@ import base64
 import json
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kubelab import ApiError, ControlPlane
+from kubelab import MERGE, ApiError, ControlPlane
 from lab import Lab, Machine, Nat, Server
 from meshlab import PRIVATE, Member, Pinger, mesh_document
 from meshlab.cluster import Cluster as LabCluster
 from meshlab.programs import POLL_S, program, tail
 
 from scope.credentials import ProjectedToken
+from scope.gateway_file import GatewayFile
 from scope.join import JoinString
 from scope.model import Kind, Peer, PeerReport
 from scope.registry.http import HttpRegistry
 from scope.registry.port import Refused
 from tests.kube.operator_fixture import MESHES, NAMESPACE, PEERS, Cluster, Replica, eventually, mesh, operated
 from tests.kube.test_operator_gateway import GATEWAY, administrator_file, scopectl, served_by
+from tests.kube.test_operator_gateway import SECRET as GATEWAY_SECRET
 from tests.unit.test_gateway_clusters import machine_keys
 
 MANIFESTS = Path(__file__).parents[2] / "charts" / "manifests"
 
+PATIENCE_S = 180.0  # for who lost its gateway: it asks again later and later
 RIGHTS = ("20-accounts.yaml", "30-operator-rights.yaml")
 
 
@@ -39,8 +42,18 @@ class Two:
 
     east: Cluster
     west: Cluster
+    gateway: Replica
     admin: Path
     directory: Path
+
+    async def restart_gateway(self, *options: str) -> None:
+        """Another operator in the east, where the one before listened."""
+        listened = (await served_by(self.gateway)).removeprefix("https://")
+        self.gateway.process.terminate()  # hands the Lease back
+        assert await self.gateway.ended() == 0
+        said = (f"--listen={listened}", *GATEWAY[1:], *options)
+        self.gateway = await self.east.operator(*said, gateway=True)
+        await served_by(self.gateway)
 
     async def invite(self) -> Path:
         """A file with a fresh join string for one cluster."""
@@ -67,7 +80,8 @@ class Two:
         file = self.directory / f"token-{time.monotonic_ns()}"
         file.write_text(token)
         join = JoinString.parse((self.directory / "join-string").read_text())
-        return HttpRegistry(join.url, pin=join.pin, credential=ProjectedToken("home", "west", str(file)))
+        credential = ProjectedToken("home", "west", str(file))
+        return HttpRegistry(join.url, pin=join.pin, credential=credential, registry_key=join.registry_key)
 
     async def mesh(self) -> dict[str, Any]:
         """The mesh as the eastern API server has it."""
@@ -88,12 +102,19 @@ def two_clusters(
             await east.plane.apply(mesh())
             replica = await east.operator(*GATEWAY, gateway=True)
             admin = await administrator_file(east, directory, url=await served_by(replica))
-            await body(Two(east, west, admin, directory))
+            await body(Two(east, west, replica, admin, directory))
 
     asyncio.run(run())
 
 
-def test_the_nodes_of_both_clusters_are_peers_of_one_mesh(
+async def _gateway_file(cluster: Cluster) -> GatewayFile:
+    """What the operator of a joined cluster tells its agents."""
+    path = f"/api/v1/namespaces/{NAMESPACE}/configmaps/scope-gateway"
+    return GatewayFile.parse((await cluster.plane.request("GET", path))["data"]["gateway.json"])
+
+
+@pytest.mark.timeout(600)
+def test_the_nodes_of_both_clusters_are_peers_of_one_mesh_also_after_their_gateway_got_another_key(
     own_control_plane: Callable[..., ControlPlane], tmp_path: Path
 ) -> None:
     async def body(two: Two) -> None:
@@ -124,14 +145,43 @@ def test_the_nodes_of_both_clusters_are_peers_of_one_mesh(
 
         assert (await eventually(renewed))["metadata"]["uid"] != peers["home.west.n1"]["metadata"]["uid"]
 
-        # The token is used up and its file is gone: the key that joined is enough from now on.
+        # Its gateway's certificate is renewed, which nobody has to know; then its key is replaced.
+        before = await _gateway_file(two.west)
+        async with await two.agent("n1") as agent:  # which knows the pin of now for as long as it runs
+            await two.restart_gateway("--advertise=renewed.example.net")
+            await agent.list(Kind.PEER)
+            assert await _gateway_file(two.west) == before
+            await two.east.plane.request(
+                "PATCH", GATEWAY_SECRET, {"data": {"tls.key": None}}, content_type=MERGE
+            )
+            await two.restart_gateway()
+
+            async def followed() -> GatewayFile | None:
+                file = await _gateway_file(two.west)
+                return file if file.pin != before.pin else None
+
+            after = await eventually(followed, within=PATIENCE_S)
+            assert after == replace(before, pin=after.pin)
+            await agent.list(Kind.PEER)
+        async with HttpRegistry(before.url, pin=before.pin, credential=None) as stranger:
+            with pytest.raises(Refused, match="does not vouch for it"):
+                await stranger.list(Kind.PEER)
+
+        # The token is used up and its file is gone: the key that joined, and the pin that was followed, are
+        # enough from now on.
         first.process.terminate()
         assert await first.ended() == 0
         file.unlink()
         second = await two.join(file)
         await two.west.plane.create_node("n3")
-        await two.east.addressed("home.east.n1", "home.west.n1", "home.west.n3")
+
+        async def appeared() -> bool:
+            return "home.west.n3" in await two.east.peers()
+
+        await eventually(appeared, within=PATIENCE_S)
         assert "cluster.joined" not in second.text
+        assert "gateway_key_replaced" in first.text
+        assert "gateway_key_replaced" not in second.text
 
     two_clusters(own_control_plane, tmp_path, body)
 

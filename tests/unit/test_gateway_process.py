@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import aiohttp
@@ -22,12 +23,13 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding
 from scope_operator.gateway import tls
 from scope_operator.gateway.advertised import Advertised
 from scope_operator.gateway.process import ServeConfig, Serving, UsersCertificate, serving
 
 from scope.channel import Channel, Confirmed, Opened, Received
-from scope.credentials import AdminCredential, PeerCredential, base64url, read_base64url
+from scope.credentials import AdminCredential, PeerCredential, base64url, pin_of, read_base64url
 from scope.enrolment import Enrolment, enrolment_to_dict, sign_enrolment
 from scope.join import JoinString
 from scope.model import ConfigError, GatewayOrigin, Kind, Mesh, Peer, PeerKeys, PublicKey, Secret
@@ -35,6 +37,7 @@ from scope.registry.http import HttpRegistry, Joined
 from scope.registry.port import Conflict, NotFound, PeerRemoved, Refused, Unavailable
 from scope.resources import tombstone_to_dict
 from scope.tombstones import sign_tombstone, verify_tombstone
+from scope.vouching import replaces
 from scope.wire import Ping, Pong
 from tests.unit.registry_conformance import MESH
 
@@ -374,6 +377,51 @@ def test_a_renewed_certificate_keeps_its_pin(tmp_path: Path) -> None:
     assert after.not_valid_after_utc > before.not_valid_after_utc
     assert renewed.pin == first.pin
     assert tls.self_made(tmp_path, ("other.example",), now + timedelta(days=311)).pin == first.pin
+
+
+def test_whoever_knows_the_registry_follows_another_key_of_its_gateway_and_never_goes_back(
+    tmp_path: Path,
+) -> None:
+    certificate = tmp_path / tls.CERTIFICATE_FILE
+    invited: list[JoinString] = []
+    following: list[bytes] = []
+
+    def shown() -> bytes:
+        return x509.load_pem_x509_certificate(certificate.read_bytes()).public_bytes(Encoding.DER)
+
+    async def first(_: Serving, admin: HttpRegistry) -> None:
+        await admin.create(MESH)
+        invited.append(JoinString.parse(await admin.create_token("home")))
+
+    async def second(running: Serving, _: HttpRegistry) -> None:
+        pin, key = invited[0].pin, invited[0].registry_key
+        assert running.pin not in (None, pin)
+        asking = partial(HttpRegistry, running.url, credential=admin_credential(tmp_path))
+        async with asking(pin=pin, registry_key=key, followed=following.append) as client:
+            await client.list(Kind.PEER)
+            await client.reconnect()
+            await client.list(Kind.PEER)
+        assert following == [running.pin]
+        stranger = Machine(1).keys.signing
+        for known, vouching in ((bytes(32), key), (pin, stranger), (pin, None)):
+            async with asking(pin=known, registry_key=vouching) as client:
+                with pytest.raises(Refused, match="does not vouch"):
+                    await client.list(Kind.PEER)
+
+    serve(first, config_in(tmp_path))
+    old = shown()
+    (tmp_path / tls.KEY_FILE).unlink()
+    serve(second, config_in(tmp_path))
+    new, key = shown(), invited[0].registry_key
+    assert replaces(new, pin=pin_of(old), registry=key)
+    assert not replaces(old, pin=pin_of(new), registry=key)
+    following.clear()
+    serve(second, config_in(tmp_path))  # started again: nothing is replaced
+    assert shown() == new
+    (tmp_path / tls.KEY_FILE).unlink()
+    following.clear()
+    serve(second, config_in(tmp_path))  # whoever was away meanwhile follows as well
+    assert pin_of(shown()) != pin_of(new)
 
 
 def test_a_certificate_of_the_users_own_is_served(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import socket
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -21,9 +22,19 @@ from scope_operator.kube.report import Report
 from scope.join import JoinString
 from scope.model import AgentTokens, ConfigError, PublicKey, Secret
 from scope.registry.memory import MemoryRegistry
-from scope.registry.port import NotFound, Refused, Unavailable
+from scope.registry.port import NotFound, Refused, RegistryError, Unavailable
 from scope.resources import tokens_to_dict
-from tests.unit.cluster_fixture import ACCOUNT, ISSUER, ApiServer, JoiningCluster
+from tests.unit.cluster_fixture import (
+    ACCOUNT,
+    ISSUER,
+    SECRET,
+    ApiServer,
+    JoiningCluster,
+    invite,
+    public_half,
+)
+from tests.unit.gateway_fixture import REGISTRY_KEY as GATEWAY_KEY
+from tests.unit.gateway_fixture import enrolled, gateway
 from tests.unit.test_gateway import until
 
 SEED = bytes(range(32))
@@ -270,6 +281,35 @@ def test_a_join_string_of_another_gateway_than_the_one_that_was_meant_is_refused
     with pytest.raises(ConfigError, match="is for the gateway https://other:7443, and this") as refused:
         asyncio.run(west._member(JoiningCluster().tokens))
     assert invitation.format().partition("#")[2] not in str(refused.value)
+
+
+def test_what_is_wrong_with_the_invitation_or_the_way_is_said_with_what_to_do(tmp_path: Path) -> None:
+    async def refusal(url: str, secret: Secret, token: str) -> str:
+        west = operator(NoSecret(), tmp_path)
+        invitation = JoinString(url, "home", token, secret, None, public_half(GATEWAY_KEY))
+        with pytest.raises(RegistryError) as refused:
+            await west._join(invitation, JoiningCluster().tokens, Secret(SEED))
+        return str(refused.value)
+
+    async def body() -> None:
+        async with asyncio.timeout(60), gateway() as running:
+            await enrolled(running.registry, 1)
+            await invite(running.registry, "old", wall=running.clock() - 4000)
+            await invite(running.registry, "good", wall=running.clock())
+            assert "no join token has this id and secret: `scopectl token create" in await refusal(
+                running.url, Secret(bytes(32)), "good"
+            )
+            assert "join token old expired 400 s ago: `scopectl token create" in await refusal(
+                running.url, SECRET, "old"
+            )
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
+            nowhere = f"http://127.0.0.1:{taken.getsockname()[1]}"
+            said = await refusal(nowhere, SECRET, "good")
+        assert f"cannot reach {nowhere}" in said
+        assert "is it up, and is its port open?" in said
+
+    asyncio.run(body())
 
 
 def test_a_replica_that_waits_is_ready_and_one_that_joins_is_not_yet(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ class Identity:
     signing: Secret  # 32-byte seed of the Ed25519 key that signs tombstones
     probe: Secret  # 32-byte X25519 private key of its reflector
     administrator: bytes  # SHA-256 of the administrator's token
+    replaced: tuple[bytes, ...] = ()  # pins of TLS keys of its gateway before the present one
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ async def opened(
         listening = tuple(endpoint_at(*listener.getsockname()[:2]) for listener in listeners)
         hosts = config.advertise or own_addresses()
         url = hosts[0].url(listening[0].port)
-        certificate = _certificate(config, hosts)
+        certificate = _certificate(config, hosts, identity)
         context = tls.server_context(certificate)
         pinned = config.certificate is None or config.certificate.pinned
         pin = certificate.pin if pinned else None
@@ -187,7 +188,7 @@ async def opened(
         server = Server(gateway.application(), limits=config.limits, context=context)
         works.start("feed", feed.run())
         works.start("reflector.peers", _tell_peers(feed, reflecting))
-        works.start("certificate", _renew(config, hosts, context))
+        works.start("certificate", _renew(config, hosts, identity, context))
         await _ready(feed, works.failed)
         await server.start(listeners)
         stack.push_async_callback(server.stop)
@@ -228,12 +229,14 @@ async def announce(served: Face, reconciler: Reconciler, reflectors: tuple[Refle
             reconciler.announce(reflectors=reflectors)
 
 
-def _certificate(config: FaceConfig, hosts: tuple[Advertised, ...]) -> tls.Certificate:
+def _certificate(config: FaceConfig, hosts: tuple[Advertised, ...], identity: Identity) -> tls.Certificate:
     own = config.certificate
     if own is not None:
         return tls.users_certificate(own.certificate, own.key)
     try:
-        return tls.self_made(config.data, tuple(host.host for host in hosts), datetime.now(UTC))
+        names = tuple(host.host for host in hosts)
+        vouching = tls.Vouching(identity.signing, identity.replaced)
+        return tls.self_made(config.data, names, datetime.now(UTC), vouching=vouching)
     except OSError as error:
         raise ConfigError(
             f"cannot write the certificate in {config.data}: {error.strerror}; free space, make the "
@@ -250,12 +253,14 @@ async def _tell_peers(feed: Feed, reflecting: Reflecting) -> None:
         await asyncio.sleep(PEERS_SECONDS)
 
 
-async def _renew(config: FaceConfig, hosts: tuple[Advertised, ...], context: ssl.SSLContext) -> None:
+async def _renew(
+    config: FaceConfig, hosts: tuple[Advertised, ...], identity: Identity, context: ssl.SSLContext
+) -> None:
     """Serve a renewed certificate from the next connection on."""
     while True:
         await asyncio.sleep(RENEW_SECONDS)
         try:
-            tls.load_into(context, _certificate(config, hosts))
+            tls.load_into(context, _certificate(config, hosts, identity))
         except ConfigError as error:
             log.warning("certificate.unusable reason=%s", error)
 

@@ -3,12 +3,13 @@
 A self-made certificate is trusted by its pin, which join strings carry: the key stays in the data directory
 (0600, P-256, which every TLS stack speaks), only the certificate around it is renewed, so the pin never
 changes. A renewed certificate reaches new connections without a restart, since a context can be loaded
-again.
+again. Where the key has to be replaced, the registry vouches for the new one (`scope.vouching`).
 """
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import os
 import ssl
 from dataclasses import dataclass
@@ -22,12 +23,14 @@ from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
+    PublicFormat,
     load_pem_private_key,
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from scope.credentials import pin_of
-from scope.model import ConfigError
+from scope.model import ConfigError, Secret
+from scope.vouching import MAX_REPLACED, OID, replaced_by, vouch
 
 VALID_DAYS = 365  # what a browser-minded TLS stack still accepts
 RENEW_DAYS = 60  # left when a new one is made: a machine may be off for weeks
@@ -62,17 +65,33 @@ def users_certificate(certificate: Path, key: Path) -> Certificate:
     return Certificate(certificate, key, pin_of(loaded.public_bytes(Encoding.DER)))
 
 
-def self_made(directory: Path, hosts: tuple[str, ...], now: datetime.datetime) -> Certificate:
-    """The certificate kept in `directory`, made or renewed when it is missing, near its end, or names other
-    hosts.
+@dataclass(frozen=True, slots=True)
+class Vouching:
+    """With what the registry vouches for the key of its gateway, and the pins of the keys it replaces."""
+
+    signing: Secret
+    replaced: tuple[bytes, ...] = ()
+
+
+def self_made(
+    directory: Path, hosts: tuple[str, ...], now: datetime.datetime, *, vouching: Vouching | None = None
+) -> Certificate:
+    """The certificate kept in `directory`, made or renewed when it is missing, near its end, names other
+    hosts, or does not vouch as it should.
 
     `now` carries a time zone. Raises OSError, and ConfigError when the key on disk is damaged.
     """
     key_file, certificate_file = directory / KEY_FILE, directory / CERTIFICATE_FILE
     key = _kept_key(key_file)
     kept = _kept_certificate(certificate_file)
-    if kept is None or kept.public_key() != key.public_key() or _is_due(kept, hosts, now):
-        kept = _issue(key, hosts, now)
+    extension = _extension(key, vouching, kept) if vouching is not None else None
+    if (
+        kept is None
+        or kept.public_key() != key.public_key()
+        or _is_due(kept, hosts, now)
+        or _vouched(kept) != extension
+    ):
+        kept = _issue(key, hosts, now, extension)
         write_private(certificate_file, kept.public_bytes(Encoding.PEM))
     return Certificate(certificate_file, key_file, pin_of(kept.public_bytes(Encoding.DER)))
 
@@ -123,9 +142,8 @@ def _kept_key(path: Path) -> ec.EllipticCurvePrivateKey:
         loaded = load_pem_private_key(path.read_bytes(), password=None)
     except (ValueError, TypeError) as error:
         raise ConfigError(
-            f"{path} is damaged ({error}): restore it from a backup; a new key changes the pin, so that "
-            "every "
-            "peer must join again"
+            f"{path} is damaged ({error}): restore it from a backup; or delete it, and another is made, for "
+            "which the registry vouches towards its peers"
         ) from None
     if not isinstance(loaded, ec.EllipticCurvePrivateKey):
         raise ConfigError(
@@ -149,12 +167,39 @@ def _is_due(certificate: x509.Certificate, hosts: tuple[str, ...], now: datetime
     return not certificate.not_valid_before_utc <= now < ends or list(names) != _names(hosts)
 
 
+def _extension(
+    key: ec.EllipticCurvePrivateKey, vouching: Vouching, kept: x509.Certificate | None
+) -> x509.UnrecognizedExtension:
+    """What says whose place the key takes: also that of the certificate that is there, and of its own."""
+    public = key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    pin = hashlib.sha256(public).digest()
+    said = _vouched(kept) if kept is not None else None
+    before = [*vouching.replaced, *(replaced_by(said.value) if said is not None else ())]
+    if kept is not None:
+        before.append(pin_of(kept.public_bytes(Encoding.DER)))
+    replaced = [each for each in dict.fromkeys(before) if each != pin][-MAX_REPLACED:]
+    content = vouch(pin, replaced, signing=vouching.signing)
+    return x509.UnrecognizedExtension(x509.ObjectIdentifier(OID), content)
+
+
+def _vouched(certificate: x509.Certificate) -> x509.UnrecognizedExtension | None:
+    """What a certificate says of keys before its own."""
+    try:
+        found = certificate.extensions.get_extension_for_oid(x509.ObjectIdentifier(OID)).value
+    except x509.ExtensionNotFound:
+        return None
+    return found if isinstance(found, x509.UnrecognizedExtension) else None
+
+
 def _issue(
-    key: ec.EllipticCurvePrivateKey, hosts: tuple[str, ...], now: datetime.datetime
+    key: ec.EllipticCurvePrivateKey,
+    hosts: tuple[str, ...],
+    now: datetime.datetime,
+    extension: x509.UnrecognizedExtension | None,
 ) -> x509.Certificate:
     """A certificate for `hosts`, signed by its own key."""
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "scope-registry")])
-    return (
+    builder = (
         x509.CertificateBuilder()
         .subject_name(name)
         .issuer_name(name)
@@ -165,8 +210,10 @@ def _issue(
         .add_extension(x509.SubjectAlternativeName(_names(hosts)), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .sign(key, hashes.SHA256())
     )
+    if extension is not None:
+        builder = builder.add_extension(extension, critical=False)
+    return builder.sign(key, hashes.SHA256())
 
 
 def _names(hosts: tuple[str, ...]) -> list[x509.GeneralName]:

@@ -4,7 +4,9 @@ The leader makes the Secret `scope-gateway` once, before the gateway of any repl
 serves with the same keys, so a join string holds at each of them. It is never made anew while a mesh names a
 registry key: all that was signed with the lost key would be void.
 
-    tls.key     PEM, P-256: its pin is in join strings
+    tls.key     PEM, P-256: its pin is in join strings. Where somebody took it out, to replace it, the leader
+                makes another, for which the registry vouches towards those who know the earlier one
+    replaced    pins of earlier such keys, a JSON list of base64url
     signing     32-byte seed of the Ed25519 key that signs tombstones, base64
     probe       32-byte X25519 key of the reflector, base64
     admin.json  what `scopectl --admin-file` takes, with the administrator's token
@@ -16,6 +18,7 @@ import base64
 import binascii
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,18 +26,22 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from scope.credentials import base64url
+from scope.credentials import base64url, read_base64url
 from scope.model import ConfigError, Mesh, Secret
 from scope.registry.kube.client import MERGE, KubeClient, Object
 from scope.registry.kube.objects import peer_lease, secret_path, secrets_path
 from scope.registry.kube.registry import KubeRegistry
 from scope.registry.port import AlreadyExists, NotFound
+from scope.vouching import MAX_REPLACED
 from scope_operator.gateway.face import Face, Identity, administrator_document
 from scope_operator.gateway.joining import public_half
 
 NAME = "scope-gateway"
 TYPE = "scope.ltgc.cc/gateway"
 ADMIN = "admin.json"
+REPLACED = "replaced"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,22 +52,27 @@ class GatewayKeys:
     signing: Secret
     probe: Secret
     token: Secret  # the administrator's, as text
+    replaced: tuple[bytes, ...] = ()  # pins of TLS keys before this one
 
     def identity(self, registry_id: str) -> Identity:
         """Who the gateway is."""
         administrator = hashlib.sha256(self.token.raw).digest()
-        return Identity(registry_id, self.signing, self.probe, administrator)
+        return Identity(registry_id, self.signing, self.probe, administrator, self.replaced)
 
 
 def new_keys(entropy: Callable[[int], bytes]) -> GatewayKeys:
     """Fresh keys; `entropy` gives so many random bytes."""
-    tls_key = ec.generate_private_key(ec.SECP256R1())
     return GatewayKeys(
-        tls_key=Secret(tls_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())),
+        tls_key=_new_tls_key(),
         signing=Secret(entropy(32)),
         probe=Secret(entropy(32)),
         token=Secret(base64url(entropy(32)).encode()),
     )
+
+
+def _new_tls_key() -> Secret:
+    key = ec.generate_private_key(ec.SECP256R1())
+    return Secret(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
 
 def secret_of(keys: GatewayKeys, *, namespace: str) -> Object:
@@ -90,6 +102,7 @@ def keys_of(secret: Mapping[str, Any]) -> GatewayKeys:
             signing=Secret(base64.b64decode(texts["signing"], validate=True)),
             probe=Secret(base64.b64decode(texts["probe"], validate=True)),
             token=Secret(str(json.loads(texts[ADMIN])["token"]).encode()),
+            replaced=tuple(map(read_base64url, json.loads(texts.get(REPLACED, b"[]")))),
         )
     except (KeyError, TypeError, ValueError, binascii.Error) as error:
         raise ConfigError(
@@ -101,21 +114,32 @@ def keys_of(secret: Mapping[str, Any]) -> GatewayKeys:
 
 
 async def find_keys(client: KubeClient, *, namespace: str) -> GatewayKeys | None:
-    """The gateway's keys; None while there are none. Raises ConfigError, RegistryError."""
+    """The gateway's keys; None while there are none, or no TLS key. Raises ConfigError, RegistryError."""
     try:
-        return keys_of(await client.ask("GET", secret_path(NAME, namespace)))
+        secret = await client.ask("GET", secret_path(NAME, namespace))
     except NotFound:
         return None
+    return None if _is_to_be_replaced(secret) else keys_of(secret)
 
 
 async def ensure_keys(
     client: KubeClient, *, namespace: str, meshes: Iterable[Mesh], entropy: Callable[[int], bytes]
 ) -> GatewayKeys:
     """The gateway's keys, made if they never were; for the leader. Raises ConfigError, RegistryError."""
-    found = await find_keys(client, namespace=namespace)
-    if found is not None:
-        _require_own(found, meshes)
-        return found
+    try:
+        secret = await client.ask("GET", secret_path(NAME, namespace))
+    except NotFound:
+        return await _make_keys(client, namespace=namespace, meshes=meshes, entropy=entropy)
+    if _is_to_be_replaced(secret):
+        secret = await _replace_tls_key(client, secret, namespace=namespace)
+    found = keys_of(secret)
+    _require_own(found, meshes)
+    return found
+
+
+async def _make_keys(
+    client: KubeClient, *, namespace: str, meshes: Iterable[Mesh], entropy: Callable[[int], bytes]
+) -> GatewayKeys:
     named = [mesh.meta.name for mesh in meshes if mesh.status.signing_key is not None]
     if named:
         raise ConfigError(
@@ -129,6 +153,23 @@ async def ensure_keys(
     except AlreadyExists:
         return keys_of(await client.ask("GET", secret_path(NAME, namespace)))
     return keys
+
+
+def _is_to_be_replaced(secret: Mapping[str, Any]) -> bool:
+    """Whether the TLS key, and nothing but that, was taken out."""
+    data = secret.get("data") or {}
+    return "tls.key" not in data and {"signing", "probe", ADMIN} <= data.keys()
+
+
+async def _replace_tls_key(client: KubeClient, secret: Mapping[str, Any], *, namespace: str) -> Object:
+    """Another TLS key in place of the one that was taken out. Raises ConfigError, RegistryError."""
+    keys = keys_of({"data": {**secret["data"], "tls.key": ""}})
+    pin = json.loads(base64.b64decode(secret["data"][ADMIN])).get("pin")
+    replaced = [*map(base64url, keys.replaced), *([pin] if isinstance(pin, str) else [])]
+    texts = {"tls.key": _new_tls_key().raw, REPLACED: json.dumps(replaced[-MAX_REPLACED:]).encode()}
+    body = {"data": {name: base64.b64encode(text).decode() for name, text in texts.items()}}
+    log.warning("gateway.key_replaced before=%s", pin)
+    return await client.ask("PATCH", secret_path(NAME, namespace), body=body, content_type=MERGE)
 
 
 async def tell_administrator(

@@ -23,7 +23,7 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -113,10 +113,15 @@ class JoinedOperator:
         tokens = await persist(self._tokens)
         membership = await persist(lambda: self._member(tokens))
         await persist(lambda: self._tell_agents(membership))
-        credential = ClusterCredential(
-            membership.mesh, self._config.cluster, self._uid, membership.registry, membership.signing
-        )
-        async with HttpRegistry(membership.url, pin=membership.pin, credential=credential) as registry:
+        moved = asyncio.Event()
+        pins: list[bytes] = []
+
+        def follow(pin: bytes) -> None:
+            pins.append(pin)
+            moved.set()
+
+        cluster, uid = self._config.cluster, self._uid
+        async with connect(membership, cluster=cluster, uid=uid, followed=follow) as registry:
             reconciler = Reconciler(
                 registry,
                 liveness=None,
@@ -131,8 +136,20 @@ class JoinedOperator:
             self._reconciler = reconciler
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._register(registry, tokens))
+                tasks.create_task(self._keep_pin(membership, pins, moved))
                 tasks.create_task(self._replica.hear(reconciler, kinds=()))
                 tasks.create_task(reconciler.follow())
+
+    async def _keep_pin(self, membership: Membership, pins: list[bytes], moved: asyncio.Event) -> None:
+        """Know the gateway, and let the agents know it, by the newest pin that was followed."""
+        while True:
+            await moved.wait()
+            moved.clear()
+            membership = replace(membership, pin=pins[-1])
+            log.warning("cluster.gateway_key_replaced pin=%s", base64url(pins[-1]))
+            namespace = self._config.namespace
+            await persist(partial(_keep, self._client, namespace, membership), through=RegistryError)
+            await persist(partial(self._tell_agents, membership), through=RegistryError)
 
     async def _member(self, tokens: AgentTokens) -> Membership:
         """Where the cluster has joined; now, if it has not. Raises ConfigError, Refused, Unavailable."""
@@ -165,7 +182,9 @@ class JoinedOperator:
             registry=invitation.registry_key,
             signing=signing,
         )
-        async with HttpRegistry(invitation.url, pin=invitation.pin, credential=None) as gateway:
+        async with HttpRegistry(
+            invitation.url, pin=invitation.pin, credential=None, registry_key=invitation.registry_key
+        ) as gateway:
             answer = await gateway.join_cluster(cluster_enrolment_to_dict(request))
         return Membership(
             invitation.url,
@@ -248,6 +267,19 @@ async def operate(access: Access, config: JoinedConfig) -> None:
         metrics_address=config.metrics_address,
         metrics_port=config.metrics_port,
         run=run,
+    )
+
+
+def connect(
+    membership: Membership, *, cluster: str, uid: str, followed: Callable[[bytes], None] = lambda _: None
+) -> HttpRegistry:
+    """The gateway, as the operator of that cluster; `followed` is told a pin that replaces the known one."""
+    return HttpRegistry(
+        membership.url,
+        pin=membership.pin,
+        credential=ClusterCredential(membership.mesh, cluster, uid, membership.registry, membership.signing),
+        registry_key=membership.registry_key,
+        followed=followed,
     )
 
 

@@ -18,15 +18,13 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
-from scope.credentials import ClusterCredential
 from scope.model import Kind, Peer, Resource
-from scope.registry.http import HttpRegistry
 from scope.registry.kube.access import Access
 from scope.registry.kube.client import KubeClient
 from scope.registry.kube.registry import KubeRegistry
 from scope.registry.port import Conflict, NotFound, Registry, Unavailable
 from scope_operator.kube.cluster import identity
-from scope_operator.kube.joined import read_membership
+from scope_operator.kube.joined import connect, read_membership
 
 log = logging.getLogger(__name__)
 
@@ -140,8 +138,5 @@ async def _registry(client: KubeClient, config: LeaveConfig) -> AsyncIterator[Re
     if membership is None:
         yield None
         return
-    credential = ClusterCredential(
-        membership.mesh, config.cluster, uid, membership.registry, membership.signing
-    )
-    async with HttpRegistry(membership.url, pin=membership.pin, credential=credential) as registry:
+    async with connect(membership, cluster=config.cluster, uid=uid) as registry:
         yield registry
