@@ -77,13 +77,13 @@ class Node:
         """Where its agent keeps keys and snapshots."""
         return Path("/proc", str(self.machine.holder_pid), "root/var/lib/scope")
 
-    def run(self) -> None:
-        """Start the agent as its DaemonSet does."""
+    def run(self, *options: str) -> None:
+        """Start the agent as its DaemonSet does, with `options` besides."""
         arguments = ["--kubernetes", "--node", self.name, "--cluster", CLUSTER, "--namespace", NAMESPACE]
         url = self.api_server or self.plane.url
         access = ["--api-server", url, "--service-account", str(self.account)]
         with self.log.open("a") as log:
-            argv = [program("scope-agent"), "run", *arguments, *access]
+            argv = [program("scope-agent"), "run", *arguments, *access, *options]
             self.agent = self.machine.popen(argv, stdout=log, stderr=log)
 
     def kill(self, number: signal.Signals = signal.SIGKILL) -> None:

@@ -1,4 +1,5 @@
-"""The traffic of two Nodes goes on while the API server misbehaves in every way that the fault proxy knows.
+"""The traffic of two Nodes goes on while the API server misbehaves in every way that the fault proxy knows,
+and while their agents are replaced.
 
 Real agents, user-space WireGuard and packets, one Node behind a NAT; the agents reach the API server by way
 of the proxy only.
@@ -7,6 +8,7 @@ of the proxy only.
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
@@ -15,10 +17,20 @@ from typing import Any, TypeVar
 
 from kubelab import ControlPlane, FaultProxy
 from lab import Lab, Nat
-from meshlab import PRIVATE, Flow, Pinger
+from meshlab import PRIVATE, Flow, Pinger, Status
 
 from tests.kube.test_faults import FAULTS
-from tests.kube.test_kube_agent import Cluster, Node, join, knows_a_way, make_node, start, until
+from tests.kube.test_kube_agent import (
+    Cluster,
+    Node,
+    is_direct,
+    join,
+    knows_a_way,
+    make_node,
+    peer_name,
+    start,
+    until,
+)
 
 T = TypeVar("T")
 
@@ -85,13 +97,18 @@ def all_answered(flows: list[Flow]) -> bool:
     return all(flow.sent == flow.answered for flow in flows)
 
 
+def is_connected_to(status: Status, name: str) -> bool:
+    """Whether an agent hears the API server, and reaches a peer directly."""
+    return status.connected and is_direct(status, name)
+
+
 def await_connected(cluster: Cluster) -> None:
     """Return when both agents hear the API server again."""
     for node in cluster.nodes:
         cluster.await_status("home", node, lambda status: status.connected)
 
 
-def test_no_packet_is_lost_while_the_api_server_fails_restarts_and_is_restored() -> None:
+def test_no_packet_is_lost_while_the_api_server_fails_and_is_restored_and_agents_are_replaced() -> None:
     with Lab(delay_ms=5, private=PRIVATE) as lab, Pinger(calm_s=PINGS_S, eager_s=PINGS_S) as pinger:
         api = lab.server("api")
         plane = ControlPlane(host=api)
@@ -160,6 +177,12 @@ def story(cluster: Cluster, proxy: FaultProxy, loop: Loop) -> None:
     asyncio.run(plane.restore(snapshot))
     asyncio.run(plane.start())
     await_connected(cluster)
+
+    # An upgrade replaces one pod after the other, by what the new template says.
+    for node, other in (cluster.nodes, cluster.nodes[::-1]):
+        node.kill(signal.SIGTERM)
+        node.run("--verbose")
+        cluster.await_status("home", node, partial(is_connected_to, name=peer_name("home", other)))
 
     sent = sum(flow.sent for flow in flows)
     assert sent > 2 * 10 / PINGS_S, f"{sent} pings are too few to tell of ten seconds each way"

@@ -8,6 +8,7 @@ import secrets
 import socket
 import stat
 from base64 import b64decode
+from dataclasses import replace
 from ipaddress import IPv4Interface, IPv4Network
 from pathlib import Path
 
@@ -406,3 +407,24 @@ def test_the_agent_of_a_node_is_told_to_which_gateway_its_hubs_lead(
     node = ["--kubernetes", "--node", "n1", "--cluster", "here", "--namespace", "scope-system"]
     assert main(["run", *node, "--state", str(tmp_path), "--run-dir", str(tmp_path / "run")]) == 0
     assert [config.upstream for config in started] == [GatewayOrigin("https://gateway:7443", raw)]
+
+
+def test_the_pin_of_a_key_that_replaced_the_gateways_is_kept_on_disk(tmp_path: Path) -> None:
+    state = StateDir("home", tmp_path / "state")
+    state.prepare()
+    before = Enrolment(
+        mesh="home",
+        device="scope0",
+        identity=make_identity(bytes),
+        url="https://192.0.2.1:7443",
+        pin=bytes(32),
+        registry_id="r",
+        registry_key=PublicKey(bytes(32)),
+        peer_name="home.external.nas",
+        peer_uid="uid",
+    )
+    state.save_enrolment(before)
+    runner = shell.Runner.__new__(shell.Runner)  # without its sockets and its device
+    runner._enrolment, runner._config = before, shell.RunConfig(state, tmp_path / "run")
+    runner._keep_pin(bytes([7]) * 32)
+    assert state.load_enrolment() == runner._enrolment == replace(before, pin=bytes([7]) * 32)
