@@ -6,7 +6,7 @@ as it is done, and prints a table. docs/benchmarks.md says what each measures, h
     result      a benchmark, its target, its samples: pure
     machine     what the figures were measured on
     packets     pings and numbered datagrams, sent and counted by this process
-    agents      agents on the lab's hosts: start, kill, reboot, ask
+    agents      agents on the lab's hosts: start, kill, ask
     standins    many peers in one process, for what depends on their number
     the others  one subject each
 """

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -17,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lab import Host, Lab, Machine, Nat
-from lab.netns import ip_batch, processes_in
 from meshlab import PRIVATE, Flow, Member, Pinger, Registry, Status, Watch, mesh_document
 
 MESH = "bench"
@@ -198,26 +196,6 @@ def prepare_programs(modules: str = AGENT_MODULES) -> None:
     subprocess.run([sys.executable, "-c", f"import {modules}"], check=True)
 
 
-def reboot(member: Member) -> None:
-    """What a restart of the machine does to an agent: every process gone, device, routes and /run empty.
-
-    What is on disk stays. The agent is not started again.
-    """
-    if member.process is not None and member.process.poll() is None:
-        member.kill()
-    host = member.machine
-    for pid in processes_in([host.namespace]):
-        if pid != host.holder_pid:
-            _kill(pid)
-    # A TUN whose process was killed stays where it was made persistent.
-    found = host.run(["ip", "-o", "link", "show", "dev", DEVICE], check=False)
-    if found.returncode == 0:
-        ip_batch([f"link del {DEVICE}"], inside=host.namespace)
-    for family in ("-4", "-6"):
-        host.run(["ip", family, "route", "flush", "type", "blackhole"], check=False)
-    host.run(["sh", "-c", "rm -rf /run/scope/* /var/run/wireguard/*"])
-
-
 def spawn(
     host: Host, module: str, *arguments: str, log: Path, path: Sequence[Path] = ()
 ) -> subprocess.Popen[str]:
@@ -227,12 +205,3 @@ def spawn(
         return host.popen(
             [sys.executable, "-m", module, *arguments], env=environment, stdout=output, stderr=output
         )
-
-
-def _kill(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        handle = os.pidfd_open(pid)
-        try:
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
-        finally:
-            os.close(handle)

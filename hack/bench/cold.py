@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lab import Nat
 
-from bench.agents import PATIENCE_S, POLL_S, REST_S, SAVED_S, BenchError, reboot, world
+from bench.agents import PATIENCE_S, POLL_S, REST_S, SAVED_S, BenchError, world
 from bench.result import Benchmark, Sample, Target
 
 OTHERS = (Nat.PORT_RESTRICTED, Nat.ADDRESS_RESTRICTED, Nat.FULL_CONE, Nat.CGNAT, Nat.NONE)
@@ -24,7 +24,7 @@ def _cold(attempts: int) -> Iterator[Sample]:
         time.sleep(SAVED_S)
         here.registry.kill()
         for _ in range(attempts):
-            reboot(rebooted)
+            rebooted.lose_power()
             for other in others:
                 # The pings' answers have nowhere to go, so the others must notice.
                 here.flow(other, rebooted)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from lab import Nat
 from meshlab import Flow, Member, Pinger
 
-from bench.agents import POLL_S, REST_S, BenchError, World, reboot, world
+from bench.agents import POLL_S, REST_S, BenchError, World, world
 from bench.result import Benchmark, Sample, Target
 
 SITES, MACHINES = 20, 5
@@ -64,7 +64,7 @@ def _start_all(attempts: int) -> Iterator[Sample]:
         for _ in range(attempts):
             time.sleep(SAVED_S)
             for member in here.members:
-                reboot(member)
+                member.lose_power()
             began = time.monotonic()
             for member in here.members:
                 member.run()

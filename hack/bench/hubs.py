@@ -17,7 +17,7 @@ from lab import Nat
 from lab.netns import processes_in
 from meshlab import Member
 
-from bench.agents import MESH, POLL_S, REST_S, SAVED_S, SETTLE_S, BenchError, World, reboot, world
+from bench.agents import MESH, POLL_S, REST_S, SAVED_S, SETTLE_S, BenchError, World, world
 from bench.moves import answered_both_ways
 from bench.packets import Stream
 from bench.result import Benchmark, Row, Sample, Target
@@ -33,7 +33,7 @@ def _started(attempts: int) -> Iterator[Sample]:
     with _pair(Nat.SYMMETRIC) as (here, first, second):
         for _ in range(attempts):
             time.sleep(SAVED_S)
-            reboot(first)
+            first.lose_power()
             time.sleep(REST_S)
             began = time.monotonic()
             first.run()

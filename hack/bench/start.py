@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from bench.agents import REST_S, SAVED_S, BenchError, pair, reboot
+from bench.agents import REST_S, SAVED_S, BenchError, pair
 from bench.result import Benchmark, Sample, Target
 
 
@@ -26,7 +26,7 @@ def _rebooted(attempts: int) -> Iterator[Sample]:
     with pair() as (world, first, second):
         for _ in range(attempts):
             time.sleep(SAVED_S)
-            reboot(first)
+            first.lose_power()
             # The pings go on, so that the other side has noticed and what it says is news.
             if world.await_path(second, first, direct=False) is None:
                 raise BenchError("the other side did not notice that the machine was gone")

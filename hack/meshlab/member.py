@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -14,12 +16,14 @@ from pathlib import Path
 
 from lab import LabError, Machine
 from lab.hosts import end
+from lab.netns import flush_conntrack, ip_batch, load_nft, processes_in
 
 from meshlab.names import Introduces
 from meshlab.programs import await_line, program, tail
 
 _JOIN_S = 90.0
 _LEAVE_S = 120.0
+_DEVICE = "scope0"  # what an agent calls it unless told otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,27 @@ class Member:
         self.process.send_signal(number)
         self.process.wait()
         self.hang_up()
+
+    def lose_power(self) -> None:
+        """Every process of the machine is gone, and all that its kernel and /run held; its disk stays.
+
+        The agent is not started again.
+        """
+        host = self.machine
+        if self.process is not None and self.process.poll() is None:
+            self.kill()
+        for pid in processes_in([host.namespace]):
+            if pid != host.holder_pid:
+                _kill(pid)
+        # A TUN whose process was killed stays where it was made persistent.
+        found = host.run(["ip", "-o", "link", "show", "dev", _DEVICE], check=False)
+        if found.returncode == 0:
+            ip_batch([f"link del {_DEVICE}"], inside=host.namespace)
+        for family in ("-4", "-6"):
+            host.run(["ip", family, "route", "flush", "type", "blackhole"], check=False)
+        load_nft("flush ruleset\n", inside=host.namespace)
+        flush_conntrack(host.namespace)
+        host.run(["sh", "-c", "rm -rf /run/scope/* /var/run/wireguard/*"])
 
     def leave(self) -> None:
         """Leave the mesh: LabError when that fails."""
@@ -258,3 +283,12 @@ def _reach(peer: _Json, now: float) -> Reach:
 
 def _ipv4(addresses: Sequence[str]) -> str | None:
     return next((address for address in addresses if ":" not in address), None)
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        handle = os.pidfd_open(pid)
+        try:
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+        finally:
+            os.close(handle)

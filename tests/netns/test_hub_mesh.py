@@ -131,3 +131,33 @@ def test_a_hub_that_is_cut_off_is_left_for_the_other(relayed: Relayed) -> None:
         relayed.lab.sites[f"site-{name}"].unblock_udp()
         pinging.kill()
         pinging.communicate()
+
+
+def test_a_hub_that_loses_power_is_left_for_the_other_and_relays_again_when_it_is_back(
+    relayed: Relayed,
+) -> None:
+    relayed.until(relayed.is_relayed, "a relay")
+    name = relayed.hub()
+    hub = relayed.members.pop(name)
+    pinging = relayed.ping("-i", "0.02")
+    assert pinging.stdout is not None
+    try:
+        for _ in range(100):  # some go before
+            pinging.stdout.readline()
+        cut = time.time()
+        hub.lose_power()
+        after = next((at for line in pinging.stdout for at in answers(line) if at > cut + 2.0), None)
+        assert after is not None, "no answer after the loss"
+        assert after - cut < MOVED_S
+        relayed.until(lambda: relayed.is_relayed() and relayed.hub() != name, "the other hub")
+        hub.run_again()
+        relayed.members[name] = hub
+        relayed.until(lambda: hub.status() is not None, "the hub's agent answers again")
+        other = relayed.hub()
+        relayed.lab.sites[f"site-{other}"].block_udp()
+        relayed.until(lambda: relayed.is_relayed() and relayed.hub() == name, "the hub that is back")
+    finally:
+        for each in HUBS:
+            relayed.lab.sites[f"site-{each}"].unblock_udp()
+        pinging.kill()
+        pinging.communicate()
