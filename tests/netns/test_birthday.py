@@ -25,9 +25,8 @@ from tests.netns.members_fixture import Members
 MESH = "birthday"
 EDGES = ("anna", "bert")  # behind a symmetric NAT, and a port-restricted one
 RELAYED_S = 90.0
-GUESSED_S = (
-    60.0  # relayed for five seconds, a try of five; one in three thousand misses, and busy machines wait
-)
+# Relayed for five seconds, a try of five; one in three thousand misses, and a busy machine waits.
+GUESSED_S = 180.0
 LEFT_S = 20.0  # a path that a NAT forgot is left for the relay
 ANSWERED = 0.98  # of all pings, on a busy machine
 TABLE = "scope_ports_scope0"
@@ -47,6 +46,23 @@ class Pair(Members):
             (reach := self.reach(*pair)) is not None and reach.is_direct and reach.birthday
             for pair in (EDGES, EDGES[::-1])
         )
+
+    def is_by_own_port(self) -> bool:
+        """Whether a guess met WireGuard's own port, as one try in some hundred does: no rules are needed."""
+        both = [self.reach(*pair) for pair in (EDGES, EDGES[::-1])]
+        are_direct = all(reach is not None and reach.is_direct and not reach.birthday for reach in both)
+        return are_direct and TABLE not in self.rules()
+
+    def await_guess(self) -> None:
+        """Return once the pair is direct by a port that stands in for WireGuard's own."""
+        while True:
+            self.until(
+                lambda: self.is_guessed() or self.is_by_own_port(), "direct by a guess", within_s=GUESSED_S
+            )
+            if self.is_guessed():
+                return
+            self.lab.sites["site-anna"].reboot()
+            self.until(lambda: not self.is_by_own_port(), "the end of that path")
 
     def rules(self) -> str:
         """The packet filter's rules of the machine behind the symmetric NAT."""
@@ -94,7 +110,9 @@ def test_a_relayed_pair_becomes_direct_by_a_guessed_port_and_goes_on(pair: Pair)
     assert "1 received" in said
     pinging = pair.ping("-i", "0.02")
     try:
-        pair.until(pair.is_guessed, "direct by a guess", within_s=GUESSED_S)
+        pair.until(
+            lambda: pair.is_guessed() or pair.is_by_own_port(), "direct by a guess", within_s=GUESSED_S
+        )
         time.sleep(3.0)  # some go over the new path
     finally:
         pinging.send_signal(signal.SIGINT)
@@ -102,11 +120,12 @@ def test_a_relayed_pair_becomes_direct_by_a_guessed_port_and_goes_on(pair: Pair)
     answered = {int(each) for each in re.findall(r"bytes from .* icmp_seq=(\d+)", said)}
     # The last ones are under way when the program ends.
     assert len(answered) > 100 and len(answered) >= ANSWERED * max(answered), said[-300:]
+    pair.await_guess()
     assert TABLE in pair.rules()
 
 
 def test_traffic_goes_on_without_the_agent_and_its_next_one_keeps_the_path(pair: Pair) -> None:
-    pair.until(pair.is_guessed, "direct by a guess", within_s=GUESSED_S)
+    pair.await_guess()
     anna, before = pair.members["anna"], turned(pair.rules())
     pinging = pair.ping("-c", "300", "-i", "0.02")
     time.sleep(1.0)  # some go before
@@ -121,14 +140,14 @@ def test_traffic_goes_on_without_the_agent_and_its_next_one_keeps_the_path(pair:
 
 
 def test_rules_that_another_program_flushes_are_put_back(pair: Pair) -> None:
-    pair.until(pair.is_guessed, "direct by a guess", within_s=GUESSED_S)
+    pair.await_guess()
     before = turned(pair.rules())
     pair.members["anna"].machine.run(["nft", "flush", "ruleset"])
     pair.until(lambda: turned(pair.rules()) == before, "the rules")
 
 
 def test_a_nat_that_reboots_sends_the_pair_back_to_the_relay(pair: Pair) -> None:
-    pair.until(pair.is_guessed, "direct by a guess", within_s=GUESSED_S)
+    pair.await_guess()
     pinging = pair.ping("-i", "0.02")
     try:
         time.sleep(2.0)  # some go before
