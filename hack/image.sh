@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds Scope's two images, tries them, and writes them to build/image, each as an archive and with a list of all that
-# is in it (CycloneDX): hack/image.sh. Dockerfile says what is done; here is what a machine may lack for it.
+# is in it (CycloneDX): hack/image.sh; with --untried they are built alone. Dockerfile says what is done; here is
+# what a machine may lack for it.
 #
 #   BASE_IMAGE=NAME  the base to use; otherwise the one that Dockerfile names or, where that cannot be pulled, one made
 #                    of Debian's packages (kept in the cache for the next time)
@@ -136,6 +137,7 @@ for image in "scope-wireguard:$wireguard" "scope-mesh:$version"; do
     say "$image: $(docker image inspect --format '{{.Size}}' "$image" | awk '{ printf "%.0f MB", $1 / 1e6 }'), in $archive; for a Node: ctr -n k8s.io images import $archive"
 done
 
+if [[ ${1:-} == --untried ]]; then exit; fi
 say 'Trying them'
 SCOPE_IMAGE="scope-mesh:$version" SCOPE_WIREGUARD_IMAGE="scope-wireguard:$wireguard" \
     .venv/bin/python -m pytest -q -p no:cacheprovider hack/image

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Makes this machine ready for one purpose: hack/setup.sh demo|demo-kubernetes|test|lint|bench|image|image-base.
+# Makes this machine ready for one purpose: hack/setup.sh demo|demo-kubernetes|test|lint|bench|e2e|image|image-base.
 #
 # Installs the system packages that the purpose needs and that are missing (Debian and Ubuntu; elsewhere it says
 # what to install and stops), gets uv (build/uv points to it), and brings .venv to exactly what uv.lock names. For
-# what shows or tests Scope on Kubernetes it builds the programs of a real one, once (build/kube points to them), and
-# for tests Helm (build/helm).
+# what shows or tests Scope on Kubernetes it builds the programs of a real one, once (build/kube points to them), for
+# tests Helm (build/helm), and for tests on whole clusters what runs on a Node (build/node).
 # When nothing is missing it only looks, and needs no network.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -56,6 +56,14 @@ etcd|etcd-server|keeps what the API server of the tests is told
 etcdctl|etcd-client|takes and restores snapshots of it
 TABLE
 }
+node_needs() {
+    cat <<'TABLE'
+containerd|containerd|runs the containers of a Node
+runc|runc|makes them
+/usr/lib/cni/bridge|containernetworking-plugins|gives pods their network
+conntrack|conntrack|forgets connections for kube-proxy
+TABLE
+}
 image_needs() {
     cat <<'TABLE'
 can_build_images|docker.io|builds the container images
@@ -82,10 +90,11 @@ needs() {
     lint) ;;
     demo) mesh_needs ;;
     demo-kubernetes | bench) mesh_needs && kubernetes_needs ;;
+    e2e) mesh_needs && kubernetes_needs && node_needs ;;
     image) image_needs ;;
     image-base) base_image_needs ;;
     test) mesh_needs && kernel_test_needs && kubernetes_needs ;;
-    *) stop "unknown purpose '$1': say demo, demo-kubernetes, test, lint, bench, image or image-base" ;;
+    *) stop "unknown purpose '$1': say demo, demo-kubernetes, test, lint, bench, e2e, image or image-base" ;;
     esac
 }
 
@@ -173,7 +182,7 @@ new_enough() { # a go's path, the version wanted -> whether this go will do
 provide_go_programs() { # the folder of a go.mod, below which build/NAME points to the programs
     local name built
     name=$(basename "$1")
-    built=$CACHE/$name-$(cat "$1/go.mod" "$1/go.sum" | sha256sum | cut -c1-12)
+    built=$CACHE/$name-$(shopt -s nullglob && cat "$1"/go.mod "$1"/go.sum "$1"/*/main.go | sha256sum | cut -c1-12)
     if [[ ! -d $built ]]; then
         find_go
         hack/kube/build.sh "$GO" "$1" "$built"
@@ -227,5 +236,6 @@ fi
 find_uv
 ln -sfn "$UV" build/uv
 sync_environment
-case $purpose in demo-kubernetes | test | bench) provide_go_programs hack/kube ;; esac
-case $purpose in test) provide_go_programs hack/kube/helm ;; esac
+case $purpose in demo-kubernetes | test | bench | e2e) provide_go_programs hack/kube ;; esac
+case $purpose in test | e2e) provide_go_programs hack/kube/helm ;; esac
+case $purpose in e2e) provide_go_programs hack/kube/node ;; esac

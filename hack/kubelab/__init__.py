@@ -1,4 +1,4 @@
-"""A real Kubernetes control plane for tests, demo and benchmarks, and faults to put in front of it.
+"""A real Kubernetes control plane for tests, demo and benchmarks, Nodes for it, and faults in front of it.
 
     async with ControlPlane(controllers=True) as plane:
         await plane.apply(Path("crds"))
@@ -11,7 +11,8 @@ hack/setup.sh builds the programs; here they are only run.
 
     programs       where the programs are, and one process that may be started many times
     certificates   the certificate authority of one control plane
-    control_plane  etcd, kube-apiserver, kube-controller-manager: started, asked, snapshotted
+    control_plane  etcd, kube-apiserver, kube-controller-manager, kube-scheduler: started, asked, snapshotted
+    node           kubelet, containerd and kube-proxy in a host of the lab
     audit          what the API server was asked, by whom
     faults         a proxy that delays, refuses, cuts, freezes and truncates
 """
@@ -19,6 +20,7 @@ hack/setup.sh builds the programs; here they are only run.
 from kubelab.audit import Audited, AuditLog
 from kubelab.control_plane import APPLY, JSON, MERGE, ApiError, ControlPlane
 from kubelab.faults import FaultProxy
+from kubelab.node import KubeNode
 from kubelab.programs import KubeLabError, Program
 
 __all__ = [
@@ -31,5 +33,6 @@ __all__ = [
     "ControlPlane",
     "FaultProxy",
     "KubeLabError",
+    "KubeNode",
     "Program",
 ]

@@ -1,11 +1,11 @@
-"""etcd, kube-apiserver and, where asked for, kube-controller-manager: a cluster without a kubelet.
+"""etcd, kube-apiserver and, where asked for, controller manager and scheduler: a cluster without a kubelet.
 
 What differs from a cluster in earnest, and why:
 
 - etcd's data is in memory (a tmpfs), or with a kept lab in files: no write is flushed to a disk, so a start
   and a write take a tenth of the time. What survives here is the end of a process, not of the machine.
 - etcd has no TLS and listens on loopback alone, for whoever is on this machine or in that host of the lab.
-- The controllers for Nodes' health do not run: Nodes are objects that no kubelet renews.
+- The controllers for Nodes' health run only where Nodes have kubelets; elsewhere nobody renews a Node.
 
 Nothing here belongs to an event loop: what one `asyncio.run` starts, the next may use.
 """
@@ -13,6 +13,7 @@ Nothing here belongs to an event loop: what one `asyncio.run` starts, the next m
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import itertools
 import json
@@ -41,6 +42,7 @@ from kubelab.programs import (
     ThisMachine,
     Where,
     kubernetes_program,
+    node_program,
     system_program,
 )
 
@@ -62,10 +64,9 @@ _TOOL_S = 60.0  # kubectl and etcdctl do seconds of work; the machine may be bus
 _PROBE_S = 30.0
 _CLOSING_ROUNDS = 1000  # of a millisecond: a connection that was shut down is closed in the loop's next few
 _MANAGER = "kubelab"  # the field manager of what is applied here
-# Certificates are nobody's business here, and Nodes have no kubelet that would say it is alive.
-_CONTROLLERS = (
-    "*,-certificatesigningrequest-signing-controller,-node-lifecycle-controller,-taint-eviction-controller"
-)
+# Nobody here asks the cluster to sign a certificate.
+_CONTROLLERS = "*,-certificatesigningrequest-signing-controller"
+_HEALTH_CONTROLLERS = ",-node-lifecycle-controller,-taint-eviction-controller"
 _numbers = itertools.count(1)
 
 
@@ -83,12 +84,13 @@ class ControlPlane:
 
     With a `host` of the lab it runs there, on the host's own address; otherwise on loopback. With
     `controllers` the controller manager runs as well: ServiceAccounts appear in namespaces, and what belongs
-    to a deleted object is deleted. `pods` is the CIDR from which it gives each Node its own. With `kept`,
-    which needs a host, it stays as long as the lab, also after this process, with its files in the host's
-    directory.
+    to a deleted object is deleted. `pods` is the CIDR from which it gives each Node its own. With `kubelets`
+    it is ready for Nodes that run: controllers with those for Nodes' health, a scheduler, and the API server
+    allowed to ask kubelets. With `kept`, which needs a host, it stays as long as the lab, also after this
+    process, with its files in the host's directory.
 
-    `etcd`, `api_server` and `controllers` are programs to stop, kill, freeze and start again, on the same
-    data and ports.
+    `etcd`, `api_server`, `controllers` and `scheduler` are programs to stop, kill, freeze and start again, on
+    the same data and ports.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class ControlPlane:
         host: Host | None = None,
         controllers: bool = False,
         pods: str = "10.244.0.0/16",
+        kubelets: bool = False,
         kept: bool = False,
     ) -> None:
         programs = {name: kubernetes_program(name) for name in ("kube-apiserver", "kube-controller-manager")}
@@ -107,6 +110,7 @@ class ControlPlane:
         if kept and host is None:
             raise ValueError("a control plane is kept with a lab, which ends it: give it a host")
         self._kept = kept
+        self._kubelets = kubelets
         self.directory = host.directory / self.name if kept and host else _fresh_directory(self.name)
         self.logs = self.directory / "logs"
         self.logs.mkdir(parents=True)
@@ -127,11 +131,20 @@ class ControlPlane:
         api_argv = self._api_server_argv(programs["kube-apiserver"], port=api_port)
         self.api_server = self._program("kube-apiserver", api_argv, is_ready=self._api_server_is_ready)
         self.controllers: Program | None = None
-        if controllers:
+        if controllers or kubelets:
             argv = self._controllers_argv(programs["kube-controller-manager"], pods=pods)
             self.controllers = self._program(
                 "kube-controller-manager", argv, is_ready=self._controllers_are_ready
             )
+        self.scheduler: Program | None = None
+        if kubelets:
+            argv = [
+                node_program("kube-scheduler"),
+                f"--kubeconfig={self.sign_in('scheduler', user='system:kube-scheduler')}",
+                "--leader-elect=false",
+                "--secure-port=0",
+            ]
+            self.scheduler = self._program("kube-scheduler", argv, is_ready=self._api_server_is_ready)
 
     async def __aenter__(self) -> Self:
         try:
@@ -318,6 +331,16 @@ class ControlPlane:
             user = {"client-certificate": str(self.certificate), "client-key": str(self.key)}
         return self._kubeconfig(user, url=url or self.url)
 
+    def sign_in(self, file: str, *, user: str, groups: tuple[str, ...] = ()) -> Path:
+        """A file for a program of the cluster's own, with a certificate by which it is `user` in `groups`.
+
+        All is in it, so that it may be copied to where it is used.
+        """
+        certificate, key = self.authority.issue(file, user=user, groups=groups)
+        return self._kubeconfig(
+            {"client-certificate-data": _encoded(certificate), "client-key-data": _encoded(key)}, url=self.url
+        )
+
     # Snapshots of everything the cluster knows.
 
     async def snapshot(self) -> Path:
@@ -338,7 +361,8 @@ class ControlPlane:
             await program.start()
 
     def _programs(self) -> list[Program]:
-        present = [getattr(self, name, None) for name in ("etcd", "api_server", "controllers")]
+        names = ("etcd", "api_server", "controllers", "scheduler")
+        present = [getattr(self, name, None) for name in names]
         return [program for program in present if isinstance(program, Program)]
 
     def _program(self, name: str, argv: Sequence[str], *, is_ready: Callable[[], Any]) -> Program:
@@ -384,6 +408,8 @@ class ControlPlane:
         policy.write_text(json.dumps(POLICY))
         # Kubernetes refuses to name a loopback address as an endpoint of its own Service.
         reconciler = ["--endpoint-reconciler-type=none"] if self.address == _LOOPBACK else []
+        # As the administrator, whom kubelets let do everything.
+        client = [f"--kubelet-client-certificate={self.certificate}", f"--kubelet-client-key={self.key}"]
         return [
             program,
             f"--etcd-servers={self._etcd_url}",
@@ -406,18 +432,17 @@ class ControlPlane:
             "--audit-log-mode=blocking-strict",
             "--profiling=false",
             *reconciler,
+            *(client if self._kubelets else []),
         ]
 
     def _controllers_argv(self, program: str, *, pods: str) -> list[str]:
-        certificate, key = self.authority.issue("controllers", user="system:kube-controller-manager")
-        user = {"client-certificate": str(certificate), "client-key": str(key)}
         return [
             program,
-            f"--kubeconfig={self._kubeconfig(user, url=self.url)}",
+            f"--kubeconfig={self.sign_in('controllers', user='system:kube-controller-manager')}",
             f"--service-account-private-key-file={self._token_key}",
             f"--root-ca-file={self.authority.certificate}",
             "--use-service-account-credentials=true",
-            f"--controllers={_CONTROLLERS}",
+            f"--controllers={_CONTROLLERS}{'' if self._kubelets else _HEALTH_CONTROLLERS}",
             "--allocate-node-cidrs=true",
             f"--cluster-cidr={pods}",
             "--leader-elect=false",
@@ -428,7 +453,7 @@ class ControlPlane:
     def _kubeconfig(self, user: Mapping[str, str], *, url: str) -> Path:
         path = self.directory / f"kubeconfig-{next(self._files)}"
         path.touch(mode=0o600)
-        cluster = {"server": url, "certificate-authority": str(self.authority.certificate)}
+        cluster = {"server": url, "certificate-authority-data": _encoded(self.authority.certificate)}
         document = {
             "apiVersion": "v1",
             "kind": "Config",
@@ -522,6 +547,10 @@ class _Connector(aiohttp.TCPConnector):
 
 
 _ETCD_ENV = {"ETCDCTL_API": "3", "PATH": os.defpath}
+
+
+def _encoded(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
 
 
 def _fresh_directory(name: str) -> Path:

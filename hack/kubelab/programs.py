@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 # hack/setup.sh points it to what it has built.
 BUILT = ROOT / "build" / "kube"
 _HELM = ROOT / "build" / "helm"
+_NODE = ROOT / "build" / "node"
 _POLL_S = 0.02  # how often a start or an end is looked at: far below what either takes
 _LOG_TAIL = 15  # lines of a program's log in an error
 
@@ -73,6 +74,14 @@ def kubernetes_program(name: str) -> str:
     path = (_HELM if name == "helm" else BUILT) / name
     if not path.is_file():
         raise KubeLabError(f"{path} is missing: run `hack/setup.sh test`, which builds it once")
+    return str(path)
+
+
+def node_program(name: str) -> str:
+    """The path of a program of Nodes that hack/setup.sh builds; KubeLabError where it is not built."""
+    path = _NODE / name
+    if not path.is_file():
+        raise KubeLabError(f"{path} is missing: run `hack/setup.sh e2e`, which builds it once")
     return str(path)
 
 
