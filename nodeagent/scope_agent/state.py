@@ -290,7 +290,7 @@ class StateDir:
         """Forget the mesh: for `leave` alone."""
         self.granted_file.unlink(missing_ok=True)
         self.settings_file.unlink(missing_ok=True)
-        for file in (*self.psk_dir.glob("*"), self.identity_file):
+        for file in (*self.psk_dir.glob("*"), self.identity_file, self.carrier_file):
             file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.psk_dir.rmdir()

@@ -60,8 +60,9 @@ def test_settings_that_lead_elsewhere_are_refused(state: StateDir, path: str) ->
         state.load_settings()
 
 
-def test_leaving_removes_both(state: StateDir) -> None:
+def test_leaving_removes_them_and_the_certificate_for_those_whom_it_carries(state: StateDir) -> None:
     state.save_granted(GRANTS)
     state.save_settings({"net/ipv4/ip_forward": "0"})
+    state.carrier_file.write_text("its key")
     state.remove()
     assert not state.path.exists()
