@@ -19,7 +19,6 @@ from lab import Host, Lab, Machine, Nat
 from meshlab import PRIVATE, Flow, Member, Pinger, Registry, Status, Watch, mesh_document
 
 MESH = "bench"
-DEVICE = "scope0"  # what an agent calls it unless told otherwise
 FAR_MS = 10.0  # each way on each uplink: 40 ms round trip between two sites
 POLL_S = 0.01  # between two questions to an agent while a time is taken: the resolution of these times
 PING_S = 0.01  # likewise between two pings

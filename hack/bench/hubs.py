@@ -11,10 +11,8 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from lab import Nat
-from lab.netns import processes_in
 from meshlab import Member
 
 from bench.agents import MESH, POLL_S, REST_S, SAVED_S, SETTLE_S, BenchError, World, world
@@ -113,7 +111,7 @@ def _carrier_killed(attempts: int) -> Iterator[Sample | Row]:
             for whose, member in (("peer", blocked), ("hub", hub)):
                 time.sleep(STABLE_S)
                 began = time.monotonic()
-                os.kill(_carrier_of(member), signal.SIGKILL)
+                os.kill(member.carrier_pid(), signal.SIGKILL)
                 took = answered_both_ways(here, hub, blocked, began)
                 times[whose].append(took)
                 yield took
@@ -133,15 +131,6 @@ def _await_carried(here: World, hub: Member, blocked: Member) -> None:
             return
         time.sleep(POLL_S)
     raise BenchError("the peer without UDP is not carried")
-
-
-def _carrier_of(member: Member) -> int:
-    """The pid of its carrier."""
-    for pid in processes_in([member.machine.namespace]):
-        with contextlib.suppress(OSError):
-            if b"scope_dataplane.carrier" in Path("/proc", str(pid), "cmdline").read_bytes():
-                return pid
-    raise BenchError(f"{member.name} has no carrier")
 
 
 @contextlib.contextmanager

@@ -18,8 +18,9 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from lab import Host, Nat
 from lab.netns import ip_batch
+from meshlab import DEVICE
 
-from bench.agents import DEVICE, BenchError, spawn, world
+from bench.agents import BenchError, spawn, world
 from bench.result import Benchmark, Sample, Target
 
 BARE = "bare0"

@@ -71,17 +71,17 @@ class ThisMachine:
 
 def kubernetes_program(name: str) -> str:
     """The path of a program that hack/setup.sh builds; KubeLabError where it is not built."""
-    path = (_HELM if name == "helm" else BUILT) / name
-    if not path.is_file():
-        raise KubeLabError(f"{path} is missing: run `hack/setup.sh test`, which builds it once")
-    return str(path)
+    return _built((_HELM if name == "helm" else BUILT) / name, purpose="test")
 
 
 def node_program(name: str) -> str:
     """The path of a program of Nodes that hack/setup.sh builds; KubeLabError where it is not built."""
-    path = _NODE / name
+    return _built(_NODE / name, purpose="e2e")
+
+
+def _built(path: Path, *, purpose: str) -> str:
     if not path.is_file():
-        raise KubeLabError(f"{path} is missing: run `hack/setup.sh e2e`, which builds it once")
+        raise KubeLabError(f"{path} is missing: run `hack/setup.sh {purpose}`, which builds it once")
     return str(path)
 
 

@@ -21,12 +21,13 @@ benchmarks build on it alike.
     watch     every ordered pair of members: path, family, RTT, and when each thing first happened
 """
 
-from meshlab.member import Member, Reach, Status
+from meshlab.member import DEVICE, Member, Reach, Status
 from meshlab.pinger import Flow, Pinger
 from meshlab.registry import PRIVATE, Registry, mesh_document
 from meshlab.watch import PairRecord, Watch, WatchError
 
 __all__ = [
+    "DEVICE",
     "PRIVATE",
     "Flow",
     "Member",

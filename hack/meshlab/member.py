@@ -23,7 +23,7 @@ from meshlab.programs import await_line, program, tail
 
 _JOIN_S = 90.0
 _LEAVE_S = 120.0
-_DEVICE = "scope0"  # what an agent calls it unless told otherwise
+DEVICE = "scope0"  # what an agent calls it unless told otherwise
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +149,25 @@ class Member:
             if pid != host.holder_pid:
                 _kill(pid)
         # A TUN whose process was killed stays where it was made persistent.
-        found = host.run(["ip", "-o", "link", "show", "dev", _DEVICE], check=False)
+        found = host.run(["ip", "-o", "link", "show", "dev", DEVICE], check=False)
         if found.returncode == 0:
-            ip_batch([f"link del {_DEVICE}"], inside=host.namespace)
+            ip_batch([f"link del {DEVICE}"], inside=host.namespace)
         for family in ("-4", "-6"):
             host.run(["ip", family, "route", "flush", "type", "blackhole"], check=False)
         load_nft("flush ruleset\n", inside=host.namespace)
         flush_conntrack(host.namespace)
         host.run(["sh", "-c", "rm -rf /run/scope/* /var/run/wireguard/*"])
+
+    def carrier_pid(self) -> int:
+        """The process that carries it over TCP, or others as a hub; LabError where not just one runs."""
+        found = []
+        for pid in processes_in([self.machine.namespace]):
+            with contextlib.suppress(OSError):  # it has ended
+                if b"scope_dataplane.carrier" in Path("/proc", str(pid), "cmdline").read_bytes():
+                    found.append(pid)
+        if len(found) != 1:
+            raise LabError(f"{self.name} has {len(found)} carriers")
+        return found[0]
 
     def leave(self) -> None:
         """Leave the mesh: LabError when that fails."""

@@ -356,12 +356,7 @@ class NodeAgent:
             identity = enrolment.identity
         if peer.report is None or peer.report.keys != identity.public:
             keys = PeerReport(keys=identity.public, held_addresses=await asyncio.to_thread(_held, state))
-            registry: AgentRegistry
-            if self._elsewhere is not None:
-                registry = await self._elsewhere.registry()
-            else:
-                registry = await self._registry()
-            await registry.update_status(Kind.PEER, peer.meta.name, keys, uid=peer.meta.uid)
+            await self._publish(peer, keys)
             log.info("mesh.keys_published mesh=%s peer=%s", peer.spec.mesh, peer.meta.name)
         adopted = Enrolment(
             mesh=peer.spec.mesh,
@@ -377,6 +372,15 @@ class NodeAgent:
         if adopted != enrolment:
             state.save_enrolment(adopted)
         return adopted
+
+    async def _publish(self, peer: Peer, report: PeerReport) -> None:
+        """Have our ScopePeer say it, wherever its registry is. Raises RegistryError, ConfigError."""
+        registry: AgentRegistry
+        if self._elsewhere is not None:
+            registry = await self._elsewhere.registry()
+        else:
+            registry = await self._registry()
+        await registry.update_status(Kind.PEER, peer.meta.name, report, uid=peer.meta.uid)
 
     async def _run_mesh(self, mesh: str, served: _Served) -> None:
         """Run the mesh's Runner, again and again when something ends it that a person must mend."""
@@ -418,13 +422,7 @@ class NodeAgent:
             if peer.report is None or peer.report.left:
                 return
             try:
-                registry = (
-                    await self._elsewhere.registry()
-                    if self._elsewhere is not None
-                    else await self._registry()
-                )
-                said = PeerReport(keys=peer.report.keys, left=True)
-                await registry.update_status(Kind.PEER, peer.meta.name, said, uid=peer.meta.uid)
+                await self._publish(peer, PeerReport(keys=peer.report.keys, left=True))
             except (RegistryError, ConfigError) as error:
                 log.warning("mesh.left_untold mesh=%s error=%s", mesh, error)
                 await asyncio.sleep(RETRY)

@@ -53,12 +53,16 @@ class Pair(Members):
         are_direct = all(reach is not None and reach.is_direct and not reach.birthday for reach in both)
         return are_direct and TABLE not in self.rules()
 
+    def await_direct(self) -> None:
+        """Return once a guess has met a port, WireGuard's own or one that stands in for it."""
+        self.until(
+            lambda: self.is_guessed() or self.is_by_own_port(), "direct by a guess", within_s=GUESSED_S
+        )
+
     def await_guess(self) -> None:
         """Return once the pair is direct by a port that stands in for WireGuard's own."""
         while True:
-            self.until(
-                lambda: self.is_guessed() or self.is_by_own_port(), "direct by a guess", within_s=GUESSED_S
-            )
+            self.await_direct()
             if self.is_guessed():
                 return
             self.lab.sites["site-anna"].reboot()
@@ -110,9 +114,7 @@ def test_a_relayed_pair_becomes_direct_by_a_guessed_port_and_goes_on(pair: Pair)
     assert "1 received" in said
     pinging = pair.ping("-i", "0.02")
     try:
-        pair.until(
-            lambda: pair.is_guessed() or pair.is_by_own_port(), "direct by a guess", within_s=GUESSED_S
-        )
+        pair.await_direct()
         time.sleep(3.0)  # some go over the new path
     finally:
         pinging.send_signal(signal.SIGINT)

@@ -13,11 +13,9 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from lab import Lab, Nat
-from lab.netns import processes_in
 from meshlab import PRIVATE, Member, Registry, mesh_document
 
 from tests.netns.members_fixture import Members
@@ -76,20 +74,6 @@ def _await_carrier(registry: Registry) -> None:
         time.sleep(0.5)
 
 
-def carrier_of(member: Member) -> int:
-    """The pid of its carrier's process."""
-    commands = {pid: _command_of(pid) for pid in processes_in([member.machine.namespace])}
-    [found] = [pid for pid, command in commands.items() if b"scope_dataplane.carrier" in command]
-    return found
-
-
-def _command_of(pid: int) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:  # it has ended
-        return b""
-
-
 def test_a_peer_without_udp_is_reached_by_hub_and_peer_and_the_way_is_told(carried: Carried) -> None:
     for source in ("left", "hub"):
         said, _ = carried.ping("-c", "20", "-i", "0.05", source=source).communicate(timeout=30.0)
@@ -120,10 +104,10 @@ def test_nothing_is_lost_when_an_agent_dies_and_starts_again(carried: Carried, n
 def test_a_carrier_that_dies_is_started_again_and_carries(carried: Carried, name: str) -> None:
     carried.until(carried.is_carried, "carried")
     member = carried.members[name]
-    killed = carrier_of(member)
+    killed = member.carrier_pid()
     os.kill(killed, signal.SIGKILL)
     carried.until(lambda: _is_answered(carried), "a ping comes back")  # how soon, the benchmarks say
-    assert carrier_of(member) != killed
+    assert member.carrier_pid() != killed
 
 
 def _is_answered(carried: Carried) -> bool:
