@@ -297,8 +297,9 @@ class Agent:
                 self._plan_all |= self._membership.is_complete and not was_complete
                 self._reporting.receive(fact)
                 self._snapshot_changed(now)
-            case InterfacesChanged(addresses, mtu):
+            case InterfacesChanged(addresses, mtu, inner):
                 before, self._interfaces = self._interfaces, self._usable(addresses)
+                self._paths.set_inner(inner)
                 self._underlay_mtu = mtu
                 self._plan_all = True
                 if self._interfaces != before:

@@ -113,10 +113,14 @@ class DatagramArrived:
 
 @dataclass(frozen=True, slots=True)
 class InterfacesChanged:
-    """All addresses of all interfaces that may carry the underlay, at once, and the smallest MTU of these."""
+    """All addresses of all interfaces that may carry the underlay, at once, and the smallest MTU of these.
+
+    `inner` are the addresses of its other interfaces: those of containers, virtual machines and tunnels.
+    """
 
     addresses: frozenset[IPInterface]
     mtu: int = 1500
+    inner: frozenset[IPAddress] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from scope.model import (
     CandidateKind,
     DeviceKind,
     Endpoint,
+    IPAddress,
     Mapping,
     Mesh,
     MeshSpec,
@@ -58,9 +59,15 @@ WALL = 1.8e9
 
 
 class Crowd:
-    """An agent that starts from a snapshot of `count` peers, each of which answers what it is asked."""
+    """An agent that starts from a snapshot of `count` peers, each of which answers what it is asked.
 
-    def __init__(self, count: int) -> None:
+    They see it at `seen`; `inner` are addresses of its own containers' interfaces.
+    """
+
+    def __init__(
+        self, count: int, *, seen: Endpoint = OURS, inner: frozenset[IPAddress] = frozenset()
+    ) -> None:
+        self._seen = seen
         identity = agent_identity()
         own = Peer(
             Meta("agent", uid="agent"),
@@ -84,7 +91,7 @@ class Crowd:
         self._channels = [self._channel(number, identity.public.probe) for number in range(count)]
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
-        self._give(InterfacesChanged(frozenset({IPv4Interface("203.0.113.5/24")})))
+        self._give(InterfacesChanged(frozenset({IPv4Interface("203.0.113.5/24")}), inner=inner))
         self._look()
 
     def run(self, seconds: float) -> None:
@@ -143,7 +150,7 @@ class Crowd:
             case Hello(_, cookie):
                 answer = cookie
             case Received(sender, Ping(transaction)):
-                answer = channel.seal(sender, Pong(transaction, OURS, has_session=True, received=0))
+                answer = channel.seal(sender, Pong(transaction, self._seen, has_session=True, received=0))
             case Received(sender, Nominate(sequence)):
                 answer = channel.seal(sender, Nominated(sequence))
             case _:
@@ -236,3 +243,21 @@ def test_open_peers_reflect_also_where_the_registry_last_called_them_offline() -
     view = crowd.agent.paths(crowd.now)
     assert view.mapping is Mapping.NONE
     assert view.reflectors_silent_since is None
+
+
+def test_what_a_reflector_in_a_container_of_this_machine_sees_is_no_mapping_and_no_candidate() -> None:
+    bridge = IPv4Address("10.244.0.1")
+    crowd = Crowd(3, seen=Endpoint(bridge, 51736), inner=frozenset({bridge}))
+    crowd.run(3.0)
+    view = crowd.agent.paths(crowd.now)
+    assert view.mapping is Mapping.UNKNOWN
+    assert bridge not in {candidate.endpoint.address for candidate in view.candidates}
+    assert view.reflectors_silent_since is None
+
+
+def test_the_address_of_a_bridge_at_the_port_that_we_listen_on_is_where_we_are_seen() -> None:
+    bridge = IPv4Address("192.168.1.1")
+    crowd = Crowd(3, seen=Endpoint(bridge, OURS.port), inner=frozenset({bridge}))
+    crowd.run(3.0)
+    candidates = crowd.agent.paths(crowd.now).candidates
+    assert bridge in {candidate.endpoint.address for candidate in candidates}

@@ -148,6 +148,7 @@ class Paths:
         self._interfaces: frozenset[IPInterface] = frozenset()
         self._listen_port = 0
         self._reflexive = Reflexive()
+        self._inner: frozenset[IPAddress] = frozenset()
         self._agenda: Agenda[PublicKey] = Agenda()
         self._transaction = 0
         self._unread_since: float | None = None  # the device's counters moved and were not read since
@@ -423,6 +424,10 @@ class Paths:
             if news:
                 self._touch(key, now)
 
+    def set_inner(self, addresses: frozenset[IPAddress]) -> None:
+        """Say by which addresses this machine's own containers, virtual machines and tunnels know it."""
+        self._inner = addresses
+
     # --- datagrams -----------------------------------------------------------------------------------------
 
     def receive(
@@ -434,7 +439,7 @@ class Paths:
         if pair is not None and source is not None and self._is_refused(source, pair):
             return
         if isinstance(message, Pong) and self._reflexive.answer(
-            sender, message.transaction, message.observed, now
+            sender, message.transaction, self._as_seen_outside(message.observed), now
         ):
             self._publish(now)
             self._tell_mapping(now)
@@ -703,6 +708,12 @@ class Paths:
         self._birthday.set_own(mapping, public_reflexive(candidates))
         self._changes.own = True
         return True
+
+    def _as_seen_outside(self, observed: Endpoint) -> Endpoint | None:
+        """What a reflector saw, unless it is in a container here, to which this machine translated us."""
+        if observed.address in self._inner and observed.port != self._listen_port:
+            return None
+        return observed
 
     @property
     def any_alive(self) -> bool:

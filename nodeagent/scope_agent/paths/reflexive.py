@@ -101,8 +101,11 @@ class Reflexive:
         if self._targets and now - self._checked > CHECK_INTERVAL:
             self._checked = self._due = now
 
-    def answer(self, sender: PublicKey, transaction: int, observed: Endpoint, now: float) -> bool:
-        """Take a pong; True when it changed what we know of our mapping."""
+    def answer(self, sender: PublicKey, transaction: int, observed: Endpoint | None, now: float) -> bool:
+        """Take a pong; True when it changed what we know of our mapping.
+
+        `observed` is None where what the reflector saw says nothing of it.
+        """
         for target, asked in self._targets.items():
             if target.probe_key == sender and transaction in asked.pending:
                 del asked.pending[transaction]

@@ -37,7 +37,8 @@ def underlay_of(interfaces: Iterable[Interface], *, own: str) -> InterfacesChang
 
     `own` is the name of the mesh's device.
     """
-    usable = [i for i in interfaces if i.up and i.name not in {own, "lo"} and not is_virtual(i)]
+    present = [i for i in interfaces if i.up and i.name not in {own, "lo"}]
+    usable = [i for i in present if not is_virtual(i)]
     carrying = [
         (interface, frozenset(a for a in interface.addresses if not a.is_link_local and not a.is_loopback))
         for interface in usable
@@ -45,6 +46,7 @@ def underlay_of(interfaces: Iterable[Interface], *, own: str) -> InterfacesChang
     return InterfacesChanged(
         addresses=frozenset(address for _, addresses in carrying for address in addresses),
         mtu=max(min((i.mtu for i, addresses in carrying if addresses), default=1500), SMALLEST_MTU),
+        inner=frozenset(address.ip for i in present if is_virtual(i) for address in i.addresses),
     )
 
 
