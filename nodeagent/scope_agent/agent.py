@@ -552,12 +552,10 @@ class Agent:
         report = self._serving.report(now)
         if report is None:
             return None
-        return replace(
-            report,
-            reason=as_reason(report.reason),
-            unrouted=as_reason(self._forwarding_error or self._lost),
-            carrier=self._carriage.report(),
-        )
+        unrouted, carrier = as_reason(self._forwarding_error or self._lost), self._carriage.report()
+        if not unrouted and carrier is None:
+            return report
+        return replace(report, unrouted=unrouted, carrier=carrier)
 
     # --- what TCP carries ----------------------------------------------------------------------------------
 

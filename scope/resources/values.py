@@ -45,6 +45,8 @@ def read_text(value: object, limit: int, allowed: str = "") -> str:
 
 def as_reason(text: str) -> str:
     """What anybody said, as a reason that may stand in a status: one line, cut where it is too long."""
+    if not text:
+        return ""
     line = " ".join("".join(each if each.isprintable() else " " for each in text).split())
     return line if len(line) <= MAX_REASON else f"{line[: MAX_REASON - 1]}…"
 

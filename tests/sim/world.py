@@ -983,10 +983,12 @@ class RegistryServer:
         self.store.write(write)
         for kind in CONTENT:
             for change in self.store.changes_since(kind, since):
+                told = _told_others(change, before)
                 for machine in self.world.machines:
-                    told = _told(machine, change, before) if machine.connected else None
-                    if told is not None:
-                        self._tell(machine, FactArrived(told))
+                    is_own = isinstance(change, Put) and change.resource.meta.name == machine.name
+                    news = change if is_own else told
+                    if machine.connected and news is not None:
+                        self._tell(machine, FactArrived(news))
 
     def _tell(self, machine: Machine, event: Input) -> None:
         machine._later(self.distance(machine), lambda: machine.give(event))
@@ -1101,17 +1103,14 @@ class RegistryServer:
                 self.world.network.send(self.site, Endpoint(address, port), to, data)
 
 
-def _told(
-    machine: Machine, change: Put | Deleted, before: dict[tuple[Kind, str], Resource]
-) -> Put | Deleted | None:
-    """What the gateway's stream tells an agent of a change; None: nothing."""
+def _told_others(change: Put | Deleted, before: dict[tuple[Kind, str], Resource]) -> Put | Deleted | None:
+    """What the gateway's stream tells all agents of a change but the peer's own; None: nothing."""
     if isinstance(change, Deleted):
         return change
     resource = change.resource
     was = before.get((kind_of(resource), resource.meta.name))
     assert isinstance(resource, Mesh | Peer) and not isinstance(was, JoinToken)
-    seen = _seen_by(machine, resource)
-    return replace(change, resource=seen) if seen is resource or is_told(was, resource) else None
+    return replace(change, resource=projected(resource)) if is_told(was, resource) else None
 
 
 def _seen_by(machine: Machine, resource: Resource) -> Resource:

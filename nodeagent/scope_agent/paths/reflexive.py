@@ -175,15 +175,14 @@ class Reflexive:
         filter by address. One that was published stays while its address is seen: the port says nothing.
         """
         seen = self.endpoints(now)
+        families = {endpoint.family for endpoint in seen}
+        dependent = {f for f in families if self.mapping_of(f, now) is Mapping.ENDPOINT_DEPENDENT}
         kept: dict[IPAddress, Endpoint] = {}
-        for endpoint in sorted(seen, key=lambda e: (e not in self._published, str(e))):
-            if self.mapping_of(endpoint.family, now) is not Mapping.ENDPOINT_DEPENDENT:
-                continue
+        ports = (endpoint for endpoint in seen if endpoint.family in dependent)
+        for endpoint in sorted(ports, key=lambda e: (e not in self._published, str(e))):
             earlier = [e for e in self._published if e.address == endpoint.address]
             kept.setdefault(endpoint.address, earlier[0] if earlier else endpoint)
-        self._published = frozenset(kept.values()) | {
-            e for e in seen if self.mapping_of(e.family, now) is not Mapping.ENDPOINT_DEPENDENT
-        }
+        self._published = frozenset(kept.values()) | {e for e in seen if e.family not in dependent}
         return self._published
 
     def answering(self, now: float) -> tuple[ReflectorTarget, ...]:

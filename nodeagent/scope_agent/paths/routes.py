@@ -126,9 +126,12 @@ class Routes:
 
     def verified(self, now: float) -> frozenset[Endpoint]:
         """Endpoints that WireGuard may find by itself and stay at."""
-        return frozenset(route.endpoint for route in self if route.is_verified(now))
+        return frozenset([e for e, route in self._by_endpoint.items() if route.is_verified(now)])
 
     def last_heard(self) -> Endpoint | None:
         """Where the peer was last seen to send from, relays aside."""
-        heard = max((r for r in self if r.relay is None), key=lambda r: r.heard, default=None)
-        return heard.endpoint if heard is not None and heard.heard > NEVER else None
+        latest, endpoint = NEVER, None
+        for route in self._by_endpoint.values():
+            if route.relay is None and route.heard > latest:
+                latest, endpoint = route.heard, route.endpoint
+        return endpoint

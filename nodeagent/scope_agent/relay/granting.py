@@ -26,6 +26,7 @@ from typing import Final
 
 from scope.model import Forwarding, PublicKey, RelayLimits, RelayReport
 from scope.relay import MAPPING_VALID, Grant, Grants, Side
+from scope.resources import as_reason
 from scope.wire import TOKEN_BYTES, AskRelay, Granted, Refused, RefusedBecause
 from scope_agent.relay.rules import MAX_ID
 
@@ -93,7 +94,7 @@ class Granting:
             forwarding=self._forwarding,
             pairs=len(self._grants),
             refused=sum(until > wall for until in self._refused.values()),
-            reason="; ".join(filter(None, (self._reason, self._why_avoided()))),
+            reason=as_reason("; ".join(filter(None, (self._reason, self._why_avoided())))),
         )
 
     def get_timer(self) -> float | None:
