@@ -323,7 +323,7 @@ class Agent:
                 self._keying.saved(peer, error, now)
             case KeysSetUp(maker):
                 self._keying.equip(maker, now)
-                self._reporting.expect()  # of our identity
+                self._reporting.expect(is_awaited=self._keying.is_required)  # of our identity
                 self._observe_soon(now, OBSERVE_BUSY)  # of what its pairs hold the room has seen nothing
             case IdentitySaved(error):
                 self._identity_saved(error, now)
@@ -966,7 +966,7 @@ class Agent:
         self._touched |= changes.pairs | keyed
         self._out += self._keying.outputs(now)
         if self._keying.wants_look:
-            self._observe_soon(now, OBSERVE_KEYS)
+            self._observe_soon(now, OBSERVE_BUSY if self._keying.expects_proof(now) else OBSERVE_KEYS)
         self._plan_device(now)
         if self._observe_at is not None and now >= self._observe_at:
             if self._observing_since is None and not self._device_busy:

@@ -102,9 +102,11 @@ def desired_peer(
     """Until a path is chosen a peer is only known: it may handshake with us, we send it nothing.
 
     So it is, too, where the mesh requires a post-quantum key, until the device has one; and there is no
-    traffic before a handshake has proved it.
+    traffic before a handshake has proved it. That one is started by the side that was given the key last,
+    whoever would start it otherwise.
     """
-    if pair is None or not pair.ready or keyed.is_silent:
+    is_ready = pair is not None and (pair.ready or (keyed.starts and pair.endpoint is not None))
+    if pair is None or not is_ready or keyed.is_silent:
         return DesiredPeer(key, psk=keyed.psk)
     return DesiredPeer(
         key,

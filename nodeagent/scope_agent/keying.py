@@ -237,6 +237,11 @@ class Keying:
         return "" if self._policy.mode is PostQuantumMode.OFF else self._trouble
 
     @property
+    def is_required(self) -> bool:
+        """Whether no pair talks before it has a key."""
+        return self._policy.mode is PostQuantumMode.REQUIRED
+
+    @property
     def dropped(self) -> int:
         """Messages that were not what they should be."""
         return self._psk.dropped if self._psk is not None else 0
@@ -245,6 +250,10 @@ class Keying:
     def wants_look(self) -> bool:
         """Whether the device is to be read often."""
         return self._psk is not None and self._psk.wants_look
+
+    def expects_proof(self, now: float) -> bool:
+        """Whether the device is to be read as soon as it can be."""
+        return self._psk is not None and self._psk.expects_proof(now)
 
     def pairs(self) -> Mapping[PublicKey, PskPair]:
         """How each pair is keyed."""

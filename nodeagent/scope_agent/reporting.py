@@ -13,7 +13,8 @@ from scope.registry.port import Fact, Listed, Put
 from scope_agent.desired import is_news
 from scope_agent.paths.core import Changes, Paths
 
-URGENT = 0.05  # endpoints and mapping: others wait for them; bursts still make one write
+# Endpoints and mapping, and an identity where keys are required: others wait for them. Bursts make one write.
+URGENT = 0.05
 # Of the ladder's report bound, for paths: one write while a mesh forms or falls back. Every peer reads every
 # other's report, so the larger the mesh, the longer changes are gathered.
 LINKS, PER_PEER, LONGEST = 0.15, 0.005, 0.6
@@ -33,11 +34,13 @@ class Reporting:
         self._at: float | None = None
         self._retry = RETRY_MIN
         self._is_due = True
+        self._is_awaited = False
         self.error = ""  # why the last write failed
 
-    def expect(self) -> None:
-        """Something may be worth a report."""
+    def expect(self, *, is_awaited: bool = False) -> None:
+        """Something may be worth a report; `is_awaited`: others can send us nothing before they have it."""
         self._is_due = True
+        self._is_awaited |= is_awaited
 
     def receive(self, fact: Fact) -> None:
         """Take what the registry holds of us, unless a write of ours is under way."""
@@ -55,8 +58,8 @@ class Reporting:
     def observe(self, changes: Changes, *, paths: Paths, snapshot: Snapshot, now: float) -> None:
         """Take what changed, and put the next report on time for it."""
         if self._is_due or changes.own or changes.moved:
-            self._is_due = False
             self._write_after(self._delay(paths, snapshot, now), now)
+            self._is_due = self._is_awaited = False
         elif changes.pairs and self._at is None:
             self._write_after(LATENCY, now)
 
@@ -98,7 +101,7 @@ class Reporting:
     def _delay(self, paths: Paths, snapshot: Snapshot, now: float) -> float:
         if self.error:
             return self._retry
-        if self._owes_endpoints(paths, now):
+        if self._is_awaited or self._owes_endpoints(paths, now):
             return URGENT
         mesh = snapshot.mesh
         if mesh is None:

@@ -336,14 +336,15 @@ class Device:
     def _initiate(self, peer: _Peer) -> None:
         now = self._now()
         if now - peer.initiated < REKEY_TIMEOUT:
-            return
+            return  # a retry, too, where an answer was sent since: the next packet asks
         if peer.trying_since is None:
             peer.trying_since = now
         peer.initiated = now
         peer.initiation = int(self._random() * 2**62)
         number = peer.initiation
         self._put(peer, Initiation(self._own(), number))
-        self._schedule(REKEY_TIMEOUT + RETRY_JITTER * self._random(), lambda: self._retry(peer, number))
+        delay = REKEY_TIMEOUT + RETRY_JITTER * max(self._random(), 1e-3)  # beyond what rounding takes away
+        self._schedule(delay, lambda: self._retry(peer, number))
 
     def _retry(self, peer: _Peer, number: int) -> None:
         if peer.trying_since is None or peer.key not in self.peers:
@@ -352,13 +353,13 @@ class Device:
             peer.trying_since = None
             peer.staged.clear()
             return
-        peer.initiated = self._now() - REKEY_TIMEOUT
         self._initiate(peer)
 
     def _initiated(self, peer: _Peer, number: int, source: Endpoint) -> None:
         peer.initiation = None  # one handshake state: theirs replaces ours
         self._took(peer, Initiation(peer.key, number), source)
         peer.pending = _Session(number, self._now(), initiator=False)
+        peer.initiated = self._now()  # who answered waits as long as who asked before it asks itself
         self._put(peer, Response(self._own(), number, peer.psk))
 
     def _responded(self, peer: _Peer, number: int, source: Endpoint) -> None:

@@ -192,7 +192,9 @@ class Side:
         shown = room.view()[self.other.key]
         if shown.psk is not None and shown.psk != (self.seen or NO_PSK):
             self.later(self.duo.random.uniform(0.002, 0.05), self.program)
-        self.view = shown
+        speaks, self.view = self.view.is_silent and not shown.is_silent, shown
+        if speaks:
+            self.later(0.01, functools.partial(self.duo.sends, self))  # keepalive's rise sends
         due = room.get_timer()
         if due is not None and (self.armed is None or due < self.armed):
             self.armed = due
@@ -361,7 +363,7 @@ class Duo:
 
     def sends(self, side: Side) -> None:
         """A packet of the side's enters the tunnel."""
-        is_blocked = any(other.room is not None and other.view.is_silent for other in self.sides)
+        is_blocked = side.room is not None and side.view.is_silent
         if self.trying is not None or is_blocked:
             return
         if self.session is None:

@@ -38,6 +38,32 @@ def test_required_proves_a_key_before_anything_else_and_at_once() -> None:
     assert [side.view.is_withheld for side in duo.sides] == [False, False]
 
 
+def test_of_a_first_required_key_the_side_that_has_it_last_starts_the_handshake() -> None:
+    duo = Duo(3, mode=PostQuantumMode.REQUIRED)
+    duo.start()
+    duo.until(lambda: duo.e.view.laid == 1, within=10.0)
+    assert duo.e.view.is_silent and not duo.e.view.starts
+    duo.until(lambda: duo.d.view.laid == 1, within=10.0)
+    assert duo.d.view.starts and duo.e.view.is_silent
+    assert duo.until(duo.is_agreed, within=60.0) < 1.0
+
+
+def test_where_that_side_starts_none_the_other_does_after_three_seconds() -> None:
+    duo = Duo(3, mode=PostQuantumMode.REQUIRED)
+    duo.start()
+    duo.until(lambda: duo.e.view.laid == 1, within=10.0)
+    duo.d.crash()
+    assert 2.9 < duo.until(lambda: duo.e.view.starts, within=10.0) < 3.1
+
+
+def test_who_waits_for_a_peers_identity_asks_again_as_soon_as_that_peer_can_make_keys() -> None:
+    duo = Duo(4)
+    duo.e.start()
+    duo.run(3.0)  # E asked what D cannot answer, and now asks ever more rarely
+    duo.d.start()
+    assert duo.until(lambda: duo.e.disk.next is not None, within=60.0) < 1.0
+
+
 def test_a_key_is_rotated_by_the_interval_without_a_session_lost() -> None:
     duo = _agreed(interval=600.0)
     duo.until(lambda: duo.is_agreed(5), within=5 * 900.0)

@@ -80,6 +80,7 @@ class Psk:
         self._out: list[PskOutput] = []
         self._changed: set[PublicKey] = set()
         self._looking: set[PublicKey] = set()
+        self._expecting: set[PublicKey] = set()
         self._agenda: Agenda[PublicKey] = Agenda()
         self.dropped = 0
 
@@ -122,6 +123,7 @@ class Psk:
             self._joining.pop(key, None)
             self._agenda.put(key, None)
             self._looking.discard(key)
+            self._expecting.discard(key)
             self._out.append(WriteRecord(key, None))
         is_off = policy.mode is PostQuantumMode.OFF
         new = (members & self._records.keys() if is_off else members) - self._pairs.keys()
@@ -244,6 +246,11 @@ class Psk:
         """Whether the device is to be read often."""
         return bool(self._looking)
 
+    def expects_proof(self, now: float) -> bool:
+        """Whether the device is to be read as soon as it can be: traffic waits for a first handshake."""
+        self._expecting = {key for key in self._expecting if self._pairs[key].expects_proof(now)}
+        return bool(self._expecting)
+
     # --- time ----------------------------------------------------------------------------------------------
 
     def get_timer(self) -> float | None:
@@ -290,4 +297,6 @@ class Psk:
             self._looking.add(key)
         else:
             self._looking.discard(key)
+        if pair.expects_proof(now):
+            self._expecting.add(key)
         self._agenda.put(key, pair.get_timer(now))

@@ -96,6 +96,8 @@ LATEST = 75.0  # the side that hears of it later follows up to here
 UNSET = 90.0  # a key that is not in the device by then is not laid in any more
 NUDGE_FROM, NUDGE_EVERY = 120.0, 1.0  # WireGuard rekeys at 120 s when it sends: four tries before the revert
 REVERT_AT = 145.0  # at 180 s the session ends; the rekey with the old key takes its time, too
+HOLD_BACK = 3.0  # E's first word to a device without the key is one that WireGuard repeats only 5 s later
+EXPECT_PROOF = 6.0  # so long a first key is looked after closely: one repeated handshake is in it
 IN_FLIGHT = 5.0  # a handshake that began before the key was laid in may end so much later
 QUIET = 10.0  # without a session for so long: no handshake is under way that a new key would spoil
 NO_SESSION = 20.0  # a living path, and no session for so long: perhaps the two sides hold different keys
@@ -212,6 +214,7 @@ class Pair:
         self._told: Fingerprint | None = None  # what waits for the disk
         self._tell_at = self._check_at = now  # how an identity followed: ours, and theirs
         self._is_reached = False
+        self._may_hurry = True
         self._reading: Reading | None = None
         self._unsessioned_since: float | None = None
         self._out: list[PairOutput] = []
@@ -237,6 +240,7 @@ class Pair:
         self._confirm: _Repeat | None = None
         self._confirm_tries = 0
         self._set_at: float | None = None  # since when the device has `next`
+        self._is_speaking = False  # the first key: whether our device may start a handshake with it
         self._base_stamp = 0.0
         self._is_fresh = False  # there was no handshake before the key: the first one is its proof
         self._look_until = now
@@ -358,6 +362,7 @@ class Pair:
             return
         self._is_reached = is_reached
         if is_reached:
+            self._may_hurry = True
             self._ask = _Repeat(now)
             self._repeat = _Repeat(now)
             self._deadline = max(self._deadline, now + ATTEMPT)
@@ -403,6 +408,7 @@ class Pair:
     def forget_device(self) -> None:
         """The device is away."""
         self._reading, self._set_at, self._unsessioned_since = None, None, None
+        self._is_speaking = False
 
     def leave(self, now: float) -> None:
         """Go back to the key of who manages the device."""
@@ -456,6 +462,7 @@ class Pair:
                 if self._tools.maker is not None:
                     identity = self._tools.maker.identity
                     self._say(Identity(identity.public, identity.certificate))
+                    self._hurry(now)
             case Identity(keys, certificate):
                 self._take_identity(keys, certificate, now)
             case Whence(known):
@@ -477,6 +484,17 @@ class Pair:
             case _:
                 assert_never(message)
         self._drive(now)
+
+    def _hurry(self, now: float) -> None:
+        """The peer can make keys now: what it was asked or told before, it is asked and told again at once.
+
+        Once, then in its time: where answers are lost, two sides would hurry each other for ever.
+        """
+        if self._may_hurry:
+            self._may_hurry = False
+            self._ask.at = now
+            if self._step is _Step.OFFERED:
+                self._repeat.at = now
 
     def _take_identity(self, keys: PublicIdentity, certificate: bytes, now: float) -> None:
         maker = self._tools.maker
@@ -537,10 +555,13 @@ class Pair:
 
     def _take_offer(self, offer: Offer, now: float) -> None:
         parties, theirs, maker, header = self._parties, self._theirs, self._tools.maker, offer.header
-        if self.is_decapsulator or maker is None or (parties is not None and theirs is None):
+        if self.is_decapsulator or maker is None:
             return
-        if self._knows_no_manager:
+        if parties is not None and theirs is None:
+            self._hurry(now)
             return
+        if self._knows_no_manager or (self._named is None and not self._is_off):
+            return  # the device, or the registry, will tell; what costs nothing is not counted as an answer
         digest = hashlib.sha3_256(encode(offer)).digest()
         if self._answered is not None and self._answered[0] == digest:
             self._say(self._answered[1])
@@ -552,8 +573,6 @@ class Pair:
             self._say(Refusal(RefusedFor.OFF, self._record.counter))
             return
         if parties is None or theirs is None:
-            if self._named is None:
-                return  # the registry will tell
             self._say(Refusal(RefusedFor.IDENTITY, self._record.counter))
             return
         expected = parties.header(epoch=header.epoch, base=header.base, nonce=header.nonce)
@@ -756,7 +775,7 @@ class Pair:
         """Put the old key back; `next` is kept, in case the other side has the proof."""
         keys = self._record.next
         self._note(replace(self._record, active=False))
-        self._set_at, self._is_fresh = None, False
+        self._set_at, self._is_fresh, self._is_speaking = None, False, False
         self._fail(PskFailure.UNCONFIRMED, why, now)
         if tell and keys is not None:
             self._say_of(What.ABORT if self.is_decapsulator else What.REVERTED, keys)
@@ -907,9 +926,11 @@ class Pair:
                     self._say_of(What.ACTIVE, keys)
                 if not self._is_fresh:
                     self._base_stamp = reading.stamp
+                self._speak(now)
             elif since is not None and now >= since + UNSET:
                 self._revert("the key did not get into the device in time", now, tell=True)
             return
+        self._speak(now)
         if now < self._set_at + IN_FLIGHT and not self._is_fresh:
             self._base_stamp = reading.stamp
         elif reading.stamp not in (0.0, self._base_stamp):
@@ -924,6 +945,15 @@ class Pair:
         if since is None and self.is_decapsulator and self._is_reached and now >= self._repeat.at:
             self._repeat.at = now + REMIND_EVERY
             self._say_of(What.ACTIVATE, keys)
+
+    def _speak(self, now: float) -> None:
+        """Let our device start the first handshake, once the other one has the key, too.
+
+        D's gets it second, so D's begins. A handshake that fails for want of the key keeps both devices from
+        the next one for 5 s; so E's only answers, unless D's does not come.
+        """
+        if self._is_withheld and self._set_at is not None:
+            self._is_speaking |= self.is_decapsulator or now >= self._set_at + HOLD_BACK
 
     # --- back to the key of who manages the device ---------------------------------------------------------
 
@@ -1075,7 +1105,8 @@ class Pair:
         return PskPair(
             psk=None if failure is _CONFLICT and not self._goes_back_now else self._psk(),
             is_withheld=self._is_withheld,
-            is_silent=self._is_withheld and not self._is_set,
+            is_silent=self._is_withheld and not self._is_speaking,
+            starts=self._is_speaking,
             epoch=record.current.epoch if record.current is not None else 0,
             suite=record.current.suite if record.current is not None else 0,
             confirmed=record.confirmed,
@@ -1098,6 +1129,10 @@ class Pair:
         if self._record.active:
             return self._is_reached or self._age(now) is not None
         return self._step is _Step.READY or now < self._look_until
+
+    def expects_proof(self, now: float) -> bool:
+        """Whether a first key is about to be proved, and traffic waits for that."""
+        return self._is_withheld and self._set_at is not None and now < self._set_at + EXPECT_PROOF
 
     def get_timer(self, now: float) -> float | None:
         """When `handle_timer` wants to run next."""
@@ -1148,9 +1183,10 @@ class Pair:
         since = self._reading.since if self._reading is not None else None
         if self._set_at is None:
             return [since + UNSET] if since is not None and self._age(now) is not None else []
+        speaking = [self._set_at + HOLD_BACK] if self._is_withheld and not self._is_speaking else []
         if since is None or self._age(now) is None:
-            return [self._repeat.at] if self.is_decapsulator and self._is_reached else []
-        return [since + REVERT_AT, max(self._nudge_at, since + NUDGE_FROM)]
+            return [*speaking, *([self._repeat.at] if self.is_decapsulator and self._is_reached else [])]
+        return [*speaking, since + REVERT_AT, max(self._nudge_at, since + NUDGE_FROM)]
 
     def outputs(self) -> list[PairOutput]:
         """What is to be done now, in order."""

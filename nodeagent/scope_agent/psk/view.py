@@ -13,7 +13,8 @@ class PskPair:
 
     psk: Secret | None = None
     is_withheld: bool = False  # no traffic before a key is proved
-    is_silent: bool = False  # nor a handshake before the device has one
+    is_silent: bool = False  # nor a handshake before both devices have one,
+    starts: bool = False  # and then it is for this side to start it
     epoch: int = 0  # of the proved key; 0: none
     suite: int = 0  # of its exchange
     confirmed: float = 0.0  # wall clock
