@@ -85,6 +85,7 @@ from scope_agent.psk.messages import (
     decode,
     encode,
 )
+from scope_agent.psk.schedule import Schedule
 from scope_agent.psk.slots import Keys, Record, find
 from scope_agent.psk.trust import Judgement, is_certified, is_signed_by_old, judge
 from scope_agent.psk.view import PskPair
@@ -105,14 +106,12 @@ SAY_FIRST, SAY_LONGEST = 1.0, 16.0  # what is not answered is said again
 ACTIVATE_EVERY, REMIND_EVERY = 1.0, 5.0
 ATTEMPT = 60.0  # an exchange without an answer for so long has failed
 WAIT_READY = 400.0  # for a young session: two rekeys
-AGAIN_FIRST, AGAIN_LONGEST = 30.0, 600.0  # after a failure
 AT_ONCE = 1.0  # after a refusal that says what to do better
 CONFIRM_TRIES = 6
 ANSWER_EVERY = 1.0  # an answer costs two milliseconds of a processor: one peer gets so much of it
 UNCERTIFIED_AGAIN = 60.0  # a peer that showed no certificate is asked again: it costs it 2 KB
 DISK_AGAIN = 30.0
 FOREIGN_MAX, FOREIGN_WINDOW = 3, 3600.0  # a key that another program replaced is put back so often
-SPREAD = 600.0  # after a restart overdue keys are rotated over so many seconds, not at once
 
 
 @dataclass(slots=True)
@@ -204,6 +203,7 @@ class Pair:
         self._pending: tuple[Record, Callable[[float], None] | None] | None = None
         self._write_at = now
         self._policy = PostQuantum()
+        self._is_configured = False
         self._mesh_uid = ""
         self._named: Fingerprint | None = None
         self._name = ""
@@ -225,10 +225,16 @@ class Pair:
         self._offered: Offered | None = None
         self._offered_base: Keys | None = None
         self._builds_on_none = False
-        self._begin_at = now
+        current = record.current
+        self._schedule = Schedule(
+            now,
+            random=tools.random,
+            proved=record.confirmed - tools.offset if current is not None else None,
+            resumes=current is None or record.counter > current.epoch,
+        )
+        self._turn_at = now  # others' exchanges come first
         self._is_stale = False  # the exchange under way is of an identity that was replaced
         self._is_distrusted = False  # the last one was refused for our identity
-        self._failures = 0
         self._deadline = now + ATTEMPT
         self._repeat = _Repeat(now)
         # E
@@ -250,22 +256,15 @@ class Pair:
         self._is_told_to_leave = False
         self._is_abandoned = False  # on our side alone
         self._returned: Keys | None = None  # the way back, once it was gone
-        self._schedule_first(now)
-
-    def _schedule_first(self, now: float) -> None:
-        """After a start: by the age of the key, or soon where that cannot be told."""
-        self._interval_left: float | None = None
-        if self._record.current is not None:
-            self._interval_left = now + self._tools.offset - self._record.confirmed
 
     # --- what is known -------------------------------------------------------------------------------------
 
     def configure(self, policy: PostQuantum, *, mesh_uid: str, now: float) -> None:
         """Take what the mesh asks."""
         self._mesh_uid = mesh_uid
-        if policy != self._policy:
-            self._policy = policy
-            self._begin_at = min(self._begin_at, self._next_rotation(now))
+        if policy != self._policy or not self._is_configured:
+            self._policy, self._is_configured = policy, True
+            self._schedule.plan(policy.rotation_interval, now)
         self._set_parties(now)
         self._drive(now)
 
@@ -339,22 +338,11 @@ class Pair:
 
     def _key_anew(self, at: float) -> None:
         """One of the two identities is another one: so the key is to be, too."""
-        self._failures = 0
-        self._begin_at = at
+        self._schedule.failures = 0
+        self._schedule.at = at
         self._is_wanted = not self.is_decapsulator
         self._is_stale = self._record.active or self._step is not _Step.IDLE
         self._ask = _Repeat(at)
-
-    def _next_rotation(self, now: float) -> float:
-        interval = self._policy.rotation_interval
-        if self._record.current is None or self._is_leaving:
-            return now
-        age, self._interval_left = self._interval_left, None
-        if age is None:
-            return now + interval * (0.9 + 0.2 * self._tools.random())
-        if not 0.0 <= age < interval:
-            return now + min(interval, SPREAD) * self._tools.random()
-        return now + (interval - age) * (0.9 + 0.2 * self._tools.random())
 
     def reach(self, now: float, *, is_reached: bool) -> None:
         """Whether what is said now arrives, as far as is known."""
@@ -389,11 +377,11 @@ class Pair:
         ):
             self._foreign.append(now)
             if self._is_leaving:
-                self._begin_at, self._ask = now, _Repeat(now)
-        self._take_manager(reading)
+                self._schedule.at, self._ask = now, _Repeat(now)
+        self._take_manager(reading, now)
         self._drive(now)
 
-    def _take_manager(self, reading: Reading) -> None:
+    def _take_manager(self, reading: Reading, now: float) -> None:
         """Before there is a key of ours, what the device has is its manager's."""
         record = self._record
         if not self._tools.is_managed or record.active or not self._may_note:
@@ -401,6 +389,7 @@ class Pair:
         psk = reading.psk
         if self._is_abandoned and psk == record.manager:
             self._note(replace(record, current=None, next=None, active=False, confirmed=0.0))
+            self._schedule.forget(now)
             self._failure = None
         elif record.current is None and not self._is_left and psk != record.manager:
             self._note(replace(record, manager=psk))
@@ -413,7 +402,7 @@ class Pair:
     def leave(self, now: float) -> None:
         """Go back to the key of who manages the device."""
         self._is_told_to_leave = True
-        self._begin_at, self._failures = now, 0
+        self._schedule.at, self._schedule.failures = now, 0
         self._ask = _Repeat(now)
         self._drive(now)
 
@@ -427,8 +416,8 @@ class Pair:
 
     def rotate(self, now: float) -> None:
         """Make a new key now."""
-        self._begin_at = now
-        self._failures, self._failure = 0, None
+        self._schedule.at = now
+        self._schedule.failures, self._failure = 0, None
         self._is_wanted = not self.is_decapsulator
         self._ask = _Repeat(now)
         self._drive(now)
@@ -547,11 +536,11 @@ class Pair:
         current = self._record.current
         if epoch and current is not None and (epoch, id_) != (current.epoch, current.id):
             self._builds_on_none = True
-        if self._failures == 0:
-            self._begin_at = min(self._begin_at, now)
+        if self._schedule.failures == 0:
+            self._schedule.at = min(self._schedule.at, now)
         elif self._is_distrusted:
             self._is_distrusted = False  # whoever wants a key believes us now
-            self._begin_at = min(self._begin_at, now + AT_ONCE)
+            self._schedule.at = min(self._schedule.at, now + AT_ONCE)
 
     def _take_offer(self, offer: Offer, now: float) -> None:
         parties, theirs, maker, header = self._parties, self._theirs, self._tools.maker, offer.header
@@ -766,9 +755,14 @@ class Pair:
             replace(record, current=current, next=None, active=False, confirmed=now + self._tools.offset)
         )
         self._set_at, self._is_fresh = None, False
-        self._failure, self._failures, self._builds_on_none = None, 0, False
+        self._failure, self._builds_on_none = None, False
         self._step, self._offered = _Step.IDLE, None
-        self._begin_at = now if self._is_stale else self._next_rotation(now)
+        if current is None or self._is_leaving:
+            self._schedule.forget(now)
+        else:
+            self._schedule.proved(self._policy.rotation_interval, now)
+        if self._is_stale:
+            self._schedule.at = now
         self._confirm, self._confirm_tries = _Repeat(now), 0
 
     def _revert(self, why: str, now: float, *, tell: bool) -> None:
@@ -782,13 +776,11 @@ class Pair:
 
     def _fail(self, kind: PskFailure, why: str, now: float) -> None:
         self._failure = _Failure(kind, why)
-        delay = min(AGAIN_FIRST * 2**self._failures, AGAIN_LONGEST)
-        self._failures = min(self._failures + 1, 16)
-        self._give_up(now + delay * (0.9 + 0.2 * self._tools.random()))
+        self._give_up(now + self._schedule.fail())
 
     def _give_up(self, again: float) -> None:
         self._step, self._offered, self._offered_base = _Step.IDLE, None, None
-        self._begin_at = again
+        self._schedule.at = again
 
     # --- what is due ---------------------------------------------------------------------------------------
 
@@ -864,7 +856,7 @@ class Pair:
         parties, maker = self._parties, self._tools.maker
         if self._is_leaving:
             back = self._way_back()
-            if back is not None and now >= self._begin_at:
+            if back is not None and now >= self._schedule.at:
                 self._begin_back(back)
             return
         if (
@@ -876,13 +868,10 @@ class Pair:
             or self._is_left
         ):
             return
-        quiet = self._unsessioned_since
-        if self._record.current is not None and quiet is not None and self._failures == 0:
-            self._begin_at = min(self._begin_at, quiet + NO_SESSION)
-        if now < self._begin_at:
+        if now < self._begins_at:
             return
-        self._begin_at = self._tools.may_begin(now)
-        if now < self._begin_at:
+        self._turn_at = self._tools.may_begin(now)
+        if now < self._turn_at:
             return
         epoch = self._record.counter + 1
         base = None if self._builds_on_none else self._record.current or self._first_base()
@@ -897,6 +886,14 @@ class Pair:
             self._enter(_Step.OFFERED, now, within=ATTEMPT)
 
         self._write(replace(self._record, counter=epoch), offer)
+
+    @property
+    def _begins_at(self) -> float:
+        """When D's next exchange is due: sooner than planned where the tunnel is dead over a living path."""
+        quiet, at = self._unsessioned_since, self._schedule.at
+        if self._record.current is not None and quiet is not None and self._schedule.failures == 0:
+            at = min(at, quiet + NO_SESSION)
+        return max(at, self._turn_at)
 
     def _enter(self, step: _Step, now: float, *, within: float) -> None:
         self._step, self._deadline, self._repeat = step, now + within, _Repeat(now)
@@ -1021,8 +1018,8 @@ class Pair:
         if back is None or not self._may_note:
             return
         if following is None or following.id != back.id:
-            if now >= self._begin_at:
-                self._begin_at = now + DISK_AGAIN
+            if now >= self._schedule.at:
+                self._schedule.at = now + DISK_AGAIN
                 self._write(replace(self._record, next=back), self._look_for_activation)
         elif self._ask.due(now):
             self._look_for_activation(now)
@@ -1152,7 +1149,7 @@ class Pair:
             times.append(self._look_until)
         if self._is_reached:
             if self._asks_back:
-                times.append(self._ask.at if self._is_way_back(self._record.next) else self._begin_at)
+                times.append(self._ask.at if self._is_way_back(self._record.next) else self._schedule.at)
             elif self._needs_identity or self._needs_succession or self._wants_offer():
                 times.append(self._ask.at)
             if self._confirm is not None:
@@ -1163,15 +1160,12 @@ class Pair:
         match self._step:
             case _Step.IDLE:
                 if self._is_leaving:
-                    return [self._begin_at] if self._way_back() is not None else []
+                    return [self._schedule.at] if self._way_back() is not None else []
                 if self._parties is None or self._theirs is None or self._is_off or self._is_left:
                     return []
                 if self._knows_no_manager:
                     return []
-                quiet = self._unsessioned_since
-                if self._record.current is not None and quiet is not None and self._failures == 0:
-                    return [min(self._begin_at, quiet + NO_SESSION)]
-                return [self._begin_at]
+                return [self._begins_at]
             case _Step.READY:
                 return [self._deadline, *([self._repeat.at] if self._may_activate(now) else [])]
             case _Step.OFFERED | _Step.COMMITTED:
