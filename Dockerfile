@@ -31,7 +31,8 @@ LABEL org.opencontainers.image.title="scope-wireguard" \
 RUN apt-get update -q \
     && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends wireguard-go \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/cache/ldconfig/aux-cache /var/log/*
-# These two files and no others of ours: this image changes when they do, and not with the agent.
+# These files and no others of ours: this image changes when they do, and not with the agent.
+COPY scope/__init__.py scope/core_dumps.py /opt/scope/scope/
 COPY nodeagent/scope_dataplane/__init__.py nodeagent/scope_dataplane/process.py nodeagent/scope_dataplane/wireguard.py \
     /opt/scope/scope_dataplane/
 RUN python3 -m compileall -q --invalidation-mode unchecked-hash /opt/scope \

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from scope.core_dumps import forbid_core_dumps
 from scope.credentials import PIN_BYTES, read_base64url
 from scope.model import (
     ConfigError,
@@ -76,6 +77,7 @@ LEAVE_PATIENCE = 30.0  # for a running agent to hear of its own leaving and end,
 def main(arguments: list[str] | None = None) -> int:
     """Run one command."""
     options = _parser().parse_args(arguments)
+    forbid_core_dumps()
     form = "%(asctime)s %(levelname)s %(name)s %(message)s"
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=form)
     if options.verbose:

@@ -27,6 +27,7 @@ import socket
 import time
 
 from scope.carrier import Carrier, CarrierFileError, CarrierReport, decode_carrier, encode_report
+from scope.core_dumps import forbid_core_dumps
 from scope_dataplane.carrier_hub import HubCarrier
 from scope_dataplane.carrier_peer import LOOK_INTERVAL, PeerCarrier
 from scope_dataplane.process import can_mark, listen_at, log, parse_mark, raise_descriptors, take_lock
@@ -51,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--mark", type=parse_mark, default=0, metavar="N", help="the mark of packets sent; 0 (default): none"
     )
     options = parser.parse_args(arguments)
+    forbid_core_dumps()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: _end())
     try:

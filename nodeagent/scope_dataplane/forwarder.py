@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, NoReturn
 
+from scope.core_dumps import forbid_core_dumps
 from scope.relay import Grants, GrantsFileError, decode_grants
 from scope_dataplane.batches import (
     CONTROL_BYTES,
@@ -102,6 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--mark", type=parse_mark, default=0, metavar="N", help="the mark of packets sent; 0 (default): none"
     )
     options = parser.parse_args(arguments)
+    forbid_core_dumps()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _end)
     try:

@@ -29,6 +29,7 @@ import socket
 import struct
 import time
 
+from scope.core_dumps import forbid_core_dumps
 from scope_dataplane.process import log, take_lock
 
 CONTROL_SOCKETS = "/var/run/wireguard"  # fixed by the program
@@ -67,6 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("name", metavar="NAME", help="the network interface")
     parser.add_argument("--state", required=True, metavar="FILE", help="the state file that the agent writes")
     options = parser.parse_args(arguments)
+    forbid_core_dumps()  # nor does wireguard-go leave one, which has the limit from here
     lock = take_lock(os.path.splitext(options.state)[0] + ".lock")
     if lock is None:
         return _complain(f"another scope-wireguard runs for {options.name}")

@@ -88,6 +88,19 @@ def _said(members: list[Member], registry: Registry) -> dict[str, str]:
     return said
 
 
+def _may_dump(members: list[Member]) -> list[str]:
+    """Processes that a core would be left of."""
+    found = []
+    for pid in processes_in([member.machine.namespace for member in members]):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            arguments = Path("/proc", str(pid), "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            limits = Path("/proc", str(pid), "limits").read_text()
+            if "scope-agent" in arguments or "wireguard" in arguments:
+                if not re.search(r"^Max core file size +[01] ", limits, re.MULTILINE):
+                    found.append(arguments)
+    return found
+
+
 def _forms(secret: bytes) -> tuple[str, ...]:
     return (
         base64.b64encode(secret).decode().rstrip("="),
@@ -139,6 +152,7 @@ def test_a_pair_that_requires_a_key_talks_once_a_handshake_has_proved_it() -> No
         said = _said(members, registry)
         assert sum(name.startswith("cmdline") for name in said) >= 3
         assert [name for name, text in said.items() if any(form in text for form in forms)] == []
+        assert _may_dump(members) == []
         answer = members[0].machine.run([program("scopectl"), "rotate", "--all"], timeout=LAID_S).stdout
         assert answer.startswith(("1 laid in; confirmed at the next rekey", "1 confirmed"))
         fingerprint = _rotate_identity(*members)
