@@ -9,8 +9,8 @@ from __future__ import annotations
 import resource
 
 _PR_SET_DUMPABLE = 4
-# No core has room in one byte. Where /proc/sys/kernel/core_pattern names a program the kernel gives it the core
-# whatever the limit is, 0 included, but for this one value.
+# No core has room in one byte. Where /proc/sys/kernel/core_pattern names a program the kernel gives it the
+# core whatever the limit is, 0 included, but for this one value.
 _NO_CORE = 1
 
 

@@ -95,9 +95,9 @@ def _may_dump(members: list[Member]) -> list[str]:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             arguments = Path("/proc", str(pid), "cmdline").read_bytes().replace(b"\0", b" ").decode()
             limits = Path("/proc", str(pid), "limits").read_text()
-            if "scope-agent" in arguments or "wireguard" in arguments:
-                if not re.search(r"^Max core file size +[01] ", limits, re.MULTILINE):
-                    found.append(arguments)
+            is_ours = "scope-agent" in arguments or "wireguard" in arguments
+            if is_ours and not re.search(r"^Max core file size +[01] ", limits, re.MULTILINE):
+                found.append(arguments)
     return found
 
 

@@ -125,6 +125,13 @@ class Side:
     def lose_disk(self) -> None:
         self.disk = Record()
 
+    def lose_device(self) -> None:
+        """The agent cannot read its device for two seconds."""
+        if self.room is not None:
+            self.room.forget_device()
+            self.looks += 1
+            self.later(2.0, self.look)
+
     def reboot(self) -> None:
         """Power lost: the device is gone, its session with it."""
         self.crash()

@@ -40,7 +40,6 @@ Sans-IO. Time is monotonic seconds; `offset` makes it the wall clock, which is f
 
 from __future__ import annotations
 
-import enum
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -87,6 +86,7 @@ from scope_agent.psk.messages import (
 )
 from scope_agent.psk.schedule import Schedule
 from scope_agent.psk.slots import Keys, Record, find
+from scope_agent.psk.states import Move, Standing, State
 from scope_agent.psk.trust import Judgement, is_certified, is_signed_by_old, judge
 from scope_agent.psk.view import PskPair
 from scope_agent.wireguard.device import NO_PSK
@@ -167,15 +167,6 @@ class Nudge:
 PairOutput: TypeAlias = Say | Write | Nudge
 
 
-class _Step(enum.Enum):
-    """Where D stands with an exchange that is not active yet."""
-
-    IDLE = enum.auto()
-    OFFERED = enum.auto()
-    COMMITTED = enum.auto()
-    READY = enum.auto()
-
-
 @dataclass(slots=True)
 class _Repeat:
     """When something is said again, ever more rarely."""
@@ -199,6 +190,7 @@ class Pair:
         self._own, self._peer, self._tools = own, peer, tools
         self.is_decapsulator = own.raw > peer.raw
         self._record = record
+        self._standing = Standing(record, is_decapsulator=self.is_decapsulator)
         self._writing: Record | None = None  # in flight
         self._pending: tuple[Record, Callable[[float], None] | None] | None = None
         self._write_at = now
@@ -221,7 +213,6 @@ class Pair:
         self._failure: _Failure | None = None  # the last one, until a key is proved
         self._identity_failure: _Failure | None = None
         # D
-        self._step = _Step.COMMITTED if record.next is not None and not record.active else _Step.IDLE
         self._offered: Offered | None = None
         self._offered_base: Keys | None = None
         self._builds_on_none = False
@@ -319,7 +310,7 @@ class Pair:
             self._theirs = None
         if self._theirs is None:
             self._ask = _Repeat(now)
-        if self._step is _Step.OFFERED:
+        if self._state is State.OFFERED:
             self._give_up(now)
         if parties is not None:
             before, self._keyed_with = self._keyed_with, expected
@@ -341,7 +332,7 @@ class Pair:
         self._schedule.failures = 0
         self._schedule.at = at
         self._is_wanted = not self.is_decapsulator
-        self._is_stale = self._record.active or self._step is not _Step.IDLE
+        self._is_stale = self._state is not State.IDLE
         self._ask = _Repeat(at)
 
     def reach(self, now: float, *, is_reached: bool) -> None:
@@ -384,11 +375,12 @@ class Pair:
     def _take_manager(self, reading: Reading, now: float) -> None:
         """Before there is a key of ours, what the device has is its manager's."""
         record = self._record
-        if not self._tools.is_managed or record.active or not self._may_note:
+        if not self._tools.is_managed or self._is_active or not self._may_note:
             return
         psk = reading.psk
         if self._is_abandoned and psk == record.manager:
             self._note(replace(record, current=None, next=None, active=False, confirmed=0.0))
+            self._give_up(now)
             self._schedule.forget(now)
             self._failure = None
         elif record.current is None and not self._is_left and psk != record.manager:
@@ -398,6 +390,8 @@ class Pair:
         """The device is away."""
         self._reading, self._set_at, self._unsessioned_since = None, None, None
         self._is_speaking = False
+        if self._standing.allows(Move.LOSE):
+            self._standing.go(Move.LOSE)
 
     def leave(self, now: float) -> None:
         """Go back to the key of who manages the device."""
@@ -410,7 +404,7 @@ class Pair:
         """Take the manager's key, whatever the peer does."""
         self._is_abandoned = self._record.manager is not None
         if self._may_note:
-            self._note(replace(self._record, active=False))
+            self._take_back()
         self._give_up(now)
         self._drive(now)
 
@@ -482,7 +476,7 @@ class Pair:
         if self._may_hurry:
             self._may_hurry = False
             self._ask.at = now
-            if self._step is _Step.OFFERED:
+            if self._state is State.OFFERED:
                 self._repeat.at = now
 
     def _take_identity(self, keys: PublicIdentity, certificate: bytes, now: float) -> None:
@@ -531,7 +525,7 @@ class Pair:
         self._set_parties(now)
 
     def _take_wanted(self, epoch: int, id_: bytes, now: float) -> None:
-        if not self.is_decapsulator or self._step is not _Step.IDLE or self._record.active:
+        if not self.is_decapsulator or self._state is not State.IDLE:
             return
         current = self._record.current
         if epoch and current is not None and (epoch, id_) != (current.epoch, current.id):
@@ -593,24 +587,24 @@ class Pair:
 
     def _take_answer(self, answer: Answer) -> None:
         offered, theirs, maker = self._offered, self._theirs, self._tools.maker
-        if self._step is not _Step.OFFERED or offered is None or theirs is None or maker is None:
+        if self._state is not State.OFFERED or offered is None or theirs is None or maker is None:
             return
         keys = take_answer(offered, answer, theirs=theirs, base=self._offered_base, provider=maker.provider)
         self._offered = self._offered_base = None
         pinned = self._parties.peer_fingerprint if self._parties is not None else self._record.pinned
         self._write(
             replace(self._record, next=keys, active=False, pinned=pinned),
-            lambda now: self._enter(_Step.COMMITTED, now, within=ATTEMPT),
+            lambda now: self._enter(Move.AGREE, now, within=ATTEMPT),
         )
 
     def _take_refusal(self, reason: RefusedFor, epoch: int, now: float) -> None:
         if not self.is_decapsulator:
             return
-        if self._record.active and reason is RefusedFor.EPOCH and self._age(now) is None:
+        if self._is_active and reason is RefusedFor.EPOCH and self._age(now) is None:
             self._revert("the peer holds the key no longer", now, tell=False)
             self._give_up(now + AT_ONCE)
             return
-        if self._record.active or self._step is _Step.IDLE:
+        if self._is_active or self._state is State.IDLE:
             return
         match reason:
             case RefusedFor.EPOCH if self._is_way_back(self._record.next) and self._offered is None:
@@ -663,18 +657,18 @@ class Pair:
             case What.READY:
                 if keys is not self._record.next:
                     self._begin_back(keys)
-                elif self._step is _Step.COMMITTED:
-                    self._enter(_Step.READY, now, within=WAIT_READY)
+                elif self._standing.allows(Move.HEAR_READY):
+                    self._enter(Move.HEAR_READY, now, within=WAIT_READY)
             case What.ACTIVATE:
                 self._activate(keys, now)
             case What.ACTIVE:
                 self._follow(keys, now)
             case What.ABORT:
-                if self._record.active:
+                if self._is_active:
                     self._revert("the other side could not follow in time", now, tell=False)
                 self._say_of(What.READY, keys)
             case What.REVERTED:
-                if self._record.active:
+                if self._is_active:
                     self._revert("no handshake proved the key in time", now, tell=False)
             case What.CONFIRM | What.CONFIRMED:
                 if keys is self._record.next:
@@ -698,9 +692,9 @@ class Pair:
 
     def _committed(self, keys: Keys, now: float) -> None:
         if keys is self._record.next:
-            self._say_of(What.ACTIVE if self._is_set else What.READY, keys)
+            self._say_of(What.ACTIVE if self._state is State.SET else What.READY, keys)
             return
-        if self._record.active:
+        if self._is_active:
             self._revert("the other side gave the key up", now, tell=False)
         if self._is_left:
             return  # the device first gives back the key that is replaced; COMMIT is said again
@@ -709,6 +703,7 @@ class Pair:
         record = replace(self._record, next=keys, active=False, pinned=pinned, counter=counter)
 
         def ready(now: float) -> None:
+            self._standing.go(Move.AGREE)
             self._answered = None
             self._look_until = now + WAIT_READY
             self._say_of(What.READY, keys)
@@ -718,8 +713,8 @@ class Pair:
     def _activate(self, keys: Keys, now: float) -> None:
         if keys is not self._record.next:
             return
-        if self._record.active:
-            if self._is_set:
+        if self._is_active:
+            if self._state is State.SET:
                 self._say_of(What.ACTIVE, keys)
         elif self._is_young_enough(now):
             self._lay_in(now)
@@ -728,7 +723,7 @@ class Pair:
 
     def _follow(self, keys: Keys, now: float) -> None:
         """E's device has the key: ours gets it, too, or E's gives it back."""
-        if keys is not self._record.next or self._record.active:
+        if keys is not self._record.next or self._is_active:
             return
         if self._is_young_enough(now):
             self._lay_in(now)
@@ -742,7 +737,12 @@ class Pair:
     def _lay_in(self, now: float) -> None:
         self._is_fresh = self._is_withheld and self._age(now) is None
         self._base_stamp = self._reading.stamp if self._reading is not None else 0.0
-        self._write(replace(self._record, active=True), lambda _: None)
+
+        def laid(_: float) -> None:
+            self._standing.go(Move.LAY)
+            self._offered = self._offered_base = None
+
+        self._write(replace(self._record, active=True), laid)
 
     # --- moving forward and back ---------------------------------------------------------------------------
 
@@ -756,7 +756,8 @@ class Pair:
         )
         self._set_at, self._is_fresh = None, False
         self._failure, self._builds_on_none = None, False
-        self._step, self._offered = _Step.IDLE, None
+        self._standing.go(Move.PROVE)
+        self._offered = self._offered_base = None
         if current is None or self._is_leaving:
             self._schedule.forget(now)
         else:
@@ -768,18 +769,25 @@ class Pair:
     def _revert(self, why: str, now: float, *, tell: bool) -> None:
         """Put the old key back; `next` is kept, in case the other side has the proof."""
         keys = self._record.next
-        self._note(replace(self._record, active=False))
-        self._set_at, self._is_fresh, self._is_speaking = None, False, False
+        self._take_back()
         self._fail(PskFailure.UNCONFIRMED, why, now)
         if tell and keys is not None:
             self._say_of(What.ABORT if self.is_decapsulator else What.REVERTED, keys)
+
+    def _take_back(self) -> None:
+        self._note(replace(self._record, active=False))
+        self._set_at, self._is_fresh, self._is_speaking = None, False, False
+        if self._is_active:
+            self._standing.go(Move.REVERT)
 
     def _fail(self, kind: PskFailure, why: str, now: float) -> None:
         self._failure = _Failure(kind, why)
         self._give_up(now + self._schedule.fail())
 
     def _give_up(self, again: float) -> None:
-        self._step, self._offered, self._offered_base = _Step.IDLE, None, None
+        if self._standing.allows(Move.GIVE_UP) and (self.is_decapsulator or self._record.next is None):
+            self._standing.go(Move.GIVE_UP)
+        self._offered = self._offered_base = None
         self._schedule.at = again
 
     # --- what is due ---------------------------------------------------------------------------------------
@@ -800,7 +808,7 @@ class Pair:
             self._out.append(Write(self._writing))
 
     def _decide(self, now: float) -> None:
-        if self._record.active:
+        if self._is_active:
             self._prove(now)
         elif self.is_decapsulator and self._is_reached:
             self._lead(now)
@@ -830,27 +838,29 @@ class Pair:
 
     def _lead(self, now: float) -> None:
         """D's part, before the key is in a device."""
-        match self._step:
-            case _Step.IDLE:
+        match self._state:
+            case State.IDLE:
                 self._begin(now)
-            case _Step.OFFERED:
+            case State.OFFERED:
                 if now >= self._deadline:
                     self._fail(PskFailure.UNANSWERED, "the peer does not answer", now)
                 elif self._offered is not None and self._repeat.due(now):
                     self._say(self._offered.offer)
-            case _Step.COMMITTED:
+            case State.AGREED:
                 if now >= self._deadline:
                     self._fail(PskFailure.UNANSWERED, "the peer does not answer", now)
                 elif self._record.next is not None and self._repeat.due(now):
                     self._say_of(What.COMMIT, self._record.next)
-            case _Step.READY:
+            case State.READY:
                 if now >= self._deadline:
                     self._fail(PskFailure.NO_SESSION, "no young session to lay the key into", now)
                 elif self._record.next is not None and self._may_activate(now) and now >= self._repeat.at:
                     self._repeat.at = now + ACTIVATE_EVERY
                     self._say_of(What.ACTIVATE, self._record.next)
+            case State.LAID | State.SET:
+                pass  # the device decides
             case _:
-                assert_never(self._step)
+                assert_never(self._state)
 
     def _begin(self, now: float) -> None:
         parties, maker = self._parties, self._tools.maker
@@ -883,7 +893,7 @@ class Pair:
             self._offered_base = base
             self._is_stale = False
             self._offered = make_offer(parties, maker, epoch=epoch, base=base)
-            self._enter(_Step.OFFERED, now, within=ATTEMPT)
+            self._enter(Move.OFFER, now, within=ATTEMPT)
 
         self._write(replace(self._record, counter=epoch), offer)
 
@@ -895,8 +905,9 @@ class Pair:
             at = min(at, quiet + NO_SESSION)
         return max(at, self._turn_at)
 
-    def _enter(self, step: _Step, now: float, *, within: float) -> None:
-        self._step, self._deadline, self._repeat = step, now + within, _Repeat(now)
+    def _enter(self, move: Move, now: float, *, within: float) -> None:
+        self._standing.go(move)
+        self._deadline, self._repeat = now + within, _Repeat(now)
 
     def _may_activate(self, now: float) -> bool:
         if self._reading is None:
@@ -917,6 +928,7 @@ class Pair:
         since = reading.since if self._age(now) is not None else None
         if self._set_at is None:
             if reading.psk == keys.psk:
+                self._standing.go(Move.SET)
                 self._set_at = self._nudge_at = now
                 self._repeat = _Repeat(now + REMIND_EVERY)
                 if not self.is_decapsulator:
@@ -1000,17 +1012,17 @@ class Pair:
 
     def _begin_back(self, keys: Keys) -> None:
         """D's part: from here on it is a key like another, agreed on already."""
-        if self._record.active or self._step is not _Step.IDLE or not self._may_note:
+        if self._state is not State.IDLE or not self._may_note:
             return
         self._write(
             replace(self._record, next=keys, active=False),
-            lambda now: self._enter(_Step.COMMITTED, now, within=ATTEMPT),
+            lambda now: self._enter(Move.AGREE, now, within=ATTEMPT),
         )
 
     @property
     def _asks_back(self) -> bool:
         """Whether we are E, and want to go back."""
-        is_free = not self.is_decapsulator and not self._record.active
+        is_free = not self.is_decapsulator and not self._is_active
         return is_free and self._is_leaving and self._way_back() is not None
 
     def _ask_back(self, now: float) -> None:
@@ -1020,10 +1032,14 @@ class Pair:
         if following is None or following.id != back.id:
             if now >= self._schedule.at:
                 self._schedule.at = now + DISK_AGAIN
-                self._write(replace(self._record, next=back), self._look_for_activation)
+                self._write(replace(self._record, next=back), self._agreed_back)
         elif self._ask.due(now):
             self._look_for_activation(now)
             self._say_of(What.READY, following)
+
+    def _agreed_back(self, now: float) -> None:
+        self._standing.go(Move.AGREE)
+        self._look_for_activation(now)
 
     def _look_for_activation(self, now: float) -> None:
         self._look_until = now + WAIT_READY
@@ -1033,7 +1049,7 @@ class Pair:
     @property
     def is_keyed(self) -> bool:
         """Whether the device has a key of ours, or may have one."""
-        return self._record.current is not None or self._record.active or self._is_left
+        return self._record.current is not None or self._is_active or self._is_left
 
     @property
     def _is_off(self) -> bool:
@@ -1064,18 +1080,22 @@ class Pair:
         return (
             record.current is None
             and record.next is not None
-            and not record.active
+            and not self._is_active
             and reading is not None
             and reading.psk == record.next.psk
         )
 
     @property
     def _goes_back_now(self) -> bool:
-        return self._tools.is_managed and (self._record.active or self._is_abandoned)
+        return self._tools.is_managed and (self._is_active or self._is_abandoned)
 
     @property
-    def _is_set(self) -> bool:
-        return self._set_at is not None
+    def _state(self) -> State:
+        return self._standing.state
+
+    @property
+    def _is_active(self) -> bool:
+        return self._standing.is_active
 
     def _age(self, now: float) -> float | None:
         """Of the session; None without one."""
@@ -1090,7 +1110,7 @@ class Pair:
             return None
         if self._is_abandoned:
             return record.manager
-        if record.active and record.next is not None:
+        if self._is_active and record.next is not None:
             return record.next.psk
         if record.current is not None:
             return record.current.psk
@@ -1107,7 +1127,7 @@ class Pair:
             epoch=record.current.epoch if record.current is not None else 0,
             suite=record.current.suite if record.current is not None else 0,
             confirmed=record.confirmed,
-            laid=record.next.epoch if record.next is not None and self._is_set else 0,
+            laid=record.next.epoch if record.next is not None and self._state is State.SET else 0,
             failed=failure.kind if failure is not None else None,
             failure=failure.why if failure is not None else "",
             trust=None if self._is_off else self._trust,
@@ -1123,9 +1143,9 @@ class Pair:
 
     def wants_look(self, now: float) -> bool:
         """Whether the device is to be read often: a key waits for its time, or for its proof."""
-        if self._record.active:
+        if self._is_active:
             return self._is_reached or self._age(now) is not None
-        return self._step is _Step.READY or now < self._look_until
+        return self._state is State.READY or now < self._look_until
 
     def expects_proof(self, now: float) -> bool:
         """Whether a first key is about to be proved, and traffic waits for that."""
@@ -1141,7 +1161,7 @@ class Pair:
                 times.append(self._write_at)
             if self._pending[1] is not None:
                 return min(times, default=None)
-        if self._record.active:
+        if self._is_active:
             times += self._prove_times(now)
         elif self.is_decapsulator and self._is_reached:
             times += self._lead_times(now)
@@ -1157,8 +1177,8 @@ class Pair:
         return min(times, default=None)
 
     def _lead_times(self, now: float) -> list[float]:
-        match self._step:
-            case _Step.IDLE:
+        match self._state:
+            case State.IDLE:
                 if self._is_leaving:
                     return [self._schedule.at] if self._way_back() is not None else []
                 if self._parties is None or self._theirs is None or self._is_off or self._is_left:
@@ -1166,12 +1186,14 @@ class Pair:
                 if self._knows_no_manager:
                     return []
                 return [self._begins_at]
-            case _Step.READY:
+            case State.READY:
                 return [self._deadline, *([self._repeat.at] if self._may_activate(now) else [])]
-            case _Step.OFFERED | _Step.COMMITTED:
+            case State.OFFERED | State.AGREED:
                 return [self._deadline, self._repeat.at]
+            case State.LAID | State.SET:
+                return []
             case _:
-                assert_never(self._step)
+                assert_never(self._state)
 
     def _prove_times(self, now: float) -> list[float]:
         since = self._reading.since if self._reading is not None else None
