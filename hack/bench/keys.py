@@ -7,6 +7,7 @@ and the share of the processor is the dearer side's time a thousand times over.
 
 from __future__ import annotations
 
+import json
 import random
 import secrets
 import subprocess
@@ -34,6 +35,8 @@ HOUR = 3600.0
 MEMBERS = 7  # 21 pairs side by side
 ROTATION_PING_S = 0.042  # of 42 flows: a thousand packets a second
 ROTATION_S = 900.0  # of all pairs at once, retries included
+COLD = 20  # agents that join at once: 190 pairs
+COLD_S = 600.0
 REQUIRED: Mapping[str, object] = {"postQuantum": {"mode": "Required"}}
 OFF: Mapping[str, object] = {"postQuantum": {"mode": "Off"}}
 
@@ -136,6 +139,27 @@ def _rotated(attempts: int) -> Iterator[Sample | Row]:
             yield None if any(ended) else float(sum(flow.sent - flow.answered for flow in flows))
 
 
+def _cold_mesh(attempts: int) -> Iterator[Sample]:
+    for _ in range(attempts):
+        with world(spec=dict(REQUIRED)) as here:
+            members = [here.member(f"member-{number}", Nat.PORT_RESTRICTED) for number in range(COLD)]
+            began = time.monotonic()
+            for member in members:
+                member.join(here.token)
+            pending = list(members)
+            while pending and time.monotonic() < began + COLD_S:
+                pending = [member for member in pending if _keys_of(member.machine.run) < COLD - 1]
+            yield time.monotonic() - began if not pending else None
+
+
+def _keys_of(run: Callable[..., subprocess.CompletedProcess[str]]) -> int:
+    """How many peers it has a proved key with; none while its agent does not answer."""
+    answered = run([program("scopectl"), "status", "-o", "json"], check=False).stdout
+    if not answered:
+        return 0
+    return sum(peer["psk"]["epoch"] is not None for peer in json.loads(answered)["peers"])
+
+
 def _confirmed(here: World) -> None:
     deadline = time.monotonic() + ROTATION_S
     pending = list(here.members)
@@ -181,6 +205,14 @@ BENCHMARKS = (
         target=Target(worst=0.0),
         attempts=5,
         run=_rotated,
+    ),
+    Benchmark(
+        "key-cold-mesh",
+        unit="s",
+        what="20 agents join a mesh that requires keys at once, to a proved key in each of 190 pairs",
+        target=Target(median=60.0),
+        attempts=2,
+        run=_cold_mesh,
     ),
     Benchmark(
         "key-first-ping",
