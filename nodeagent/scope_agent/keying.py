@@ -131,7 +131,7 @@ class Keying:
         """Take what the device says; `sessions` are (last handshake, since when, ours) by peer."""
         if self._psk is None or self._psk.is_idle:
             return
-        from scope_agent.psk.pair import Reading
+        from scope_agent.psk.pair_values import Reading
 
         readings = {}
         for key, peer in device.peers.items():

@@ -36,7 +36,7 @@ from scope_agent.inputs import (
 from scope_agent.peers_file import ForeignPeer, PeersFile
 from scope_agent.psk.core import NudgePeer, Psk, SayPart, WriteRecord
 from scope_agent.psk.identity import KeyMaker
-from scope_agent.psk.pair import SESSION_VALID, Reading
+from scope_agent.psk.pair_values import SESSION_VALID, Reading
 from scope_agent.psk.slots import Record
 from scope_agent.status import psk_status
 from scope_agent.wireguard.device import NO_PSK, ObservedDevice, ObservedPeer, SetPsk

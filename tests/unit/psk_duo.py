@@ -14,7 +14,7 @@ from random import Random
 
 from scope_agent.psk.core import NudgePeer, Psk, PskOutput, SayPart, WriteRecord
 from scope_agent.psk.identity import FIRST_CONTACT, KeyMaker, make_hybrid_identity
-from scope_agent.psk.pair import Reading
+from scope_agent.psk.pair_values import Reading
 from scope_agent.psk.provider import SUITES
 from scope_agent.psk.slots import Record
 from scope_agent.psk.trust import succeed

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from scope_agent.psk.exchange import control
 from scope_agent.psk.messages import What, encode
-from scope_agent.psk.pair import ATTEMPT, Pair
+from scope_agent.psk.pair import Pair
+from scope_agent.psk.pair_values import ATTEMPT
 from scope_agent.psk.parts import cut
 from scope_agent.psk.slots import Keys, Record
 from scope_agent.psk.states import OF_D, OF_E, IllegalMove, Move, Moves, Standing, State

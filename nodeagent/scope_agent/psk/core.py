@@ -16,7 +16,8 @@ from scope.wire import KeyPart, WireError
 from scope_agent.agenda import Agenda
 from scope_agent.psk.exchange import ExchangeError
 from scope_agent.psk.identity import HybridIdentity, KeyMaker
-from scope_agent.psk.pair import Nudge, Pair, Reading, Say, Tools, Write
+from scope_agent.psk.pair import Pair
+from scope_agent.psk.pair_values import Nudge, Reading, Say, Tools, Write
 from scope_agent.psk.parts import Joining, cut
 from scope_agent.psk.slots import Record
 from scope_agent.psk.view import PskPair
