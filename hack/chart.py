@@ -2,9 +2,9 @@
 
 The README's table comes from the comments of values.yaml; the schema of the value `mesh` from the definition
 of ScopeMesh, so that a typo in it is refused before anything is installed; the manifests are what Helm makes
-of the templates with the values as they are, but for the namespace, which no chart makes. With --check
-nothing is written, and README and schema are compared alone: the manifests need Helm, and a test holds them
-against the chart.
+of the templates with the values as they are, but for the namespace, which no chart makes, and for the rights
+that exported Services take, which a file of their own gives. With --check nothing is written, and README and
+schema are compared alone: the manifests need Helm, and a test holds them against the chart.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ TEMPLATES = {
     "50-operator.yaml": "operator.yaml",
     "51-agent.yaml": "agent.yaml",
 }
+# What takes other values than those that stand.
+OPTIONAL = {"32-service-rights.yaml": ("service-rights.yaml", "--set=services.export=true")}
 NAMESPACE = "scope-system"
 
 INTRODUCTION = """\
@@ -137,17 +139,25 @@ def schema() -> str:
 
 def manifests() -> Iterator[tuple[Path, str]]:
     """Each generated manifest and its text. Raises FileNotFoundError without Helm, CalledProcessError."""
-    only = [f"--show-only=templates/{template}" for template in TEMPLATES.values()]
+    objects = _rendered(*TEMPLATES.values())
+    for name, template in TEMPLATES.items():
+        yield MANIFESTS / name, "".join(f"---\n{text}" for source, text in objects if source == template)
+    for name, (template, *settings) in OPTIONAL.items():
+        shown = _rendered(template, settings=settings)
+        yield MANIFESTS / name, "".join(f"---\n{text}" for _, text in shown)
+
+
+def _rendered(*templates: str, settings: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """What Helm makes of these, object by object, each with its template."""
+    only = [f"--show-only=templates/{template}" for template in templates]
     shown = subprocess.run(
-        [str(HELM), "template", "scope", str(CHART), f"--namespace={NAMESPACE}", *only],
+        [str(HELM), "template", "scope", str(CHART), f"--namespace={NAMESPACE}", *only, *settings],
         check=True,
         capture_output=True,
         text=True,
     ).stdout
     _, *parts = re.split(r"^---\n# Source: scope/templates/(.*)\n", shown, flags=re.MULTILINE)
-    objects = list(zip(parts[::2], parts[1::2], strict=True))
-    for name, template in TEMPLATES.items():
-        yield MANIFESTS / name, "".join(f"---\n{text}" for source, text in objects if source == template)
+    return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def _strict(node: Any) -> Any:

@@ -14,13 +14,13 @@ from typing import Any
 import yaml
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("scopemeshes.yaml", "scopepeers.yaml")
+SOURCES = ("scopemeshes.yaml", "scopepeers.yaml", "scopeservices.yaml")
 PAGE = ROOT / "docs" / "crds.md"
 
 INTRODUCTION = """\
-# ScopeMesh and ScopePeer
+# ScopeMesh, ScopePeer and ScopeService
 
-Every field of the two resources, as Kubernetes checks them; the embedded registry takes and refuses the same
+Every field of the resources, as Kubernetes checks them; the embedded registry takes and refuses the same
 documents. `kubectl explain smesh.spec` says the same at a terminal.
 
 This page is made from `crds/` by `hack/crd_docs.py`: change the definitions, and run that.
@@ -58,7 +58,7 @@ def page(definitions: Iterator[dict[str, Any]]) -> Iterator[str]:
         if selectable:
             yield f"Field selectors: {', '.join(selectable)}.\n"
         yield from columns_table(version["additionalPrinterColumns"])
-        for part in ("spec", "status"):
+        for part in [each for each in ("spec", "status") if each in schema["properties"]]:
             yield f"\n### {names['kind']} {part}\n\n{schema['properties'][part]['description']}\n"
             yield from fields_table(schema["properties"][part])
         yield from rules_list(names["kind"], schema)

@@ -222,6 +222,7 @@ class Kind(enum.StrEnum):
 
     MESH = "ScopeMesh"
     PEER = "ScopePeer"
+    SERVICE = "ScopeService"
     TOKEN = "JoinToken"  # noqa: S105 - the name of a kind; never served
 
 
@@ -701,7 +702,72 @@ class JoinToken:
     spec: TokenSpec
 
 
-Resource: TypeAlias = Mesh | Peer | JoinToken
+class Protocol(enum.StrEnum):
+    """What a port of a Service speaks."""
+
+    TCP = "TCP"
+    UDP = "UDP"
+    SCTP = "SCTP"
+
+
+class EndpointState(enum.StrEnum):
+    """Whether a pod behind a Service takes connections."""
+
+    READY = "Ready"
+    DRAINING = "Draining"  # it ends, and serves until then
+    NOT_READY = "NotReady"
+
+
+@dataclass(frozen=True, slots=True)
+class ServicePort:
+    """A port of a Service, or of the pods behind it; `name` says which belongs to which."""
+
+    port: int
+    protocol: Protocol = Protocol.TCP
+    name: str = ""
+    app_protocol: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceEndpoint:
+    """A pod behind a Service, as its own cluster knows it."""
+
+    address: IPAddress
+    state: EndpointState = EndpointState.READY
+    hostname: str = ""  # by which a headless Service names this one pod
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """Pods that listen on the same ports."""
+
+    ports: tuple[ServicePort, ...] = ()
+    endpoints: tuple[ServiceEndpoint, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceSpec:
+    """A Service that a cluster offers to the others of its mesh."""
+
+    mesh: str
+    cluster: str
+    namespace: str
+    service: str  # its name there
+    headless: bool = False
+    families: tuple[Family, ...] = ()  # one or two, the first one preferred
+    ports: tuple[ServicePort, ...] = ()
+    backends: tuple[Backend, ...] = ()  # bounded: `MAX_SERVICE_ENDPOINTS` in all
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A ScopeService: the record of an exported Service, which its own cluster's operator writes."""
+
+    meta: Meta
+    spec: ServiceSpec
+
+
+Resource: TypeAlias = Mesh | Peer | Service | JoinToken
 StatusPart: TypeAlias = MeshStatus | PeerReport | Assignment
 
 
@@ -712,6 +778,8 @@ def kind_of(resource: Resource) -> Kind:
             return Kind.MESH
         case Peer():
             return Kind.PEER
+        case Service():
+            return Kind.SERVICE
         case JoinToken():
             return Kind.TOKEN
 

@@ -73,6 +73,12 @@ def peer(*, name: str = "home.nas", status: object = None, **spec: Any) -> Docum
     return _document("ScopePeer", name, {"mesh": "home"} | spec, status)
 
 
+def service(*, name: str = "home.fra.shop.web", **spec: Any) -> Document:
+    """A ScopeService; of the Service `web`, without ports, unless the spec says otherwise."""
+    asked = {"mesh": "home", "cluster": "fra", "namespace": "shop", "service": "web"} | spec
+    return _document("ScopeService", name, asked, None)
+
+
 def _document(kind: str, name: str, spec: Mapping[str, Any], status: object) -> Document:
     document: Document = {
         "apiVersion": resources.API_VERSION,
@@ -85,6 +91,10 @@ def _document(kind: str, name: str, spec: Mapping[str, Any], status: object) -> 
 
 def right() -> Iterator[Case]:
     """Documents that are taken."""
+    yield Case("the shortest Service", service())
+    yield Case("a Service with everything", everything_of_a_service())
+    thousand = [{"address": f"10.1.{i // 250}.{i % 250 + 1}"} for i in range(1000)]
+    yield Case("a Service of 1,000 pods", service(backends=[{"endpoints": thousand}]))
     yield Case("the shortest mesh", mesh())
     yield Case("a mesh with everything", everything_of_a_mesh())
     yield Case("the longest name of a mesh", mesh(name="a" * 63))
@@ -275,8 +285,25 @@ def everything_of_a_peer() -> Document:
     )
 
 
+def everything_of_a_service() -> Document:
+    """A ScopeService in which every field that there may be is there."""
+    port = {"port": 80, "protocol": "TCP", "name": "http", "appProtocol": "kubernetes.io/h2c"}
+    return service(
+        headless=True,
+        families=["IPv4", "IPv6"],
+        ports=[port],
+        backends=[
+            {
+                "ports": [port | {"port": 8080}],
+                "endpoints": [{"address": "10.244.1.5", "state": "Draining", "hostname": "web-0"}],
+            }
+        ],
+    )
+
+
 def wrong() -> Iterator[Case]:
     """Documents that are refused."""
+    yield from _wrong_services()
     yield from _wrong_meshes()
     yield from _wrong_selectors()
     yield from _wrong_hubs()
@@ -284,6 +311,26 @@ def wrong() -> Iterator[Case]:
     yield from _wrong_peers()
     yield from _wrong_reports()
     yield from _wrong_assignments()
+
+
+def _wrong_services() -> Iterator[Case]:
+    for name in ("mesh", "cluster", "namespace", "service"):
+        for value in ("a.b", "Web", "-a"):
+            yield Case(f"a Service whose {name} is {value}", service(**{name: value}), f"spec.{name}")
+    yield Case("a Service of the cluster external", service(cluster="external"), "spec.cluster")
+    for port in (0, 65536):
+        yield Case(f"a Service with port {port}", service(ports=[{"port": port}]), "spec.ports[0].port")
+    yield Case(
+        "a Service that speaks ICMP",
+        service(ports=[{"port": 1, "protocol": "ICMP"}]),
+        "spec.ports[0].protocol",
+    )
+    for address in ("web", "127.0.0.1", "169.254.169.254", "0.0.0.0", "224.0.0.1", "fe80::1", "::1"):
+        pods = service(backends=[{"endpoints": [{"address": address}]}])
+        yield Case(f"a pod at {address}", pods, "spec.backends[0].endpoints[0].address")
+    backends = [{"endpoints": [{"address": "10.0.0.1"}] * many} for many in (1000, 1)]
+    yield Case("a Service of 1,001 pods", service(backends=backends), "spec")
+    yield Case("a port called by a number", service(ports=[{"port": 1, "name": "A"}]), "spec.ports[0].name")
 
 
 def _wrong_meshes() -> Iterator[Case]:
@@ -658,6 +705,9 @@ def changes() -> Iterator[Change]:
         yield Change(f"another {name}", node, peer(**NODE | {name: value}), f"spec.{name}")
     yield Change("an external peer that becomes a Node's", external, node, "spec")
     yield Change("a Node's peer that becomes external", node, external, "spec")
+    for name in ("mesh", "cluster", "namespace", "service"):
+        yield Change(f"a Service's other {name}", service(), service(**{name: "other"}), f"spec.{name}")
+    yield Change("a Service's other ports", service(), service(ports=[{"port": 80}]))
     narrow, wide = mesh(addressing={"ipv4": "10.9.0.0/24"}), mesh(addressing={"ipv4": "10.9.0.0/16"})
     yield Change("a wider prefix", narrow, wide)
     yield Change("a second family", narrow, mesh(addressing={"ipv4": "10.9.0.0/24", "ipv6": "fd00:9::/64"}))

@@ -1,6 +1,6 @@
 """The commands that ask a registry as its administrator.
 
-apply, plan, explain of two peers, get, token, peer, cluster, mesh.
+apply, plan, explain of two peers, get, token, peer, cluster, mesh, service.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from scope.ctl.arguments import ADMIN_FILE, ADMIN_FILE_VARIABLE
 from scope.ctl.errors import CommandError
 from scope.ctl.explaining import pair_text
 from scope.ctl.foreseeing import foresee, plan_text, plan_values
-from scope.model import Kind, Mesh, Peer, Role
+from scope.ctl.services import choose, service_text
+from scope.model import Kind, Mesh, Peer, Role, Service
 from scope.registry.http import HttpRegistry
 
 
@@ -53,6 +54,8 @@ async def _administer(args: argparse.Namespace, admin: files.Admin, wanted: Sequ
                 print(await remote.remove_cluster(registry, args.name, mesh=args.mesh))
             case "mesh", "delete":
                 print(await remote.delete_mesh(registry, args.name))
+            case "service", _:
+                await _service(args, registry)
             case command:
                 raise AssertionError(command)
 
@@ -90,6 +93,15 @@ async def _get(args: argparse.Namespace, registry: HttpRegistry) -> None:
         peers = [peer for peer in found if isinstance(peer, Peer)]
         text = render.peers_table(peers, wall=time.time(), color=render.in_color(sys.stdout))
         print(text, end="")
+
+
+async def _service(args: argparse.Namespace, registry: HttpRegistry) -> None:
+    listed = (await registry.list(Kind.SERVICE)).resources
+    found = choose([each for each in listed if isinstance(each, Service)], args.name, cluster=args.cluster)
+    if args.output != "table":
+        print(render.resources_document(found, output=args.output, single=len(found) == 1), end="")
+        return
+    print("\n".join(map(service_text, found)), end="")
 
 
 async def _create_token(args: argparse.Namespace, registry: HttpRegistry) -> None:

@@ -70,6 +70,17 @@ def build_parser() -> argparse.ArgumentParser:
     take_out.add_argument("name", metavar="NAME")
     take_out.add_argument("--mesh", required=True, metavar="MESH")
 
+    service = commands.add_parser(
+        "service",
+        parents=[admin],
+        help="by which name a Service of another cluster is reached, and what answers",
+    )
+    service.add_argument("name", metavar="NAME.NAMESPACE", help="as it is called in its own cluster")
+    service.add_argument(
+        "--in", dest="cluster", required=True, metavar="CLUSTER", help="the cluster that exports it"
+    )
+    _add_format(service, FORMATS)
+
     status = commands.add_parser("status", parents=[local], help="what this machine's agent sees")
     _add_format(status, ("table", "json"))
 

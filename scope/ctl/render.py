@@ -14,7 +14,7 @@ from rich.text import Text
 
 from scope.ctl.local import AgentStatus, PeerView, RelayedPairView, RelayedView
 from scope.ctl.ping import Target
-from scope.model import Condition, KeyCounts, Mesh, Peer
+from scope.model import Condition, KeyCounts, Mesh, Peer, Service
 from scope.resources import API_VERSION, parse_time, to_dict
 
 WIDE = 10_000  # columns: one row is one line, as in kubectl, also where the terminal then breaks it
@@ -34,7 +34,7 @@ _FORWARDED_BY = {"Kernel": "kernel", "UserSpace": "user space"}
 Row = Sequence[str]
 
 
-def resources_document(resources: Sequence[Mesh | Peer], *, output: str, single: bool) -> str:
+def resources_document(resources: Sequence[Mesh | Peer | Service], *, output: str, single: bool) -> str:
     """Resources as JSON (one object, or a list as kubectl has it) or YAML (documents that `apply` takes)."""
     documents = [to_dict(resource) for resource in resources]
     if output == "yaml":

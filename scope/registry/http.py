@@ -160,7 +160,8 @@ class HttpRegistry:
     http, which a test may use). A gateway that got another key is followed where the registry vouches for it,
     with `registry_key`; `followed` is then told the new pin, to keep it in place of the earlier one.
     `credential` None is for joining. `wall` is the wall clock. With `for_agent`, lists and watches give of
-    others what an agent acts on, and no change in anything else.
+    others what an agent acts on, and no change in anything else. With `services` exported Services
+    may be watched, too.
     """
 
     def __init__(
@@ -174,6 +175,7 @@ class HttpRegistry:
         for_agent: bool = False,
         registry_key: PublicKey | None = None,
         followed: Callable[[bytes], None] = lambda _: None,
+        services: bool = False,
     ) -> None:
         self._url = url.rstrip("/")
         if not self._url.startswith(("https://", "http://")):
@@ -188,6 +190,7 @@ class HttpRegistry:
         self._offset = 0.0  # what the gateway's clock is ahead of ours
         self._stream_idle = stream_idle
         self._view = {"view": AGENT_VIEW} if for_agent else {}
+        self._services = {"services": "true"} if services else {}
         self._session: aiohttp.ClientSession | None = None
         self._stream: _Stream | None = None
         self._watchers: set[_Watcher] = set()
@@ -239,6 +242,8 @@ class HttpRegistry:
     async def watch(self, kind: Kind, since: Revision) -> AsyncIterator[Put | Deleted]:
         """Changes of `kind` after `since`. Raises Gone, Unavailable, Refused (PeerRemoved once we are)."""
         _path(kind)
+        if kind is Kind.SERVICE and not self._services:
+            raise Refused("this connection does not watch exported Services: open it with services=True")
         watcher = _Watcher(kind, since)
         await self._attach(watcher)
         try:
@@ -574,6 +579,7 @@ class HttpRegistry:
 
     async def _follow(self, stream: _Stream) -> None:
         query = {"since": str(stream.since.number), "registry": stream.since.registry, **self._view}
+        query |= self._services
         limits = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=self._stream_idle)
         for last in (False, True):
             async with self._request(

@@ -28,6 +28,7 @@ from scope.model import (
     PeerReport,
     Resource,
     Revision,
+    Service,
     StatusPart,
     kind_of,
 )
@@ -143,6 +144,8 @@ def _with_spec(stored: Resource, asked: Resource) -> Resource:
         case Mesh(), Mesh():
             return replace(stored, meta=meta, spec=asked.spec)
         case Peer(), Peer():
+            return replace(stored, meta=meta, spec=asked.spec)
+        case Service(), Service():
             return replace(stored, meta=meta, spec=asked.spec)
         case JoinToken(), JoinToken():
             return replace(stored, meta=meta, spec=asked.spec)

@@ -22,8 +22,9 @@ UTC, latencies milliseconds (whole microseconds), keys and hashes base64, endpoi
 "[2001:db8::1]:51820", prefixes CIDR.
 
 Inside, each kind of resource is a file that reads and writes it (`mesh` with `hubs` and `cluster`, `peer`,
-`token`), over what all have in common (`meta`, `selector`). `fields` asks an object for its fields, `values`
-and `addresses` read one value each, `limits` says how much is allowed, and `problems` what was wrong.
+`service`, `token`), over what all have in common (`meta`, `selector`). `fields` asks an object for its
+fields, `values` and `addresses` read one value each, `limits` says how much is allowed, and `problems` what
+was wrong.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from scope.resources.limits import (
     IPV6_LENGTHS,
     IPV6_RANGE,
     MAX_ADDRESSES,
+    MAX_BACKENDS,
     MAX_CANDIDATES,
     MAX_CIDR,
     MAX_CLUSTERS,
@@ -72,6 +74,9 @@ from scope.resources.limits import (
     MAX_REFLECTORS,
     MAX_REQUIREMENTS,
     MAX_ROUTES,
+    MAX_SERVICE_ENDPOINTS,
+    MAX_SERVICE_PORTS,
+    MAX_SERVICES,
     MAX_STATUS_BYTES,
     MAX_TIME,
     MAX_TIMER,
@@ -92,6 +97,7 @@ from scope.resources.mesh import overlapping, parse_mesh, prefixes_of
 from scope.resources.meta import API_VERSION, GROUP, PLURALS, VERSION
 from scope.resources.peer import forbidden_changes, parse_peer, parse_tombstone, tombstone_to_dict
 from scope.resources.problems import InvalidResource, Problem
+from scope.resources.service import parse_service
 from scope.resources.times import format_duration, format_time, parse_duration, parse_time
 from scope.resources.token import parse_token
 from scope.resources.values import EXTERNAL, as_reason
@@ -107,6 +113,7 @@ __all__ = [
     "IPV6_LENGTHS",
     "IPV6_RANGE",
     "MAX_ADDRESSES",
+    "MAX_BACKENDS",
     "MAX_CANDIDATES",
     "MAX_CIDR",
     "MAX_CLUSTERS",
@@ -134,6 +141,9 @@ __all__ = [
     "MAX_REFLECTORS",
     "MAX_REQUIREMENTS",
     "MAX_ROUTES",
+    "MAX_SERVICES",
+    "MAX_SERVICE_ENDPOINTS",
+    "MAX_SERVICE_PORTS",
     "MAX_STATUS_BYTES",
     "MAX_TIME",
     "MAX_TIMER",
@@ -167,6 +177,7 @@ __all__ = [
     "parse_jwks",
     "parse_mesh",
     "parse_peer",
+    "parse_service",
     "parse_status",
     "parse_time",
     "parse_token",

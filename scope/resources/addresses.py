@@ -63,6 +63,15 @@ def read_address(value: object) -> IPAddress:
         raise refusal(value, allowed) from None
 
 
+def read_unicast_address(value: object) -> IPAddress:
+    """An address that other machines can send to, beyond its own link."""
+    address = read_address(value)
+    elsewhere = address.is_unspecified or address.is_loopback or address.is_link_local
+    if elsewhere or address.is_multicast or address == _BROADCAST:
+        raise refusal(value, "an address that other machines can send to")
+    return address
+
+
 def read_interface(value: object) -> IPInterface:
     allowed = "an address with the length of its mesh's prefix, as 100.64.0.7/16"
     text = _unzoned(value, MAX_CIDR, allowed)

@@ -16,6 +16,7 @@ from scope.model import (
     Peer,
     PeerReport,
     Resource,
+    Service,
     StatusPart,
     kind_of,
 )
@@ -33,6 +34,7 @@ from scope.resources.peer import (
     report_dict,
 )
 from scope.resources.problems import InvalidResource, Problem
+from scope.resources.service import parse_service, service_spec_dict
 from scope.resources.token import parse_token, token_spec_dict
 from scope.resources.values import read_choice
 
@@ -43,6 +45,8 @@ def parse(document: object, *, ignore_unknown: bool = False) -> Resource:
     match kind:
         case Kind.PEER:
             return parse_peer(document, ignore_unknown=ignore_unknown)
+        case Kind.SERVICE:
+            return parse_service(document, ignore_unknown=ignore_unknown)
         case Kind.TOKEN:
             return parse_token(document, ignore_unknown=ignore_unknown)
         case Kind.MESH:
@@ -65,7 +69,7 @@ def parse_status(kind: Kind, document: object, *, ignore_unknown: bool = False) 
             part = read_mesh_status(fields)
         case Kind.PEER:
             part = read_report(fields) if REPORT_FIELDS & fields.present() else read_assignment(fields)
-        case Kind.TOKEN:
+        case Kind.SERVICE | Kind.TOKEN:
             raise InvalidResource([Problem("kind", f"{kind} has no status", "ScopeMesh, ScopePeer")])
         case _:
             assert_never(kind)
@@ -84,6 +88,8 @@ def to_dict(resource: Resource) -> dict[str, object]:
             spec, status = peer_spec_dict(resource.spec), status_to_dict(resource.assignment)
             if resource.report is not None:
                 status = status_to_dict(resource.report) | status
+        case Service():
+            spec = service_spec_dict(resource.spec)
         case JoinToken():
             spec = token_spec_dict(resource.spec)
         case _:

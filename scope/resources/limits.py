@@ -36,6 +36,10 @@ MAX_ORIGIN = 8 + MAX_NAME + 6  # "https://", a name, ":65535"
 MAX_CIDR = 43  # 39 characters of IPv6 and "/128"
 MAX_DURATION_TEXT = 32  # "365d23h59m59s999ms" and then some
 MAX_STATUS_BYTES = 2048  # an agent's part of a status as compact JSON: 10,000 peers are 20 MB in etcd
+MAX_SERVICES = 256  # of one cluster in one mesh: each is watched by every other cluster's operator
+MAX_SERVICE_PORTS = 64  # of a Service, and of the pods behind it
+MAX_BACKENDS = 16  # pods of one Service that listen on other ports than the rest: a rollout makes two kinds
+MAX_SERVICE_ENDPOINTS = 1000  # of one Service: as many as Kubernetes lets one EndpointSlice hold
 MAX_PROBLEMS = 20  # more help nobody, and a hostile document must not buy a long answer
 SHOWN_VALUE = 60  # characters of a refused value that are repeated in the refusal
 

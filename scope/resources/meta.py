@@ -24,7 +24,12 @@ from scope.resources.values import (
 GROUP = "scope.ltgc.cc"
 VERSION = "v1alpha1"
 API_VERSION = f"{GROUP}/{VERSION}"
-PLURALS = {Kind.MESH: "scopemeshes", Kind.PEER: "scopepeers", Kind.TOKEN: "jointokens"}
+PLURALS = {
+    Kind.MESH: "scopemeshes",
+    Kind.PEER: "scopepeers",
+    Kind.SERVICE: "scopeservices",
+    Kind.TOKEN: "jointokens",
+}
 
 # Bookkeeping of Kubernetes that comes with every object and that Scope does not use.
 _FOREIGN_METADATA = frozenset(

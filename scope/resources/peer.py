@@ -22,6 +22,7 @@ from scope.model import (
     RelayReport,
     Resource,
     Role,
+    Service,
     Tombstone,
 )
 from scope.resources.addresses import (
@@ -43,6 +44,7 @@ from scope.resources.keys import (
 from scope.resources.limits import MAX_ADDRESSES, MAX_CANDIDATES, MAX_LINKS, MAX_REASON, MAX_ROUTES
 from scope.resources.meta import conditions_dict, read_conditions, read_meta
 from scope.resources.problems import Problem, show
+from scope.resources.service import changed_identity
 from scope.resources.times import format_time
 from scope.resources.values import (
     NO_KEY,
@@ -97,7 +99,11 @@ def tombstone_to_dict(tombstone: Tombstone) -> dict[str, object]:
 
 
 def forbidden_changes(stored: Resource, asked: Resource) -> tuple[Problem, ...]:
-    """What `asked` changes in the spec of `stored` that never changes: whom a peer is, and of which mesh."""
+    """What `asked` changes in the spec of `stored` that never changes: who a peer is, and of which mesh; of
+    which Service a record is.
+    """
+    if isinstance(stored, Service) and isinstance(asked, Service):
+        return changed_identity(stored, asked)
     if not isinstance(stored, Peer) or not isinstance(asked, Peer):
         return ()
     had, wanted = peer_spec_dict(stored.spec), peer_spec_dict(asked.spec)

@@ -17,7 +17,7 @@ from kubelab import ApiError, ControlPlane
 DEFINITIONS = Path(__file__).parents[2] / "crds"
 # What goes after each test.
 _SCOPE = "/apis/scope.ltgc.cc/v1alpha1"
-_EMPTIED = (f"{_SCOPE}/scopepeers", f"{_SCOPE}/scopemeshes", "/api/v1/nodes")
+_EMPTIED = (f"{_SCOPE}/scopeservices", f"{_SCOPE}/scopepeers", f"{_SCOPE}/scopemeshes", "/api/v1/nodes")
 _EMPTIED_IN_NAMESPACE = (
     "/apis/coordination.k8s.io/v1/namespaces/{}/leases",
     "/api/v1/namespaces/{}/secrets",

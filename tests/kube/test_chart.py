@@ -224,6 +224,7 @@ VARIANTS: dict[str, dict[str, object]] = {
         "wireguard": {"enabled": True, "devices": ["scope0", "scope1"]},
         "networkPolicy": {"enabled": True, "metricsFrom": [{"namespaceSelector": {}}]},
         "mesh": MESH,
+        "services": {"export": True},
         "cleanup": {"onUninstall": True},
     },
     "a cluster that joins": {
@@ -244,6 +245,21 @@ def test_the_api_server_takes_every_object_of_the_chart(
     how = ("--server-side", "--dry-run=server", "--validate=strict")
     taken = asyncio.run(plane.kubectl("apply", *how, "-f", "-", document=text))
     assert taken.count("serverside-applied") == len(re.findall(r"^kind: ", text, re.MULTILINE)) > 3
+
+
+def test_services_and_endpoints_are_the_operators_to_write_only_where_they_are_exported(helm: Helm) -> None:
+    for export in (False, True):
+        documents = rendered(helm, {"services": {"export": export}})
+        ruled = {
+            named
+            for each in documents
+            if each["kind"] in ("Role", "ClusterRole")
+            for rule in each["rules"]
+            for named in rule.get("resources", ())
+        }
+        assert ({"services", "endpointslices"} <= ruled) == export
+        [operator] = pod_of(only(documents, "Deployment", "scope-operator"))["containers"]
+        assert ("--export-services" in operator["args"]) == export
 
 
 def test_a_joining_cluster_gets_no_gateway_and_no_rights_for_its_agents(helm: Helm) -> None:
@@ -628,7 +644,7 @@ def test_a_release_is_installed_upgraded_rolled_back_removed_and_installed_again
         helm("uninstall", "scope")
         assert await release.get(f"{APPS}/deployments/scope-operator") is None
         assert await release.get(agent) is None
-        assert len((await plane.request("GET", DEFINITIONS))["items"]) == 2
+        assert len((await plane.request("GET", DEFINITIONS))["items"]) == 3
         assert await release.address("home.fra.n1") == address
 
         helm("install", "scope", packaged, values={"clusterName": "fra"})

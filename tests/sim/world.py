@@ -92,6 +92,7 @@ from scope.model import (
     Resource,
     Role,
     Secret,
+    Service,
     Snapshot,
     Timers,
     Tombstone,
@@ -1109,13 +1110,13 @@ def _told_others(change: Put | Deleted, before: dict[tuple[Kind, str], Resource]
         return change
     resource = change.resource
     was = before.get((kind_of(resource), resource.meta.name))
-    assert isinstance(resource, Mesh | Peer) and not isinstance(was, JoinToken)
+    assert isinstance(resource, Mesh | Peer) and not isinstance(was, Service | JoinToken)
     return replace(change, resource=projected(resource)) if is_told(was, resource) else None
 
 
 def _seen_by(machine: Machine, resource: Resource) -> Resource:
     """What an agent is given of a resource: all of its own peer, of others what it acts on."""
-    if isinstance(resource, JoinToken) or resource.meta.name == machine.name:
+    if isinstance(resource, Service | JoinToken) or resource.meta.name == machine.name:
         return resource
     return projected(resource)
 

@@ -50,6 +50,9 @@ from scope.model import (
     Resource,
     Revision,
     Role,
+    Service,
+    ServicePort,
+    ServiceSpec,
     TokenSpec,
 )
 from scope.registry.port import (
@@ -70,6 +73,10 @@ R = TypeVar("R", bound=Resource)
 MESH = Mesh(
     meta=Meta("home"),
     spec=MeshSpec(Addressing(ipv4=IPv4Network("100.64.0.0/16"), ipv6=IPv6Network("fd00:5c0::/64"))),
+)
+SERVICE = Service(
+    Meta("home.east.shop.web"),
+    ServiceSpec("home", "east", "shop", "web", ports=(ServicePort(80, name="http"),)),
 )
 TOKEN = JoinToken(Meta("tk-1"), TokenSpec(mesh="home", secret_hash=bytes(32), expires=2_000_000_000.0))
 
@@ -135,7 +142,12 @@ class RegistryConformance:
 
     def test_what_is_created_is_stored_whole_and_gets_uid_revision_and_time(self) -> None:
         async def body(registry: Registry) -> None:
-            asked: dict[Kind, Resource] = {Kind.MESH: MESH, Kind.PEER: peer(1), Kind.TOKEN: TOKEN}
+            asked: dict[Kind, Resource] = {
+                Kind.MESH: MESH,
+                Kind.PEER: peer(1),
+                Kind.SERVICE: SERVICE,
+                Kind.TOKEN: TOKEN,
+            }
             for kind in self.kinds:
                 created = await registry.create(asked[kind])
                 assert created.meta.uid

@@ -25,7 +25,11 @@ from tests import resource_corpus as corpus
 from tests.resource_corpus import Case, Change, Document
 
 CRDS = Path(__file__).parents[2] / "crds"
-EVERYTHING = {Kind.MESH: corpus.everything_of_a_mesh(), Kind.PEER: corpus.everything_of_a_peer()}
+EVERYTHING = {
+    Kind.MESH: corpus.everything_of_a_mesh(),
+    Kind.PEER: corpus.everything_of_a_peer(),
+    Kind.SERVICE: corpus.everything_of_a_service(),
+}
 Schema = dict[str, Any]
 Step = str | int
 
@@ -133,8 +137,10 @@ def test_the_http_api_describes_every_field_with_the_same_choices_and_lengths(ki
         if "items" in ours:
             compare((*path, 0), ours["items"], described["items"])
 
-    for part in ("spec", "status"):
-        compare((part,), schema_of(kind)["properties"][part], components[str(kind)]["properties"][part])
+    ours, theirs = schema_of(kind)["properties"], components[str(kind)]["properties"]
+    assert ("status" in ours) == ("status" in theirs)
+    for part in {"spec", "status"} & set(ours):
+        compare((part,), ours[part], theirs[part])
 
 
 def test_a_token_key_has_the_fields_that_the_parser_knows() -> None:
@@ -258,6 +264,16 @@ LENGTHS = {
         },
         resources.MAX_MESSAGE: {"status.conditions[0].message"},
     },
+    Kind.SERVICE: {
+        resources.MAX_LABEL: {
+            *(f"spec.{name}" for name in ("mesh", "cluster", "namespace", "service", "ports[0].name")),
+            *("spec.backends[0].ports[0].name", "spec.backends[0].endpoints[0].hostname"),
+        },
+        resources.MAX_LABEL_KEY: {
+            *("spec.ports[0].appProtocol", "spec.backends[0].ports[0].appProtocol"),
+        },
+        resources.MAX_CIDR: {"spec.backends[0].endpoints[0].address"},
+    },
 }
 # Of these texts each is as long as the next, so that a bound only saves the server work.
 ALIKE = (
@@ -294,7 +310,11 @@ def test_a_name_is_as_long_as_the_parser_lets_it_be() -> None:
     assert len(selectors) == len(SELECTORS)
 
 
-@pytest.mark.parametrize("shortest", [corpus.mesh(), corpus.peer()], ids=["ScopeMesh", "ScopePeer"])
+@pytest.mark.parametrize(
+    "shortest",
+    [corpus.mesh(), corpus.peer(), corpus.service()],
+    ids=["ScopeMesh", "ScopePeer", "ScopeService"],
+)
 def test_the_defaults_are_the_models(shortest: Document) -> None:
     parsed = resources.parse(shortest)
     kind, written = model.kind_of(parsed), resources.to_dict(parsed)["spec"]
@@ -314,7 +334,7 @@ def test_the_defaults_are_the_models(shortest: Document) -> None:
     timers = spec["properties"].get("timers")
     if timers is not None:
         assert timers["default"] == left_out["timers"]
-    status = schema_of(kind)["properties"]["status"]
+    status = schema_of(kind)["properties"].get("status", {})
     assert not [path for path, schema in walk(status) if "default" in schema], (
         "a status says what was written"
     )
@@ -374,6 +394,11 @@ def camel(name: str) -> str:
         ((model.HubCarrier,), Kind.PEER, "status.relay.carrier"),
         ((model.Condition,), Kind.PEER, "status.conditions[0]"),
         ((model.Tombstone,), Kind.PEER, "status.tombstone"),
+        ((model.ServiceSpec,), Kind.SERVICE, "spec"),
+        ((model.ServicePort,), Kind.SERVICE, "spec.ports[0]"),
+        ((model.Backend,), Kind.SERVICE, "spec.backends[0]"),
+        ((model.ServicePort,), Kind.SERVICE, "spec.backends[0].ports[0]"),
+        ((model.ServiceEndpoint,), Kind.SERVICE, "spec.backends[0].endpoints[0]"),
     ],
 )
 def test_every_field_of_the_model_is_a_field_of_the_schema(

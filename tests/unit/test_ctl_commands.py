@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from ipaddress import IPv4Address
 from pathlib import Path
 
 import pytest
@@ -14,17 +15,25 @@ from scope.ctl.__main__ import main
 from scope.join import JoinString
 from scope.model import (
     Assignment,
+    Backend,
     Candidate,
     CandidateKind,
     Endpoint,
+    EndpointState,
+    Family,
     Forwarding,
     HubCarrier,
     Kind,
     Link,
     Mesh,
+    Meta,
     PathKind,
     Peer,
     RelayReport,
+    Service,
+    ServiceEndpoint,
+    ServicePort,
+    ServiceSpec,
 )
 from scope.registry.http import HttpRegistry
 from tests.unit.cluster_fixture import JoiningCluster, invite
@@ -377,5 +386,39 @@ def test_a_token_for_a_hub_leads_to_its_carrier_and_one_for_who_carries_nobody_i
             assert (code == 1) == (reason in err if reason else False)
         string = JoinString.parse(out)
         assert (string.url, string.pin) == ("https://192.0.2.7:443", pin)
+
+    play(scene)
+
+
+def test_a_service_is_told_with_the_name_it_has_elsewhere_and_what_answers(play: Play) -> None:
+    http = ServicePort(80, name="http")
+    pods = tuple(
+        ServiceEndpoint(IPv4Address("10.244.1.0") + i, state)
+        for i, state in enumerate(EndpointState, start=5)
+    )
+    backend = Backend((replace(http, port=8080),), pods)
+    spec = ServiceSpec("home", "east", "shop", "web", families=(Family.IPV4,), ports=(http,))
+    full = Service(Meta("home.east.shop.web"), replace(spec, backends=(backend,)))
+
+    async def scene(terminal: Terminal) -> None:
+        code, _, err = await terminal.run("service", "web.shop", "--in", "east")
+        assert code == 1 and "cluster east exports no Service; clusters that do: none" in err
+        stored = await terminal.running.registry.create(full)
+        code, out, _ = await terminal.run("service", "web.shop", "--in", "east")
+        assert code == 0
+        assert "web-east.shop.svc\n" in out
+        assert "http 80/TCP" in out and "1 of 3 ready" in out
+        assert "10.244.1.7  NotReady  http 8080/TCP" in out
+        code, out, _ = await terminal.run("service", "web.shop", "--in", "east", "-o", "json")
+        assert json.loads(out)["spec"]["service"] == "web"
+        for wanted, said in (
+            ("wib.shop", "did you mean web.shop?"),
+            ("web", "web is no NAME.NAMESPACE"),
+            ("db.shop", "`kubectl annotate service db --namespace shop scope.ltgc.cc/export=true`"),
+        ):
+            code, _, err = await terminal.run("service", wanted, "--in", "east")
+            assert code == 1 and said in err
+        await terminal.running.registry.update(replace(full, meta=stored.meta, spec=spec))
+        assert "none: it has no pods" in (await terminal.run("service", "web.shop", "--in", "east"))[1]
 
     play(scene)

@@ -307,7 +307,7 @@ def test_every_column_that_kubectl_shows_is_explained(plural: str) -> None:
     assert told == columns
 
 
-@pytest.mark.parametrize("manifest", ["30-operator-rights", "31-agent-rights"])
+@pytest.mark.parametrize("manifest", ["30-operator-rights", "31-agent-rights", "32-service-rights"])
 def test_every_right_that_the_manifests_give_is_explained(manifest: str) -> None:
     rows = re.findall(r"^\| ([a-z, ]+) \| (.*?) \|", KUBERNETES.read_text(), re.MULTILINE)
     for role in documents(manifest):

@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from scope_operator.gateway import app
+from scope_operator.gateway import app, feed
 from scope_operator.gateway.authorisation import Authority, Claimed
 from scope_operator.gateway.limits import Limits
 
@@ -43,10 +43,12 @@ from scope.credentials import (
 )
 from scope.model import (
     Assignment,
+    Backend,
     Candidate,
     CandidateKind,
     Curve,
     Endpoint,
+    EndpointState,
     Kind,
     Mesh,
     Meta,
@@ -58,13 +60,19 @@ from scope.model import (
     Resource,
     Role,
     Secret,
+    Service,
+    ServiceEndpoint,
+    ServicePort,
+    ServiceSpec,
 )
+from scope.names import service_name
 from scope.registry.http import HttpRegistry
 from scope.registry.memory import MemoryRegistry
 from scope.registry.port import (
     AlreadyExists,
     Conflict,
     Deleted,
+    Gone,
     NotFound,
     PeerRemoved,
     Put,
@@ -239,6 +247,189 @@ def test_only_an_administrator_removes_clusters() -> None:
             with pytest.raises(Refused, match="administrator, not for clusters"):
                 await operator.remove_cluster("home", "east")
         assert (await ask(at.running, "DELETE", "/v1/clusters/west?mesh=home"))[0] == 401
+
+    joined(body)
+
+
+# --- exported Services --------------------------------------------------------------------------------------
+
+
+def web_of(cluster: str, *, name: str = "web", mesh: str = "home") -> Service:
+    """The record of a Service of a cluster."""
+    spec = ServiceSpec(mesh, cluster, "shop", name, ports=(ServicePort(80),))
+    return Service(Meta(service_name(mesh, cluster, "shop", name)), spec)
+
+
+def test_an_operator_writes_its_own_services_and_reads_those_of_its_mesh() -> None:
+    async def body(at: Joined) -> None:
+        await enrolled(at.running.registry, 2, mesh="other")
+        await at.running.registry.create(web_of("south", mesh="other"))
+        async with at.operator() as west, at.operator(EAST) as east:
+            mine, theirs = await west.create(web_of("west")), await east.create(web_of("east"))
+            assert isinstance(mine, Service)
+            assert isinstance(theirs, Service)
+            assert set((await west.list(Kind.SERVICE)).resources) == {mine, theirs}
+            with pytest.raises(NotFound):
+                await west.get(Kind.SERVICE, web_of("south", mesh="other").meta.name)
+            more = replace(mine, spec=replace(mine.spec, ports=(ServicePort(81),)))
+            changed = await west.update(more, if_revision=mine.meta.revision)
+            assert changed.spec == more.spec
+            refusal = "operator of cluster 'west' writes of its own Services in mesh 'home'"
+            for forged in (web_of("east", name="db"), web_of("west", mesh="other")):
+                with pytest.raises(Refused, match=refusal):
+                    await west.create(forged)
+            with pytest.raises(Refused, match=refusal):
+                await west.update(theirs)
+            with pytest.raises(Refused, match=refusal):
+                await west.delete(Kind.SERVICE, theirs.meta.name, uid=theirs.meta.uid)
+            with pytest.raises(Refused, match=r"is called 'home\.west\.shop\.db'"):
+                await west.create(replace(web_of("west", name="db"), meta=Meta("another")))
+            await west.delete(Kind.SERVICE, mine.meta.name, uid=mine.meta.uid)
+            assert (await east.list(Kind.SERVICE)).resources == (theirs,)
+
+    joined(body)
+
+
+def test_an_update_may_not_take_over_the_record_of_another_service() -> None:
+    async def body(at: Joined) -> None:
+        async with at.operator() as west:
+            mine = await west.create(web_of("west"))
+            assert isinstance(mine, Service)
+            bent = replace(mine, spec=replace(mine.spec, service="db"))
+            with pytest.raises(Refused, match=r"is called 'home\.west\.shop\.db'"):
+                await west.update(bent)
+
+    joined(body)
+
+
+def test_services_are_not_for_peers(tmp_path: Path) -> None:
+    async def body(at: Joined) -> None:
+        await at.running.registry.create(web_of("west"))
+        await at.node()
+        async with at.agent(tmp_path) as agent:
+            with pytest.raises(Refused, match="for operators, not for peers"):
+                await agent.list(Kind.SERVICE)
+            with pytest.raises(Refused, match="for operators, not for peers"):
+                await agent.get(Kind.SERVICE, web_of("west").meta.name)
+        async with HttpRegistry(at.running.url, pin=None, credential=None, services=True) as stranger:
+            with pytest.raises(Refused):
+                await stranger.list(Kind.SERVICE)
+
+    joined(body)
+
+
+def test_only_who_asks_for_them_hears_of_services() -> None:
+    async def body(at: Joined) -> None:
+        credential = WEST.credential(REGISTRY)
+        async with (
+            HttpRegistry(at.running.url, pin=None, credential=credential, services=True) as west,
+            at.operator(EAST) as east,
+        ):
+            facts = west.watch(Kind.SERVICE, (await west.list(Kind.SERVICE)).revision)
+            waiting = asyncio.ensure_future(anext(facts))
+            peers = east.watch(Kind.PEER, (await east.list(Kind.PEER)).revision)
+            silent = asyncio.ensure_future(anext(peers))
+            await until(lambda: at.running.feed.counts()[0] == 2)
+            stored = await east.create(web_of("east"))
+            heard = await waiting
+            assert isinstance(heard, Put)
+            assert heard.resource == stored
+            await at.node("n1", EAST)
+            fact = await silent
+            assert isinstance(fact, Put)
+            assert isinstance(fact.resource, Peer)
+            await east.delete(Kind.SERVICE, stored.meta.name, uid=stored.meta.uid)
+            gone = await anext(facts)
+            assert isinstance(gone, Deleted)
+            assert gone.last == stored
+            with pytest.raises(Refused, match="open it with services=True"):
+                await anext(east.watch(Kind.SERVICE, (await east.list(Kind.SERVICE)).revision))
+
+    joined(body)
+
+
+def test_a_service_of_a_thousand_pods_passes_and_other_bodies_do_not_get_larger() -> None:
+    async def body(at: Joined) -> None:
+        address = IPv6Address("2001:db8:1111:2222:3333:4444:5555:0")
+        ends = tuple(ServiceEndpoint(address + i, EndpointState.NOT_READY) for i in range(1000))
+        large = web_of("west")
+        large = replace(large, spec=replace(large.spec, backends=(Backend((ServicePort(80),), ends),)))
+        async with at.operator() as west:
+            stored = await west.create(large)
+            assert stored.spec == large.spec
+        code, status, _ = await ask(at.running, "POST", "/v1/join", body=b" " * (64 * 1024 + 1))
+        assert (code, status["reason"]) == (413, "RequestEntityTooLarge")
+
+    joined(body)
+
+
+def test_a_cluster_exports_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "MAX_SERVICES", 2)
+
+    async def body(at: Joined) -> None:
+        async with at.operator() as west, at.operator(EAST) as east:
+            for name in ("a", "b"):
+                await west.create(web_of("west", name=name))
+            with pytest.raises(Refused, match="exports 2 Services to mesh 'home', the most it may"):
+                await west.create(web_of("west", name="c"))
+            await east.create(web_of("east"))
+
+    joined(body)
+
+
+def test_large_services_push_old_changes_out_of_what_can_be_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feed, "HISTORY_BYTES", 2000)
+
+    async def body(at: Joined) -> None:
+        west, east = (
+            HttpRegistry(at.running.url, pin=None, credential=each.credential(REGISTRY), services=True)
+            for each in (WEST, EAST)
+        )
+        async with west, east:
+            stored = await west.create(web_of("west"))
+            assert isinstance(stored, Service)
+            since = (await west.list(Kind.SERVICE)).revision
+            facts = west.watch(Kind.SERVICE, since)
+            heard = asyncio.ensure_future(anext(facts))
+            await until(lambda: at.running.feed.counts()[0] == 1)
+            ends = tuple(ServiceEndpoint(IPv4Address("10.1.0.1") + i) for i in range(100))
+            for many in (50, 100):
+                spec = replace(stored.spec, backends=(Backend((), ends[:many]),))
+                changed = await west.update(replace(stored, spec=spec))
+                fact = await heard
+                assert isinstance(fact, Put)
+                assert fact.resource == changed
+                heard = asyncio.ensure_future(anext(facts))
+            heard.cancel()
+            with pytest.raises(Gone):
+                await anext(east.watch(Kind.SERVICE, since))
+
+    joined(body)
+
+
+def test_what_was_exported_to_a_mesh_goes_with_the_mesh() -> None:
+    async def body(at: Joined) -> None:
+        await at.running.registry.delete(
+            Kind.PEER,
+            "home.external.p1",
+            uid=(await at.running.registry.get(Kind.PEER, "home.external.p1")).meta.uid,
+        )
+        async with at.operator() as west, at.running.admin as admin:
+            await west.create(web_of("west"))
+            mesh = await admin.get(Kind.MESH, "home")
+            await admin.delete(Kind.MESH, "home", uid=mesh.meta.uid)
+            assert (await admin.list(Kind.SERVICE)).resources == ()
+
+    joined(body)
+
+
+def test_what_a_cluster_exported_goes_with_it() -> None:
+    async def body(at: Joined) -> None:
+        async with at.operator() as west, at.operator(EAST) as east, at.running.admin as admin:
+            await west.create(web_of("west"))
+            kept = await east.create(web_of("east"))
+            await admin.remove_cluster("home", "west")
+            assert (await east.list(Kind.SERVICE)).resources == (kept,)
 
     joined(body)
 

@@ -264,6 +264,7 @@ def test_the_limits_on_the_page_are_the_gateways() -> None:
     assert f"| {limits.connections:,} and {limits.connections_per_source:,} | 503 |" in PAGE
     assert f"| {limits.streams:,}, 1, {limits.admin_streams} | 503;" in PAGE
     assert f"| body | {limits.body // 1024} KiB | 413 |" in PAGE
+    assert f"| body of an exported Service | {limits.service_body // 1024} KiB | 413 |" in PAGE
 
 
 def test_the_python_on_the_page_lists_peers(tmp_path: Path) -> None:

@@ -587,7 +587,7 @@ def test_a_huge_number_is_refused_without_printing_it() -> None:
 
 
 def test_the_kind_is_asked_for() -> None:
-    assert _refusal({}) == ["kind: missing; allowed: ScopeMesh, ScopePeer, JoinToken"]
+    assert _refusal({}) == ["kind: missing; allowed: ScopeMesh, ScopePeer, ScopeService, JoinToken"]
     assert _refusal({"kind": "scopemesh"})[0].endswith('did you mean "ScopeMesh"?')
 
 

@@ -12,6 +12,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, TypeAlias
@@ -30,10 +31,12 @@ from scope.model import (
     Peer,
     PeerReport,
     PublicKey,
+    Resource,
     Revision,
+    Service,
     StatusPart,
 )
-from scope.names import peer_name
+from scope.names import peer_name, service_name
 from scope.projection import projected
 from scope.registry.http import AGENT, AGENT_VIEW, API, OPERATOR, REGISTRY_HEADER
 from scope.registry.port import Conflict, Listed, NotFound, Registry, RegistryError
@@ -57,9 +60,12 @@ log = logging.getLogger(__name__)
 
 MAX_STREAM_SECONDS = 86400  # of `timeoutSeconds`
 
-KINDS = {resources.PLURALS[kind]: kind for kind in (Kind.MESH, Kind.PEER)}
+KINDS = {resources.PLURALS[kind]: kind for kind in (Kind.MESH, Kind.PEER, Kind.SERVICE)}
+TYPES: dict[Kind, type[Mesh | Peer | Service]] = {Kind.MESH: Mesh, Kind.PEER: Peer, Kind.SERVICE: Service}
 
 _FAILED = Refusal(500, "InternalError", "the gateway failed; its log says how", retry_after=5.0)
+
+SERVICES = f"{API}/{resources.PLURALS[Kind.SERVICE]}"
 
 Handler: TypeAlias = Callable[["Asked"], Awaitable[web.StreamResponse]]
 
@@ -121,10 +127,15 @@ class Asked:
 
     def author(self, kind: Kind) -> ClusterOperator | None:
         """Who asks to create, change or delete a resource; None for an administrator. Raises Refusal."""
-        if kind is Kind.PEER and isinstance(self.caller, ClusterOperator):
+        if kind in (Kind.PEER, Kind.SERVICE) and isinstance(self.caller, ClusterOperator):
             return self.caller
         self.administrator()
         return None
+
+    def reader(self, kind: Kind) -> None:
+        """Raises Refusal for who has no use for a kind: an agent for Services."""
+        if kind is Kind.SERVICE and isinstance(self.caller, Member):
+            raise Refusal(403, "Forbidden", "exported Services are for operators, not for peers")
 
     def member(self) -> Peer:
         """The peer that asks. Raises Refusal when it is not one."""
@@ -193,7 +204,8 @@ class Gateway:
             route("GET", one, self._route(self._get(kind)))
             route("PUT", one, self._route(self._update(kind)))
             route("DELETE", one, self._route(self._delete(kind)))
-            route("PUT", f"{one}/status", self._route(self._update_status(kind)))
+            if kind is not Kind.SERVICE:
+                route("PUT", f"{one}/status", self._route(self._update_status(kind)))
         route("POST", "/v1/join", self._route(self._join))
         route("POST", "/v1/leave", self._route(self._leave))
         route("POST", "/v1/clusters", self._route(self._join_cluster))
@@ -260,7 +272,7 @@ class Gateway:
                 )
             try:
                 async with asyncio.timeout(self._limits.body_seconds):
-                    body = await request.read()
+                    body = await self._body(request)
             except TimeoutError:
                 raise Refusal(408, "Timeout", "the body arrived too slowly: send it again") from None
             try:
@@ -284,11 +296,18 @@ class Gateway:
 
         return run
 
+    async def _body(self, request: web.Request) -> bytes:
+        """The body within bounds, which are wider where a Service may have a thousand endpoints."""
+        if request.method in ("POST", "PUT") and request.path.startswith(SERVICES):
+            request = request.clone(client_max_size=self._limits.service_body)
+        return await request.read()
+
     # --- meshes and peers ---------------------------------------------------------------------------------
 
     def _list(self, kind: Kind) -> Handler:
         async def handle(asked: Asked) -> web.Response:
             mesh = asked.mesh()
+            asked.reader(kind)
             for_agent = _for_agent(asked.query)
             listed = await self._registry.list(kind)
             whole = asked.caller.peer.meta.uid if isinstance(asked.caller, Member) else None
@@ -312,7 +331,7 @@ class Gateway:
         """
         known, rendered = self._rendered[listed.kind], {}
         for resource in listed.resources:
-            if isinstance(resource, Mesh | Peer):
+            if isinstance(resource, Mesh | Peer | Service):
                 key = (resource.meta.uid, resource.meta.revision)
                 rendered[key] = known.get(key) or _rendered(resource)
         self._rendered[listed.kind] = rendered
@@ -342,7 +361,11 @@ class Gateway:
                 _require_own(author, resource)
                 if author is not None:
                     self._require_room(author.mesh)
-                await self._require_mesh(resource)
+                await self._require_mesh(resource.spec.mesh)
+            elif isinstance(resource, Service):
+                _require_own_service(author, resource)
+                await self._require_mesh(resource.spec.mesh)
+                await self._require_room_for(resource)
             else:
                 await self._require_free_prefixes(resource)
             return _resource(await self._registry.create(resource), code=201)
@@ -351,8 +374,10 @@ class Gateway:
 
     def _update(self, kind: Kind) -> Handler:
         async def handle(asked: Asked) -> web.Response:
-            asked.author(kind)
+            author = asked.author(kind)
             resource = _parsed(asked, kind)
+            if isinstance(resource, Service):
+                _require_own_service(author, resource)
             if isinstance(resource, Mesh):
                 await self._require_free_prefixes(resource)
             else:
@@ -381,38 +406,56 @@ class Gateway:
 
     def _delete(self, kind: Kind) -> Handler:
         async def handle(asked: Asked) -> web.Response:
-            asked.author(kind)
+            author = asked.author(kind)
             stored = await self._visible(asked, kind)
+            if isinstance(stored, Service):
+                _require_own_service(author, stored)
             uid = asked.query.get("uid", stored.meta.uid)
             if isinstance(stored, Peer) and not _flag(asked.query, "purge"):
                 return _resource(await self._joining.remove(stored.meta.name, uid=uid))
             if isinstance(stored, Mesh):
                 await self._require_no_members(stored)
             await self._registry.delete(kind, stored.meta.name, uid=uid)
+            if isinstance(stored, Mesh):
+                await self._delete_services_of(stored)
             log.info("resource.deleted kind=%s name=%s uid=%s", kind, stored.meta.name, uid)
             return _resource(stored)
 
         return handle
 
-    async def _visible(self, asked: Asked, kind: Kind) -> Mesh | Peer:
+    async def _visible(self, asked: Asked, kind: Kind) -> Mesh | Peer | Service:
         """The resource that the path names, if the caller may see it; what it may not see is not there."""
+        asked.reader(kind)
         mesh, cluster, name = asked.mesh(), asked.cluster(), asked.request.match_info["name"]
         resource = await self._registry.get(kind, name)
         if (
-            not isinstance(resource, Mesh | Peer)
+            not isinstance(resource, Mesh | Peer | Service)
             or mesh not in (None, _mesh_of(resource))
             or (cluster is not None and _cluster_of(resource) not in (None, cluster))
         ):
             raise NotFound(f"there is no {kind} {name!r}")
         return resource
 
-    async def _require_mesh(self, peer: Peer) -> None:
+    async def _require_mesh(self, name: str) -> None:
         try:
-            await self._registry.get(Kind.MESH, peer.spec.mesh)
+            await self._registry.get(Kind.MESH, name)
         except NotFound:
             raise Refusal(
-                422, "Invalid", f"spec.mesh: there is no ScopeMesh {peer.spec.mesh!r}: create it first"
+                422, "Invalid", f"spec.mesh: there is no ScopeMesh {name!r}: create it first"
             ) from None
+
+    async def _require_room_for(self, service: Service) -> None:
+        """Raises Refusal when a cluster has as many exported Services in a mesh as it may have."""
+        whose = (service.spec.mesh, service.spec.cluster)
+        listed = (await self._registry.list(Kind.SERVICE)).resources
+        found = [each for each in listed if isinstance(each, Service)]
+        if sum((each.spec.mesh, each.spec.cluster) == whose for each in found) >= resources.MAX_SERVICES:
+            raise Refusal(
+                422,
+                "Invalid",
+                f"cluster {service.spec.cluster!r} exports {resources.MAX_SERVICES} Services to mesh "
+                f"{service.spec.mesh!r}, the most it may: take the annotation from some",
+            )
 
     def _require_room(self, mesh: str) -> None:
         """Raises Refusal when a mesh has as many peers as it may have."""
@@ -436,6 +479,13 @@ class Gateway:
                 f"ScopeMesh {mesh.meta.name!r} has {len(members)} peers, {members[0]} among them: "
                 "`scopectl peer remove` each, then delete the mesh"
             )
+
+    async def _delete_services_of(self, mesh: Mesh) -> None:
+        """What was exported to a mesh goes with it."""
+        for each in (await self._registry.list(Kind.SERVICE)).resources:
+            if isinstance(each, Service) and each.spec.mesh == mesh.meta.name:
+                with suppress(NotFound, Conflict):
+                    await self._registry.delete(Kind.SERVICE, each.meta.name, uid=each.meta.uid)
 
     async def _require_free_prefixes(self, mesh: Mesh) -> None:
         others = (await self._registry.list(Kind.MESH)).resources
@@ -501,6 +551,9 @@ class Gateway:
             raise NotFound(f"there is no ScopeMesh {wanted!r}")
         since = Revision(asked.query.get("registry", self._registry_id), _number(asked.query, "since"))
         seconds, for_agent = _seconds(asked.query), _for_agent(asked.query)
+        services = _flag(asked.query, "services")
+        if services:
+            asked.reader(Kind.SERVICE)
         of_peers, of_administrators = self._feed.counts()
         peer, cluster, owner = None, None, None
         if isinstance(asked.caller, Member):
@@ -514,7 +567,9 @@ class Gateway:
             full = of_peers >= self._limits.streams and not self._feed.has_stream(owner)
         if full:
             raise Refusal(503, "ServiceUnavailable", "too many event streams are open", retry_after=10.0)
-        stream = await self._feed.open(peer, visible or wanted, since, cluster=cluster, for_agent=for_agent)
+        stream = await self._feed.open(
+            peer, visible or wanted, since, cluster=cluster, for_agent=for_agent, services=services
+        )
         response = web.StreamResponse(
             headers={"Content-Type": "application/x-ndjson", REGISTRY_HEADER: self._registry_id}
         )
@@ -633,7 +688,9 @@ def _hold(buckets: Buckets[str], key: str, now: float, message: str) -> None:
         raise Refusal(429, "TooManyRequests", f"{message}: wait as Retry-After says", retry_after=wait)
 
 
-def _parsed(asked: Asked, kind: Kind, *, spec_of: Mesh | Peer | None = None) -> Mesh | Peer:
+def _parsed(
+    asked: Asked, kind: Kind, *, spec_of: Mesh | Peer | Service | None = None
+) -> Mesh | Peer | Service:
     """The body as a resource of `kind`, of the name in the path. Raises Refusal, InvalidResource.
 
     Who writes a status need not send the spec, which is taken from `spec_of`.
@@ -643,8 +700,7 @@ def _parsed(asked: Asked, kind: Kind, *, spec_of: Mesh | Peer | None = None) -> 
         document["spec"] = resources.to_dict(spec_of)["spec"]
     # A peer may be newer than its registry and report what this one does not know.
     resource = resources.parse(document, ignore_unknown=isinstance(asked.caller, Member))
-    wanted = Mesh if kind is Kind.MESH else Peer
-    if not isinstance(resource, Mesh | Peer) or not isinstance(resource, wanted):
+    if not isinstance(resource, Mesh | Peer | Service) or not isinstance(resource, TYPES[kind]):
         raise Refusal(422, "Invalid", f"kind: this path takes a {kind}")
     name = asked.request.match_info.get("name", resource.meta.name)
     if resource.meta.name != name:
@@ -674,8 +730,28 @@ def _require_own(author: ClusterOperator | None, peer: Peer) -> None:
         raise Refusal(403, "Forbidden", "status: it is the agent's and the registry's to write; leave it out")
 
 
-def _require_unchanged(stored: Mesh | Peer, asked: Peer) -> None:
-    """Raises Refusal where a peer would become that of another mesh or Node."""
+def _require_own_service(author: ClusterOperator | None, service: Service) -> None:
+    """Raises Refusal when a cluster's operator writes of another cluster, or under a name that is not its."""
+    if author is None:
+        return
+    spec, cluster = service.spec, author.cluster.name
+    if (spec.mesh, spec.cluster) != (author.mesh, cluster):
+        raise Refusal(
+            403,
+            "Forbidden",
+            f"spec: the operator of cluster {cluster!r} writes of its own Services in mesh {author.mesh!r}",
+        )
+    name = service_name(spec.mesh, spec.cluster, spec.namespace, spec.service)
+    if service.meta.name != name:
+        raise Refusal(
+            422,
+            "Invalid",
+            f"metadata.name: the record of Service {spec.namespace}/{spec.service} is called {name!r}",
+        )
+
+
+def _require_unchanged(stored: Mesh | Peer | Service, asked: Peer | Service) -> None:
+    """Raises Refusal where a peer would become that of another mesh or Node, a record another Service's."""
     problems = resources.forbidden_changes(stored, asked) if stored.meta.uid == asked.meta.uid else ()
     if problems:
         raise Refusal(422, "Invalid", "\n".join(map(str, problems)))
@@ -686,7 +762,7 @@ def _is_renewed(stored: Peer, part: PeerReport) -> bool:
     return stored.report is None or stored.report.keys != part.keys
 
 
-def _log_new_keys(stored: Mesh | Peer, part: StatusPart) -> None:
+def _log_new_keys(stored: Mesh | Peer | Service, part: StatusPart) -> None:
     """Tell that a machine came back with other keys than it had."""
     if not isinstance(stored, Peer) or not isinstance(part, PeerReport) or stored.report is None:
         return
@@ -701,13 +777,15 @@ def _log_new_keys(stored: Mesh | Peer, part: StatusPart) -> None:
         )
 
 
-def _part(asked: Asked, stored: Mesh | Peer, resource: Mesh | Peer) -> StatusPart:
+def _part(asked: Asked, stored: Mesh | Peer | Service, resource: Mesh | Peer | Service) -> StatusPart:
     """The part of the status that the caller writes. Raises Refusal for what is not the caller's to write."""
     manager = asked.query.get("fieldManager")
     if isinstance(asked.caller, ClusterOperator):
         raise Refusal(
             403, "Forbidden", "status: it is the agents' and the registry's to write, not a cluster's"
         )
+    if isinstance(resource, Service) or isinstance(stored, Service):
+        raise Refusal(422, "Invalid", "status: a ScopeService has none")
     if isinstance(resource, Mesh):
         asked.administrator()
         return resource.status
@@ -785,8 +863,9 @@ class _Rendered:
     for_agent: bytes
 
 
-def _rendered(resource: Mesh | Peer) -> _Rendered:
-    whole, less = _bytes(resources.to_dict(resource)), projected(resource)
+def _rendered(resource: Mesh | Peer | Service) -> _Rendered:
+    whole = _bytes(resources.to_dict(resource))
+    less = resource if isinstance(resource, Service) else projected(resource)
     return _Rendered(
         mesh=_mesh_of(resource),
         cluster=_cluster_of(resource),
@@ -799,17 +878,17 @@ def _json(value: object, *, code: int = 200) -> web.Response:
     return web.Response(body=_bytes(value), status=code, content_type="application/json")
 
 
-def _resource(resource: Mesh | Peer | Any, *, code: int = 200) -> web.Response:
+def _resource(resource: Resource, *, code: int = 200) -> web.Response:
     return _json(resources.to_dict(resource), code=code)
 
 
-def _mesh_of(resource: Mesh | Peer) -> str:
+def _mesh_of(resource: Mesh | Peer | Service) -> str:
     return resource.meta.name if isinstance(resource, Mesh) else resource.spec.mesh
 
 
-def _cluster_of(resource: Mesh | Peer) -> str | None:
-    """Whose Node a peer is, "" for an external one; None for a mesh."""
-    return None if isinstance(resource, Mesh) else resource.spec.cluster
+def _cluster_of(resource: Mesh | Peer | Service) -> str | None:
+    """Whose Node a peer is, "" for an external one; None for what every cluster of its mesh sees."""
+    return resource.spec.cluster if isinstance(resource, Peer) else None
 
 
 def _refusal_of_http(error: web.HTTPException, *, limit: int) -> Refusal:

@@ -2,9 +2,10 @@
 
 The type says what a reader wants to know of it: a peer that is new is a peerJoin, one whose published
 endpoints changed a peerMove, one that was removed (its tombstone, then its deletion) a peerLeave, any other
-change of a peer a peerConn, any change of a mesh a meshUpdate. A sealed datagram that passes the courier
-travels as an event too, and belongs to no history. So does a bookmark: it tells a stream from which changes
-were left out, since its reader does not act on them, up to which revision it is.
+change of a peer a peerConn, any change of a mesh a meshUpdate, any of an exported Service a serviceUpdate. A
+sealed datagram that passes the courier travels as an event too, and belongs to no history. So does a
+bookmark: it tells a stream from which changes were left out, since its reader does not act on them, up to
+which revision it is.
 
 Extensions of CloudEvents: `scoperevision`, the registry's number of the change (a string, as CloudEvents'
 integers have 32 bits), and `scopedeleted`, true when the resource is gone and `data` is its last state.
@@ -17,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from scope.credentials import base64url
-from scope.model import Kind, Mesh, Peer, PublicKey, kind_of
+from scope.model import Kind, Mesh, Peer, PublicKey, Resource, Service, kind_of
 from scope.projection import is_told, projected
 from scope.registry.http import BOOKMARK, COURIER
 from scope.registry.port import Deleted, Put
@@ -28,6 +29,7 @@ PEER_CONN = "cc.ltgc.scope:peerConn"
 PEER_MOVE = "cc.ltgc.scope:peerMove"
 PEER_LEAVE = "cc.ltgc.scope:peerLeave"
 MESH_UPDATE = "cc.ltgc.scope:meshUpdate"
+SERVICE_UPDATE = "cc.ltgc.scope:serviceUpdate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,7 @@ class Event:
     name: str
     uid: str
     mesh: str
-    cluster: str  # whose Node the peer is; "" for an external one, and for a mesh
+    cluster: str  # whose Node the peer is; "" for an external one, and for what is no peer
     line: bytes  # the CloudEvent, ending with a line feed
     agent_line: bytes | None  # what agents of others are told; None: nothing that they act on
     removes: bool = False  # the peer has no business here any more
@@ -48,6 +50,8 @@ class Event:
 def type_of(change: Put | Deleted, before: Mesh | Peer | None) -> str:
     """The type of the event for `change` of a resource that was `before` (None: it was not there)."""
     match change:
+        case Deleted(Service()) | Put(Service()):
+            return SERVICE_UPDATE
         case Deleted(last):
             return MESH_UPDATE if isinstance(last, Mesh) else PEER_LEAVE
         case Put(Peer() as peer):
@@ -66,7 +70,7 @@ def type_of(change: Put | Deleted, before: Mesh | Peer | None) -> str:
 def event_of(change: Put | Deleted, before: Mesh | Peer | None, *, time: str) -> Event:
     """The event for `change`; `time` is RFC 3339."""
     resource = change.last if isinstance(change, Deleted) else change.resource
-    if not isinstance(resource, Mesh | Peer):
+    if not isinstance(resource, Mesh | Peer | Service):
         raise TypeError(f"a {kind_of(resource)} is never served")
     deleted = isinstance(change, Deleted)
     fields: dict[str, object] = {
@@ -83,7 +87,7 @@ def event_of(change: Put | Deleted, before: Mesh | Peer | None, *, time: str) ->
         fields["scopedeleted"] = True
     line = _line(fields, resource)
     agent_line = None
-    if deleted or is_told(before, resource):
+    if not isinstance(resource, Service) and (deleted or is_told(before, resource)):
         less = projected(resource)
         agent_line = line if less == resource else _line(fields, less)
     return Event(
@@ -92,7 +96,7 @@ def event_of(change: Put | Deleted, before: Mesh | Peer | None, *, time: str) ->
         name=resource.meta.name,
         uid=resource.meta.uid,
         mesh=resource.meta.name if isinstance(resource, Mesh) else resource.spec.mesh,
-        cluster="" if isinstance(resource, Mesh) else resource.spec.cluster,
+        cluster=resource.spec.cluster if isinstance(resource, Peer) else "",
         line=line,
         agent_line=agent_line,
         removes=isinstance(resource, Peer) and (deleted or resource.assignment.tombstone is not None),
@@ -126,6 +130,6 @@ def bookmark_line(registry: str, revision: int, *, time: str) -> bytes:
     return _line(fields)
 
 
-def _line(fields: Mapping[str, object], resource: Mesh | Peer | None = None) -> bytes:
+def _line(fields: Mapping[str, object], resource: Resource | None = None) -> bytes:
     whole = fields if resource is None else {**fields, "data": to_dict(resource)}
     return json.dumps(whole, separators=(",", ":")).encode() + b"\n"

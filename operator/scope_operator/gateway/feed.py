@@ -1,12 +1,13 @@
-"""Every change of meshes and peers, kept for a while, and the streams that read it.
+"""Every change of meshes, peers and exported Services, kept for a while, and the streams that read it.
 
-One feed follows the registry for all streams: it lists, watches both kinds, turns each change into one
+One feed follows the registry for all streams: it lists, watches each kind, turns each change into one
 event (the type needs the state before, which the feed keeps) and holds the newest in memory. A stream is a
 cursor into them, so a slow reader costs no memory: once what it has not read is no longer kept it is told
 to list again. An agent's stream leaves out what agents do not act on (`scope.projection`), and says at times
-how far it is. Each stream besides has a short queue of sealed datagrams that the courier brings.
+how far it is. Exported Services are told to who asks for them. Each stream besides has a short queue of
+sealed datagrams that the courier brings.
 
-In-process registries wake both watches in one pass of the event loop, and the feed takes all that has arrived
+In-process registries wake all watches in one pass of the event loop, and the feed takes all that has arrived
 before it appends, in the order of revisions: a reader may resume from the last revision that it saw.
 """
 
@@ -21,7 +22,7 @@ from datetime import UTC, datetime
 from itertools import islice
 
 from scope.admission import Refusal
-from scope.model import Cluster, Kind, Mesh, Peer, PublicKey, Revision
+from scope.model import Cluster, Kind, Mesh, Peer, PublicKey, Revision, Service
 from scope.registry.port import Deleted, Gone, Put, Registry, RegistryError, Unavailable
 from scope_operator.clusters import is_same_holder
 from scope_operator.gateway.events import Event, bookmark_line, courier_line, event_of
@@ -30,6 +31,9 @@ log = logging.getLogger(__name__)
 
 RELIST_SECONDS = 1.0  # between attempts to follow a registry that fails
 COURIER_QUEUE = 64  # datagrams that wait for one stream: half a second of a hundred peers calling
+HISTORY_BYTES = (
+    64 * 1024 * 1024
+)  # of events: as many as `backlog` of peers, fewer of Services with 100 KB each
 TAKE = 256  # events written at once, so that a long replay does not starve the loop
 
 
@@ -43,6 +47,7 @@ class Stream:
     cursor: int
     cluster: Cluster | None = None
     for_agent: bool = False  # leave out what an agent does not act on
+    services: bool = False  # tell of exported Services
     told: int = 0  # the revision that its reader knows to have reached
     wake: asyncio.Event = field(default_factory=asyncio.Event)
     datagrams: deque[bytes] = field(default_factory=deque)
@@ -82,6 +87,7 @@ class Feed:
         self._base = 0  # everything after this revision is kept
         self._newest = 0
         self._history: deque[Event] = deque()
+        self._history_bytes = 0
         self._first = 0  # the position of the oldest kept event among all there were
         self._streams: set[Stream] = set()
         self._owned: dict[str, Stream] = {}
@@ -106,17 +112,20 @@ class Feed:
         """List and watch until a watch ends. True: changes came faster than they were read."""
         meshes = await self._registry.list(Kind.MESH)
         peers = await self._registry.list(Kind.PEER)
+        services = await self._registry.list(Kind.SERVICE)
         self._registry_id = peers.revision.registry
         self.meshes = {mesh.meta.name: mesh for mesh in meshes.resources if isinstance(mesh, Mesh)}
         self.peers = {peer.meta.name: peer for peer in peers.resources if isinstance(peer, Peer)}
         self._first += len(self._history)
         self._history.clear()
-        self._base = self._newest = peers.revision.number
+        self._history_bytes = 0
+        self._base = self._newest = services.revision.number
         arrived: asyncio.Queue[Put | Deleted | None] = asyncio.Queue()
         async with asyncio.TaskGroup() as group:
             watches = [
                 group.create_task(self._watch(Kind.MESH, meshes.revision, arrived)),
                 group.create_task(self._watch(Kind.PEER, peers.revision, arrived)),
+                group.create_task(self._watch(Kind.SERVICE, services.revision, arrived)),
             ]
             self.ready.set()
             while (first := await arrived.get()) is not None:
@@ -143,7 +152,7 @@ class Feed:
 
     def _append(self, change: Put | Deleted) -> None:
         resource = change.last if isinstance(change, Deleted) else change.resource
-        before: Peer | Mesh | None
+        before: Peer | Mesh | None = None
         if isinstance(resource, Peer):
             before = self.peers.pop(resource.meta.name, None)
             if isinstance(change, Put):
@@ -154,17 +163,26 @@ class Feed:
             if isinstance(change, Put):
                 self.meshes[resource.meta.name] = resource
             self._end_untrusted(resource)
-        else:
+        elif not isinstance(resource, Service):
             return
         self._newest = change.revision.number
-        self._history.append(event_of(change, before, time=self._time()))
-        while len(self._history) > self._backlog:
-            self._base = self._history.popleft().revision
+        event = event_of(change, before, time=self._time())
+        self._history.append(event)
+        self._history_bytes += len(event.line)
+        while self._is_overfull():
+            oldest = self._history.popleft()
+            self._history_bytes -= len(oldest.line)
+            self._base = oldest.revision
             self._first += 1
         for stream in self._streams:
             stream.wake.set()
         changed, self.changed = self.changed, asyncio.Event()
         changed.set()
+
+    def _is_overfull(self) -> bool:
+        """The newest event stays, however large: who watches has to hear of it."""
+        kept = len(self._history)
+        return kept > self._backlog or (kept > 1 and self._history_bytes > HISTORY_BYTES)
 
     # --- streams ------------------------------------------------------------------------------------------
 
@@ -176,11 +194,13 @@ class Feed:
         *,
         cluster: Cluster | None = None,
         for_agent: bool = False,
+        services: bool = False,
     ) -> Stream:
         """A stream of what changed in `mesh` (None: in all) after `since`, for `peer`, for the operator of
         `cluster`, which sees of the peers its own, or for an administrator.
 
-        `for_agent`: of what an agent acts on, and of all that concerns `peer` itself. An older stream of the
+        `for_agent`: of what an agent acts on, and of all that concerns `peer` itself; `services`: of exported
+        Services too. An older stream of the
         same peer or cluster ends. Raises Gone, Unavailable.
         """
         if not self.ready.is_set():
@@ -205,6 +225,7 @@ class Feed:
             self._first,
             cluster=cluster,
             for_agent=for_agent,
+            services=services,
             told=since.number,
         )
         owner = stream.owner
@@ -355,6 +376,8 @@ class Feed:
 def _line_for(stream: Stream, event: Event) -> bytes | None:
     """What the reader is told of a change; None: nothing."""
     if stream.mesh is not None and event.mesh != stream.mesh:
+        return None
+    if event.kind is Kind.SERVICE and not stream.services:
         return None
     if stream.cluster is not None and event.kind is Kind.PEER and event.cluster != stream.cluster.name:
         return None

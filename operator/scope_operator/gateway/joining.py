@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -18,7 +19,7 @@ from scope.admission import Refusal
 from scope.cluster_enrolment import parse_cluster_enrolment
 from scope.enrolment import parse_enrolment
 from scope.join import JoinString
-from scope.model import AgentTokens, Cluster, JoinToken, Kind, Mesh, Peer, PublicKey, Role, Secret
+from scope.model import AgentTokens, Cluster, JoinToken, Kind, Mesh, Peer, PublicKey, Role, Secret, Service
 from scope.registry.port import Conflict, NotFound, Refused, Registry
 from scope_operator import clusters, enrolment, tokens
 
@@ -113,17 +114,17 @@ class Joining:
         return changed or cluster
 
     async def remove_cluster(self, mesh: str, name: str) -> Cluster:
-        """Trust a joined cluster no longer, and delete its peers. Raises NotFound, Refused, Unavailable.
+        """Trust a joined cluster no longer; delete its peers and what it exported. Raises NotFound, Refused,
+        Unavailable.
 
         Their keys may come back: the cluster may join again.
         """
         cluster = await clusters.remove_cluster(self._registry, mesh, name)
-        for peer in (await self._registry.list(Kind.PEER)).resources:
-            if isinstance(peer, Peer) and (peer.spec.mesh, peer.spec.cluster) == (mesh, name):
-                try:
-                    await self._registry.delete(Kind.PEER, peer.meta.name, uid=peer.meta.uid)
-                except (NotFound, Conflict):
-                    continue
+        for kind in (Kind.SERVICE, Kind.PEER):
+            for each in (await self._registry.list(kind)).resources:
+                if isinstance(each, Service | Peer) and (each.spec.mesh, each.spec.cluster) == (mesh, name):
+                    with suppress(NotFound, Conflict):
+                        await self._registry.delete(kind, each.meta.name, uid=each.meta.uid)
         log.info("cluster.removed mesh=%s name=%s uid=%s", mesh, name, cluster.uid)
         return cluster
 

@@ -12,6 +12,9 @@ class Limits(Doors):
     """What the gateway lets through."""
 
     body: int = 64 * 1024  # a report of 2 KB, a mesh of a few: far above both
+    service_body: int = (
+        256 * 1024
+    )  # an exported Service: 150 bytes for each of a thousand endpoints, and room
     body_seconds: float = 10.0  # 64 KiB over a 64 kbit/s uplink
     source: Rate = Rate(100, 600)  # a hundred agents behind one NAT start at once with six requests each
     stranger: Rate = Rate(20, 200)  # requests without a credential: joins, health checks, guesses at tokens

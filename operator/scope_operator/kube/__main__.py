@@ -107,6 +107,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="serve nothing: have this cluster's Nodes leave their meshes, wait so long for their agents to "
         "take everything down, and name those that did not",
     )
+    parser.add_argument(
+        "--export-services",
+        action="store_true",
+        help="bring this cluster's Services with the annotation scope.ltgc.cc/export to the other clusters "
+        "of its meshes, and theirs here",
+    )
     add_gateway_options(parser)
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     return parser
@@ -127,6 +133,7 @@ async def _operate(options: argparse.Namespace) -> None:
                 agents=options.agent_service_account,
                 metrics_address=options.metrics_address,
                 metrics_port=options.metrics_port,
+                services=options.export_services,
             ),
         )
         return
@@ -139,6 +146,7 @@ async def _operate(options: argparse.Namespace) -> None:
             metrics_port=options.metrics_port,
             gateway=None if options.no_gateway else _gateway(options),
             mesh=None if options.mesh_file is None else read_mesh(options.mesh_file),
+            services=options.export_services,
         ),
     )
 

@@ -57,8 +57,8 @@ async def identity(client: KubeClient) -> str:
 
 
 async def require_resources(client: KubeClient, *, namespace: str) -> None:
-    """Raises ConfigError where ScopeMesh or ScopePeer is unknown or closed to us, Unavailable."""
-    for kind in (Kind.MESH, Kind.PEER):
+    """Raises ConfigError where a kind of Scope's is unknown or closed to us, Unavailable."""
+    for kind in (Kind.MESH, Kind.PEER, Kind.SERVICE):
         try:
             await client.ask("GET", collection(kind, namespace), query={"limit": "1"})
         except NotFound:

@@ -10,7 +10,7 @@ a new invitation: to a registry made anew, or after the cluster was removed.
 
 What of that the agents need, nothing secret, it writes into the ConfigMap `scope-gateway`.
 What the tokens of the agents are known by is told at the start and looked at every hour, and Nodes are
-watched as at home. No ScopeMesh or ScopePeer is in this cluster.
+watched as at home, and so are Services where they are exported. No ScopeMesh or ScopePeer is in this cluster.
 """
 
 from __future__ import annotations
@@ -45,8 +45,10 @@ from scope.resources import InvalidResource
 from scope_operator.gateway.joining import public_half
 from scope_operator.kube import replica
 from scope_operator.kube.cluster import identity, list_nodes
+from scope_operator.kube.news import Newsroom
 from scope_operator.kube.replica import Replica, persist
 from scope_operator.kube.report import STARTING, Report
+from scope_operator.kube.services import Services
 from scope_operator.plan.nodes import NodePeers
 from scope_operator.reconcile import ReconcileHealth, Reconciler
 
@@ -72,6 +74,7 @@ class JoinedConfig:
     metrics_address: str
     metrics_port: int
     registry_url: str | None = None
+    services: bool = False  # keep exported Services
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +124,10 @@ class JoinedOperator:
             moved.set()
 
         cluster, uid = self._config.cluster, self._uid
-        async with connect(membership, cluster=cluster, uid=uid, followed=follow) as registry:
+        with_services = self._config.services
+        async with connect(
+            membership, cluster=cluster, uid=uid, followed=follow, services=with_services
+        ) as registry:
             reconciler = Reconciler(
                 registry,
                 liveness=None,
@@ -134,11 +140,29 @@ class JoinedOperator:
                 told=self._report.tell,
             )
             self._reconciler = reconciler
+            newsroom = Newsroom(self._client, identity=self._replica.name, wall=time.time)
+            services = (
+                Services(
+                    self._client,
+                    registry,
+                    cluster=self._config.cluster,
+                    uid=self._uid,
+                    tell=newsroom.post,
+                    now=time.monotonic,
+                    uniform=random.uniform,
+                )
+                if with_services
+                else None
+            )
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._register(registry, tokens))
                 tasks.create_task(self._keep_pin(membership, pins, moved))
-                tasks.create_task(self._replica.hear(reconciler, kinds=()))
+                heard = services.heard if services is not None else None
+                tasks.create_task(self._replica.hear(reconciler, kinds=(), services=heard))
                 tasks.create_task(reconciler.follow())
+                if services is not None:
+                    tasks.create_task(newsroom.run())
+                    tasks.create_task(services.run())
 
     async def _keep_pin(self, membership: Membership, pins: list[bytes], moved: asyncio.Event) -> None:
         """Know the gateway, and let the agents know it, by the newest pin that was followed."""
@@ -271,15 +295,23 @@ async def operate(access: Access, config: JoinedConfig) -> None:
 
 
 def connect(
-    membership: Membership, *, cluster: str, uid: str, followed: Callable[[bytes], None] = lambda _: None
+    membership: Membership,
+    *,
+    cluster: str,
+    uid: str,
+    followed: Callable[[bytes], None] = lambda _: None,
+    services: bool = False,
 ) -> HttpRegistry:
-    """The gateway, as the operator of that cluster; `followed` is told a pin that replaces the known one."""
+    """The gateway, as the operator of that cluster; `followed` is told a pin that replaces the known one.
+    Exported Services may be watched with `services`.
+    """
     return HttpRegistry(
         membership.url,
         pin=membership.pin,
         credential=ClusterCredential(membership.mesh, cluster, uid, membership.registry, membership.signing),
         registry_key=membership.registry_key,
         followed=followed,
+        services=services,
     )
 
 

@@ -13,9 +13,10 @@ import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from urllib.parse import quote
 
 from scope import resources
-from scope.model import Assignment, Condition, Kind, Mesh, Peer, PeerKeys, Resource, kind_of
+from scope.model import Assignment, Condition, Mesh, Peer, PeerKeys, Resource, kind_of
 from scope.registry.kube.client import KubeClient, Object
 from scope.registry.port import Deleted, Put, RegistryError, Unavailable
 from scope_operator.plan.conditions import (
@@ -43,7 +44,6 @@ log = logging.getLogger(__name__)
 
 # Events of cluster-scoped objects stand here, where `kubectl describe` looks for them.
 NAMESPACE = "default"
-PATH = f"/apis/events.k8s.io/v1/namespaces/{NAMESPACE}/events"
 CONTROLLER = "scope.ltgc.cc/operator"
 TOGETHER = 2.0  # seconds: a cluster that joins is one Event, not a thousand
 SHOWN = 5  # names in one Event
@@ -67,11 +67,13 @@ WORTH = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class About:
-    """Which object an Event is about."""
+    """Which object an Event is about; without a namespace for what is in none."""
 
-    kind: Kind
+    kind: str
     name: str
     uid: str
+    namespace: str = ""
+    api_version: str = resources.API_VERSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,7 @@ def _turns(about: About, before: Iterable[Condition], after: Iterable[Condition]
 
 
 def _about(resource: Resource) -> About:
-    return About(kind_of(resource), resource.meta.name, resource.meta.uid)
+    return About(str(kind_of(resource)), resource.meta.name, resource.meta.uid)
 
 
 class Overheard:
@@ -233,12 +235,13 @@ class Newsroom:
                 await self._post(news)
 
     async def _post(self, news: News) -> None:
-        body = self._event(news)
+        body, namespace = self._event(news), news.about.namespace or NAMESPACE
+        path = f"/apis/events.k8s.io/v1/namespaces/{quote(namespace, safe='')}/events"
         for attempt in range(ATTEMPTS):
             if attempt:
                 await asyncio.sleep(RETRY_SECONDS)
             try:
-                await self._client.ask("POST", PATH, body=body)
+                await self._client.ask("POST", path, body=body)
             except Unavailable as error:
                 log.warning("event.failed reason=%s error=%s", news.reason, error)
             except RegistryError as error:
@@ -253,7 +256,10 @@ class Newsroom:
         return {
             "apiVersion": "events.k8s.io/v1",
             "kind": "Event",
-            "metadata": {"name": f"{about.name[:200]}.{secrets.token_hex(8)}", "namespace": NAMESPACE},
+            "metadata": {
+                "name": f"{about.name[:200]}.{secrets.token_hex(8)}",
+                "namespace": about.namespace or NAMESPACE,
+            },
             "eventTime": moment,
             "type": "Warning" if news.is_warning else "Normal",
             "reason": news.reason,
@@ -262,9 +268,10 @@ class Newsroom:
             "reportingController": CONTROLLER,
             "reportingInstance": self._identity[:128],
             "regarding": {
-                "apiVersion": resources.API_VERSION,
-                "kind": str(about.kind),
+                "apiVersion": about.api_version,
+                "kind": about.kind,
                 "name": about.name,
-                "uid": about.uid,
+                **({"namespace": about.namespace} if about.namespace else {}),
+                **({"uid": about.uid} if about.uid else {}),
             },
         }

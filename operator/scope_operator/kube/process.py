@@ -40,6 +40,7 @@ from scope_operator.kube.memory import private_directory
 from scope_operator.kube.news import Newsroom, Overheard
 from scope_operator.kube.replica import Replica, end, persist
 from scope_operator.kube.report import Report
+from scope_operator.kube.services import Services
 from scope_operator.kube.watching import Fact
 from scope_operator.plan.nodes import NodePeers
 from scope_operator.reconcile import Done, Reconciler
@@ -69,6 +70,7 @@ class OperatorConfig:
     metrics_address: str
     metrics_port: int
     mesh: Mapping[str, object] | None = None
+    services: bool = False  # keep exported Services
 
 
 async def operate(access: Access, config: OperatorConfig) -> None:
@@ -124,16 +126,30 @@ class Operator:
             list_nodes=lambda: list_nodes(client, self._nodes),
             told=self._tell,
         )
+        self._services = (
+            Services(
+                client,
+                self._registry,
+                cluster=config.cluster,
+                uid=uid,
+                tell=self._newsroom.post,
+                now=time.monotonic,
+                uniform=random.uniform,
+            )
+            if config.services
+            else None
+        )
         self._report = report
         report.watch(health=lambda: self._reconciler.health, is_leader=lambda: self._replica.is_leader)
 
     async def run(self) -> None:
         """Run until cancelled. Raises LeaseLost."""
         leading = asyncio.create_task(self._replica.lead(self._write), name="election")
+        heard = self._services.heard if self._services is not None else None
         works = [
             asyncio.create_task(work, name=name)
             for name, work in (
-                ("hearing", self._replica.hear(self._reconciler, take=self._take)),
+                ("hearing", self._replica.hear(self._reconciler, take=self._take, services=heard)),
                 ("leases", self._registry.leases.listen()),
                 ("events", self._newsroom.run()),
                 ("gateway", self._serve()),
@@ -151,14 +167,19 @@ class Operator:
     async def _write(self) -> None:
         """What the leader does."""
         await self._replica.list_all(self._reconciler)
-        if self._config.mesh is None:
-            await self._reconcile()
-            return
-        declaring = asyncio.create_task(declare_mesh(self._client, self._config.mesh), name="declaring")
+        works = [asyncio.create_task(self._reconcile(), name="reconciling")]
+        if self._services is not None:
+            works.append(asyncio.create_task(self._services.run(), name="services"))
+        declaring = () if self._config.mesh is None else (self._declare(self._config.mesh),)
         try:
-            await self._reconcile()
+            done, _ = await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            await end(declaring)
+            await end(*works, *declaring)
+        for task in done:
+            task.result()
+
+    def _declare(self, mesh: Mapping[str, object]) -> asyncio.Task[None]:
+        return asyncio.create_task(declare_mesh(self._client, mesh), name="declaring")
 
     async def _reconcile(self) -> None:
         if self._config.gateway is None:

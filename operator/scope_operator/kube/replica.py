@@ -30,7 +30,7 @@ from scope.registry.port import RegistryError, Unavailable
 from scope_operator.kube.election_thread import lead_apart
 from scope_operator.kube.lease import Election, Work
 from scope_operator.kube.report import Report, site
-from scope_operator.kube.watching import Take, watch
+from scope_operator.kube.watching import ServicesHeard, Take, watch
 from scope_operator.reconcile import Reconciler
 
 T = TypeVar("T")
@@ -131,10 +131,13 @@ class Replica:
         *,
         take: Take | None = None,
         kinds: tuple[Kind, ...] = (Kind.MESH, Kind.PEER),
+        services: ServicesHeard | None = None,
     ) -> None:
-        """Tell `reconciler` of Nodes and `kinds`, until cancelled; `take` is told of changes in its place."""
+        """Tell `reconciler` of Nodes and `kinds`, until cancelled; `take` is told of changes in its place.
+        `services` hears of Services.
+        """
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._watch(reconciler, take or reconciler.take, kinds))
+            tasks.create_task(self._watch(reconciler, take or reconciler.take, kinds, services))
             tasks.create_task(self._sweep(reconciler))
 
     async def list_all(self, reconciler: Reconciler) -> None:
@@ -146,7 +149,13 @@ class Replica:
         if (revision := self._newest()) < before:
             self._note_restored(revision, before)
 
-    async def _watch(self, reconciler: Reconciler, take: Take, kinds: tuple[Kind, ...]) -> None:
+    async def _watch(
+        self,
+        reconciler: Reconciler,
+        take: Take,
+        kinds: tuple[Kind, ...],
+        services: ServicesHeard | None,
+    ) -> None:
         while True:
             watching = asyncio.create_task(
                 watch(
@@ -156,6 +165,7 @@ class Replica:
                     relisted=self._relisted.set,
                     kinds=kinds,
                     known=reconciler.peer,
+                    services=services,
                 )
             )
             restored = asyncio.create_task(self._restored.wait())
@@ -168,6 +178,8 @@ class Replica:
                 log.warning("watch.ended reason=%r", error)
                 await asyncio.sleep(REWATCH_SECONDS)
             await self.list_all(reconciler)
+            if services is not None:
+                services.relist()
             self._restored.clear()
 
     async def _sweep(self, reconciler: Reconciler) -> None:

@@ -1,4 +1,5 @@
-"""kopf watches meshes, peers and Nodes, and hands every change on; nothing else is asked of it.
+"""kopf watches meshes, peers, Nodes and, where asked to, Services, and hands every change on; nothing else is
+asked of it.
 
 kopf signs in, opens the watches, and opens them again when they end, fall silent or are too old. It keeps no
 state in the cluster: no finalizers, annotations or Events. What it may lose (a deletion while a watch was too
@@ -12,6 +13,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeAlias
 
@@ -24,6 +26,7 @@ from scope.registry.kube.objects import is_at, read
 from scope.registry.port import Deleted, Put, Unavailable
 from scope.resources import InvalidResource
 from scope_operator.kube.cluster import read_node
+from scope_operator.kube.service_objects import ServiceNews, service_news
 from scope_operator.plan.nodes import NodeDeleted, NodePut
 
 log = logging.getLogger(__name__)
@@ -37,6 +40,14 @@ MAX_RETRY = 4.0  # seconds between requests to an API server that fails: its ret
 Fact: TypeAlias = Put | Deleted | NodePut | NodeDeleted
 Take: TypeAlias = Callable[[Fact], None]
 Known: TypeAlias = Callable[[str], Peer | None]
+
+
+@dataclass(frozen=True, slots=True)
+class ServicesHeard:
+    """Who is told of Services and what belongs to them: `take` of each change, `relist` after kopf listed."""
+
+    take: Callable[[ServiceNews], None]
+    relist: Callable[[], None]
 
 
 def fact_of(
@@ -75,6 +86,7 @@ async def watch(
     relisted: Callable[[], None],
     kinds: tuple[Kind, ...] = (Kind.MESH, Kind.PEER),
     known: Known = lambda _: None,
+    services: ServicesHeard | None = None,
 ) -> None:
     """Watch Nodes, and `kinds`, until cancelled. Raises what kopf gives up on.
 
@@ -97,6 +109,14 @@ async def watch(
         if event.get("type") is None:
             loop.call_soon_threadsafe(relisted)
 
+    def tell_service(event: Mapping[str, Any]) -> None:
+        news = service_news(event["object"]) if services is not None and not stop.is_set() else None
+        if services is None or news is None:
+            return
+        loop.call_soon_threadsafe(services.take, news)
+        if event.get("type") is None:
+            loop.call_soon_threadsafe(services.relist)
+
     def end(error: BaseException | None) -> None:
         if ended.done():
             return
@@ -109,6 +129,8 @@ async def watch(
         error: BaseException | None = None
         try:
             handlers = _handlers(access, kinds, registry_id=registry_id, known=known, tell=tell)
+            if services is not None:
+                _follow_services(handlers, tell_service)
             asyncio.run(_operator(handlers, stop=stop))
         except Exception as failure:  # noqa: BLE001 - raised in the loop that waits for it
             error = failure
@@ -162,6 +184,17 @@ def _handlers(
             tell(fact, event)
 
     return handlers
+
+
+def _follow_services(handlers: kopf.OperatorRegistry, tell: Callable[[Mapping[str, Any]], None]) -> None:
+    def followed(group: str, plural: str) -> None:
+        @kopf.on.event(group, "v1", plural, registry=handlers)
+        async def changed(event: Mapping[str, Any], **_: object) -> None:
+            tell(event)
+
+    followed("", "services")
+    followed("", "namespaces")
+    followed("discovery.k8s.io", "endpointslices")
 
 
 async def _signed_in(access: Access) -> kopf.ConnectionInfo:

@@ -32,6 +32,7 @@ from scope.model import (
     PeerReport,
     Resource,
     Revision,
+    Service,
     StatusPart,
     kind_of,
 )
@@ -69,6 +70,7 @@ IDENTITY = "/api/v1/namespaces/kube-system"
 STATUS_PARTS: Mapping[Kind, tuple[type[StatusPart], ...]] = {
     Kind.MESH: (MeshStatus,),
     Kind.PEER: (PeerReport, Assignment),
+    Kind.SERVICE: (),
     Kind.TOKEN: (),
 }
 
@@ -195,7 +197,7 @@ class KubeRegistry:
     # --- writing ------------------------------------------------------------------------------------------
 
     async def create(self, resource: Resource) -> Resource:
-        """Store a new resource, a ScopePeer as its ScopeMesh's own. Raises AlreadyExists, Refused,
+        """Store a new resource, as its ScopeMesh's own where it is of one. Raises AlreadyExists, Refused,
         Unavailable: then its status may not be written yet.
         """
         kind = kind_of(resource)
@@ -332,8 +334,8 @@ class KubeRegistry:
         return await self._client.ask("GET", object_path(kind, name, self._namespace))
 
     async def _owner(self, resource: Resource) -> Object | None:
-        """The mesh that a peer goes with; None where there is none to go with."""
-        if not isinstance(resource, Peer):
+        """The mesh that a peer or an exported Service goes with; None where there is none to go with."""
+        if not isinstance(resource, Peer | Service):
             return None
         name = resource.spec.mesh
         read_at, owner = self._owners.get(name, (float("-inf"), {}))
@@ -366,7 +368,7 @@ class KubeRegistry:
         return number, fact if self._is_news(kind, fact) else None
 
     def _as_told(self, resource: Resource) -> Resource:
-        if self._own in (None, resource.meta.name) or isinstance(resource, JoinToken):
+        if self._own in (None, resource.meta.name) or isinstance(resource, Service | JoinToken):
             return resource
         return projected(resource)
 
