@@ -339,6 +339,20 @@ class TopologyMode(enum.StrEnum):
     TREE = "Tree"  # between hubs, and from each edge to hubs
 
 
+class PodNetworking(enum.StrEnum):
+    """Whose pods reach each other through the mesh."""
+
+    OFF = "Off"
+    CROSS_CLUSTER = "CrossCluster"  # those of different clusters; an external peer is a cluster of its own
+
+
+class PodSource(enum.StrEnum):
+    """Who says that a prefix is that of a Node's pods."""
+
+    NODE = "Node"  # its spec.podCIDRs
+    STATIC = "Static"  # the user
+
+
 class PostQuantumMode(enum.StrEnum):
     """Whether pairs agree on post-quantum pre-shared keys."""
 
@@ -391,6 +405,7 @@ class MeshSpec:
     hubs: Hubs = Hubs()
     topology: TopologyMode = TopologyMode.FULL
     birthday: bool = False  # whether ports of a symmetric NAT may be guessed
+    pod_networking: PodNetworking = PodNetworking.OFF
     post_quantum: PostQuantum = PostQuantum()
 
 
@@ -530,6 +545,14 @@ class Mesh:
 
 
 @dataclass(frozen=True, slots=True)
+class PodPrefix:
+    """Where pods of a Node have their addresses, and who says so."""
+
+    prefix: IPNetwork
+    source: PodSource
+
+
+@dataclass(frozen=True, slots=True)
 class PeerSpec:
     """What the user asks of a peer.
 
@@ -547,6 +570,7 @@ class PeerSpec:
     leaving: bool = (
         False  # of a Node: its agent takes down what the mesh has there; the address stays its own
     )
+    pod_prefixes: tuple[PodPrefix, ...] = ()  # offered to others where the mesh asks for them
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from scope import model
 from scope.model import HubMode, IPNetwork, Link, Mesh, MeshSpec, PathKind, Peer, Role, TopologyMode
 from scope.resources import overlapping, prefixes_of, to_dict
 from scope.resources.hubs import hubs_dict
-from scope.topology import RefusalReason, settle
+from scope.topology import RefusalReason, offered, settle
 
 
 @dataclass(frozen=True)
@@ -334,14 +334,15 @@ def _routes_lost(now: State, then: State) -> Iterator[Loss]:
 
 def _refused_routes(state: State) -> dict[tuple[str, IPNetwork], str]:
     members = {peer.report.keys.wireguard: peer for peer in state.peers if peer.report is not None}
+    pods = state.spec.pod_networking
     return {
         (claim.peer, claim.prefix): (
             "it overlaps the prefixes of the mesh"
             if claim.reason is RefusalReason.MESH
             else f"{claim.holder} has it"
         )
-        for claim in settle(state.spec.addressing, members).refused
-        if claim.prefix in state.by_name[claim.peer].spec.routes
+        for claim in settle(state.spec.addressing, members, pods=pods).refused
+        if claim.prefix in offered(state.by_name[claim.peer].spec, pods)
     }
 
 

@@ -8,6 +8,10 @@ whether wider or narrower. Everyone who sees the same peers settles alike, and a
 prefix away from an older one. A claim that touches what the viewer itself holds is refused too: nobody is
 routed off its own network.
 
+Prefixes of pods are settled along with the rest where the mesh's pod networking asks for them; those that
+Nodes of the viewer's cluster claim are theirs for the viewer, whoever was first: its own cluster's network
+leads there. Which of them lead into the mesh (`Topology.pods`) is another question than whose they are.
+
 In a tree what was settled is reached by others than those who hold it. A hub reaches an edge that is attached
 to another hub by that hub (`rehomed`), an edge reaches everything by the hub that it is attached to
 (`by_hub`).
@@ -24,7 +28,7 @@ from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network
 from typing import NamedTuple
 
-from scope.model import Addressing, IPNetwork, Peer, PublicKey, Snapshot
+from scope.model import Addressing, IPNetwork, Peer, PeerSpec, PodNetworking, PublicKey, Snapshot
 
 
 class RefusalReason(enum.StrEnum):
@@ -52,54 +56,85 @@ class _Claim(NamedTuple):
     prefix: IPNetwork
     first: int
     last: int
-    is_route: bool
+    is_route: bool  # beyond addresses
+    is_pods: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Topology:
     """Allowed IPs by WireGuard key, for every peer that the device is to know (perhaps none).
 
-    `routes` are the prefixes beyond addresses that are reached through the mesh, whoever leads there now.
+    `routes` are the prefixes beyond addresses that are reached through the mesh, whoever leads there now, and
+    `pods` those of other clusters' pods.
     """
 
     allowed_ips: Mapping[PublicKey, frozenset[IPNetwork]]
     refused: tuple[RefusedClaim, ...] = ()
     routes: frozenset[IPNetwork] = frozenset()
+    pods: frozenset[IPNetwork] = frozenset()
 
 
 def peers_for(snapshot: Snapshot) -> Topology:
     """What the viewer of `snapshot` believes of every other peer: nothing before the mesh is known."""
     if snapshot.mesh is None:
         return Topology(dict.fromkeys(snapshot.peers, frozenset()))
-    return settle(snapshot.mesh.spec.addressing, snapshot.peers, viewer=snapshot.own)
+    spec = snapshot.mesh.spec
+    return settle(spec.addressing, snapshot.peers, viewer=snapshot.own, pods=spec.pod_networking)
+
+
+def offered(spec: PeerSpec, pods: PodNetworking) -> tuple[IPNetwork, ...]:
+    """What a peer offers beyond its addresses, in a mesh with that pod networking."""
+    return (*spec.routes, *offered_pods(spec, pods))
+
+
+def offered_pods(spec: PeerSpec, pods: PodNetworking) -> tuple[IPNetwork, ...]:
+    """Where its pods are, as far as that is for others."""
+    return () if pods is PodNetworking.OFF else tuple(each.prefix for each in spec.pod_prefixes)
 
 
 def settle(
-    addressing: Addressing, peers: Mapping[PublicKey, Peer], *, viewer: Peer | None = None
+    addressing: Addressing,
+    peers: Mapping[PublicKey, Peer],
+    *,
+    viewer: Peer | None = None,
+    pods: PodNetworking = PodNetworking.OFF,
 ) -> Topology:
     """Settle the claims of `peers` among each other and, where there is one, against those of the viewer."""
     space: dict[int, tuple[int, int]] = {
         prefix.version: _bounds(prefix) for prefix in (addressing.ipv4, addressing.ipv6) if prefix
     }
     held = _Held()
+    in_order = sorted(peers, key=lambda key: (peers[key].meta.created, peers[key].meta.uid, key))
     if viewer is not None:
-        held.reserve(viewer, space)
+        held.reserve(viewer, _claims(viewer, pods), space)
+        for beside in (peers[key] for key in in_order if _are_of_one_cluster(peers[key], viewer)):
+            held.reserve(beside, (claim for claim in _claims(beside, pods) if claim.is_pods), space)
     allowed: dict[PublicKey, frozenset[IPNetwork]] = {}
     refused: list[RefusedClaim] = []
     routes: set[IPNetwork] = set()
-    for key in sorted(peers, key=lambda key: (peers[key].meta.created, peers[key].meta.uid, key)):
+    far: set[IPNetwork] = set()
+    for key in in_order:
         peer = peers[key]
+        is_beside = viewer is not None and _are_of_one_cluster(peer, viewer)
         taken: list[IPNetwork] = []
-        for claim in _claims(peer):
-            refusal = _misplaced(claim, peer, space.get(claim.prefix.version)) or held.take(claim, peer)
-            if refusal is None:
-                taken.append(claim.prefix)
-                if claim.is_route:
-                    routes.add(claim.prefix)
-            else:
+        for claim in _claims(peer, pods):
+            refusal = _misplaced(claim, peer, space.get(claim.prefix.version)) or held.take(
+                claim, peer, viewer
+            )
+            if refusal is not None:
                 refused.append(refusal)
+                continue
+            taken.append(claim.prefix)
+            if claim.is_pods:
+                far.update(() if is_beside else (claim.prefix,))
+            elif claim.is_route:
+                routes.add(claim.prefix)
         allowed[key] = frozenset(taken)
-    return Topology(allowed, tuple(refused), frozenset(routes))
+    return Topology(allowed, tuple(refused), frozenset(routes), frozenset(far))
+
+
+def _are_of_one_cluster(one: Peer, other: Peer) -> bool:
+    return one.spec.cluster == other.spec.cluster != ""
 
 
 def rehomed(
@@ -147,8 +182,8 @@ def by_hub(
     allowed |= dict.fromkeys(settled.allowed_ips.keys() & hubs, frozenset())
     if home in allowed:
         space = frozenset(prefix for prefix in (addressing.ipv4, addressing.ipv6) if prefix is not None)
-        routes = frozenset(map(_wider, settled.routes)) if beside else settled.routes
-        allowed[home] = space | routes
+        routes = settled.routes | settled.pods
+        allowed[home] = space | (frozenset(map(_wider, routes)) if beside else routes)
     return replace(settled, allowed_ips=allowed)
 
 
@@ -157,12 +192,17 @@ def _wider(route: IPNetwork) -> IPNetwork:
     return route.supernet() if route.prefixlen else route
 
 
-def _claims(peer: Peer) -> Iterable[_Claim]:
-    """The peer's addresses, then its routes, a wider one before those it contains."""
+def _claims(peer: Peer, pods: PodNetworking) -> Iterable[_Claim]:
+    """The peer's addresses, then its routes and pods, a wider one before those it contains."""
     for interface in peer.assignment.addresses:
         number = int(interface)
         yield _Claim(_host(number, interface.version), number, number, is_route=False)
     routes = [_Claim(route, *_bounds(route), is_route=True) for route in peer.spec.routes]
+    if peer.spec.pod_prefixes:
+        routes += [
+            _Claim(prefix, *_bounds(prefix), is_route=True, is_pods=True)
+            for prefix in offered_pods(peer.spec, pods)
+        ]
     yield from sorted(routes, key=lambda claim: (claim.prefix.version, claim.first, -claim.last))
 
 
@@ -183,16 +223,14 @@ class _Held:
     def __init__(self) -> None:
         self._starts: dict[int, list[int]] = {4: [], 6: []}
         self._holders: dict[int, list[tuple[int, Peer]]] = {4: [], 6: []}  # last of the range, holder
-        self._viewer: Peer | None = None
 
-    def reserve(self, viewer: Peer, space: Mapping[int, tuple[int, int]]) -> None:
-        """What the viewer holds is nobody else's."""
-        self._viewer = viewer
-        for claim in _claims(viewer):
-            if _misplaced(claim, viewer, space.get(claim.prefix.version)) is None:
-                self.take(claim, viewer)
+    def reserve(self, peer: Peer, claims: Iterable[_Claim], space: Mapping[int, tuple[int, int]]) -> None:
+        """What is reserved is nobody else's."""
+        for claim in claims:
+            if _misplaced(claim, peer, space.get(claim.prefix.version)) is None:
+                self.take(claim, peer, None)
 
-    def take(self, claim: _Claim, peer: Peer) -> RefusedClaim | None:
+    def take(self, claim: _Claim, peer: Peer, viewer: Peer | None) -> RefusedClaim | None:
         """Give the prefix to the peer, or say why not. What it holds as part of a wider one stays its own."""
         starts, holders = self._starts[claim.prefix.version], self._holders[claim.prefix.version]
         after = bisect_right(starts, claim.last)
@@ -203,7 +241,7 @@ class _Held:
         holder = holders[after - 1][1]
         if holder is peer:
             return None
-        reason = RefusalReason.OURS if holder is self._viewer else RefusalReason.TAKEN
+        reason = RefusalReason.OURS if holder is viewer else RefusalReason.TAKEN
         return RefusedClaim(peer.meta.name, claim.prefix, reason, holder.meta.name)
 
 

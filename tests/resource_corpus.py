@@ -212,6 +212,7 @@ def everything_of_a_mesh() -> Document:
         postQuantum={"mode": "Required", "rotationInterval": "30m"},
         nodeSelector={"matchLabels": {"scope": "on"}, "matchExpressions": [requirement]},
         birthday=True,
+        podNetworking="CrossCluster",
         hubs={
             "mode": "Auto",
             "names": ["home.external.nas"],
@@ -247,7 +248,11 @@ def everything_of_a_peer() -> Document:
     return peer(
         **NODE,
         role="Edge",
-        routes=["10.244.1.0/24", "fd00:1::/64"],
+        routes=["10.9.0.0/24", "fd00:9::/64"],
+        podPrefixes=[
+            {"prefix": "10.244.1.0/24", "source": "Node"},
+            {"prefix": "fd00:1::/64", "source": "Static"},
+        ],
         endpoints=["192.0.2.1:51820"],
         leaving=True,
         status={
@@ -566,6 +571,8 @@ def _wrong_peers() -> Iterator[Case]:
         *("lan", "fe80::%eth0/64", "::ffff:10.1.0.0/112"),
     ):
         yield Case(f"route {route}", peer(routes=["10.9.0.0/16", route]), "spec.routes[1]")
+    for prefix in ({"prefix": "10.0.0.0/8", "source": "Guess"}, {"prefix": "0.0.0.0/0", "source": "Node"}):
+        yield Case(f"pods {prefix}", peer(podPrefixes=[prefix]), "spec.podPrefixes[0]")
     yield Case("65 routes", peer(routes=[f"10.{n}.0.0/16" for n in range(65)]), "spec.routes")
     yield Case("a route that is no list", peer(routes="10.0.0.0/8"), "spec.routes")
     for endpoint in (

@@ -259,13 +259,19 @@ class ControlPlane:
         await self._await_definitions()
 
     async def create_node(
-        self, name: str, *, labels: Mapping[str, str] | None = None, address: str | None = None
+        self,
+        name: str,
+        *,
+        labels: Mapping[str, str] | None = None,
+        address: str | None = None,
+        pods: Sequence[str] = (),
     ) -> str:
-        """Make a Node, with an InternalIP if there is an `address`: its UID."""
+        """Make a Node, with an InternalIP if there is an `address`, and prefixes for `pods`: its UID."""
         node = {
             "apiVersion": "v1",
             "kind": "Node",
             "metadata": {"name": name, "labels": {"kubernetes.io/hostname": name, **(labels or {})}},
+            **({"spec": {"podCIDR": pods[0], "podCIDRs": list(pods)}} if pods else {}),
         }
         made = await self.request("POST", "/api/v1/nodes", node)
         if address is not None:

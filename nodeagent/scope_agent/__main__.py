@@ -47,6 +47,7 @@ from scope_agent.run import (
     carry_nobody,
     close_ports,
     free_port,
+    lead_to_no_pods,
 )
 from scope_agent.state import (
     STATE_ROOT,
@@ -546,7 +547,7 @@ def _leave(options: argparse.Namespace) -> None:
     with _sole(state, options.run_dir):
         asyncio.run(_tear_down(enrolment, options))
         config = RunConfig(state, options.run_dir)
-        for undo in (be_no_hub, close_ports, carry_nobody):
+        for undo in (be_no_hub, lead_to_no_pods, close_ports, carry_nobody):
             for failed in undo(config, enrolment):
                 print(f"scope-agent: {failed}", file=sys.stderr)
         state.remove()

@@ -29,6 +29,7 @@ from scope.model import (
     IPInterface,
     PathKind,
     Peer,
+    PodNetworking,
     PublicKey,
     RelayReport,
     Role,
@@ -66,6 +67,7 @@ from scope_agent.inputs import (
     Applied,
     ApplyForwarding,
     ApplyGrants,
+    ApplyPods,
     ApplyPorts,
     CommandArrived,
     Courier,
@@ -85,6 +87,7 @@ from scope_agent.inputs import (
     ListAgain,
     Observe,
     Output,
+    PodsSeen,
     PortsApplied,
     PskSaved,
     Relaying,
@@ -103,6 +106,7 @@ from scope_agent.membership import Membership
 from scope_agent.paths.candidates import contains, public_addresses
 from scope_agent.paths.core import Call, Changes, Outgoing, Paths, PathsView, PeerReading
 from scope_agent.paths.route import Relay
+from scope_agent.pods.core import Pods
 from scope_agent.relay.asking import Ask, Asking, Hub, Knock, Knocked, Offered, Standing
 from scope_agent.relay.counting import Counted
 from scope_agent.relay.serving import Serving
@@ -256,6 +260,8 @@ class Agent:
         self._forwarding_after = now
         self._forwarding_error = ""
         self._lost = ""  # why what this hub forwards does not get through
+        earlier = state.snapshot.mesh
+        self._pods = Pods(left=earlier is not None and earlier.spec.pod_networking is not PodNetworking.OFF)
         # gossip and forwarding
         self._passed: dict[str, tuple[Tombstone, float]] = {}
         self._known_tombstones: set[str] = {t.peer_uid for t in state.snapshot.tombstones}
@@ -315,6 +321,8 @@ class Agent:
                 self._serving.relaying(by, reason, forgot=forgot, answers=answers, taken=taken, now=now)
             case ForwardingSeen(lost):
                 self._lost = lost
+            case PodsSeen(trouble):
+                self._pods.seen(trouble)
             case PortsApplied(error):
                 self._paths.port_rules_applied(error, now)
             case CarrierSeen():
@@ -367,6 +375,7 @@ class Agent:
             self._serving.get_timer(),
             self._tree.get_timer(),
             self._forwarding_at(),
+            self._pods.get_timer(),
             self._carriage.get_timer(),
             self._keying.get_timer(),
             self._membership.get_timer(),
@@ -700,6 +709,14 @@ class Agent:
         self._is_forwarding_known, self._forwarding_busy, self._forwarded = True, True, wanted
         self._out.append(ApplyForwarding(wanted))
 
+    def _plan_pods(self, now: float) -> None:
+        device = self._observed
+        mtu = device.mtu if device is not None and device.exists and device.up else None
+        self._pods.configure(self._snapshot, self._settled, mtu=mtu, is_removed=self.removed)
+        apply = self._pods.take_apply(now)
+        if apply is not None:
+            self._out.append(ApplyPods(*apply))
+
     def _pass_on(self, tombstone: Tombstone, now: float) -> None:
         for key, pair in self._paths.view(now).pairs.items():
             peer = self._snapshot.peers.get(key)
@@ -906,6 +923,8 @@ class Agent:
                 self._disk_error = ""
             case Target.FORWARDING:
                 self._forwarding_busy, self._forwarding_error = False, ""
+            case Target.PODS:
+                self._pods.applied()
             case _:
                 assert_never(target)
 
@@ -935,6 +954,8 @@ class Agent:
             case Target.FORWARDING:
                 self._forwarding_busy, self._forwarding_error = False, failed.error
                 self._forwarding_after = now + FORWARDING_AGAIN
+            case Target.PODS:
+                self._pods.failed(failed.error, now)
             case _:
                 assert_never(failed.target)
 
@@ -946,6 +967,7 @@ class Agent:
         self._follow_tree(now)
         self._say_tree(now)
         self._plan_forwarding(now)
+        self._plan_pods(now)
         self._carry(now)
         self._ask_hubs(now)
         self._serve(now)
@@ -1107,6 +1129,7 @@ class Agent:
                 "Registry": self._reporting.error,
                 "Disk": self._disk_error,
                 "Forwarding": self._forwarding_error or self._lost,
+                "Pods": self._pods.trouble,
                 "Carrier": self._carriage.trouble(
                     {key: peer.meta.name for key, peer in self._snapshot.peers.items()}
                 ),
@@ -1205,7 +1228,8 @@ def _shape_differs(before: Snapshot, after: Snapshot) -> bool:
 
 
 def _claim(peer: Peer) -> tuple[object, ...]:
-    return peer.assignment.addresses, peer.spec.routes, peer.meta.uid, peer.meta.created
+    spec = peer.spec
+    return peer.assignment.addresses, spec.routes, spec.pod_prefixes, peer.meta.uid, peer.meta.created
 
 
 _AnyPeer = TypeVar("_AnyPeer", DesiredPeer, ObservedPeer)

@@ -27,6 +27,7 @@ from scope.registry.port import Fact
 from scope.relay import Grants
 from scope_agent.carrier.core import ApplyCarrier, CarrierSeen
 from scope_agent.paths.birthday import Tried
+from scope_agent.pods.rules import PodNetwork
 from scope_agent.relay.asking import HeldGrant
 from scope_agent.relay.counting import Counted
 from scope_agent.tree.rules import ForwardedPrefixes
@@ -75,6 +76,7 @@ class Target(enum.StrEnum):
     REGISTRY = "registry"
     DISK = "disk"
     FORWARDING = "forwarding"
+    PODS = "pods"
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,13 @@ class ForwardingSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class PodsSeen:
+    """What stands against packets of pods: in words, or ""."""
+
+    trouble: str
+
+
+@dataclass(frozen=True, slots=True)
 class PortsApplied:
     """The answer to ApplyPorts: they are so, or, with `error` as part of a sentence, as they were."""
 
@@ -231,6 +240,7 @@ Input: TypeAlias = (
     | Failed
     | Relaying
     | ForwardingSeen
+    | PodsSeen
     | PortsApplied
     | CarrierSeen
     | PskSaved
@@ -307,6 +317,16 @@ class ApplyForwarding:
 
 
 @dataclass(frozen=True, slots=True)
+class ApplyPods:
+    """Have this lead to pods of other clusters, and nothing else; None: nothing does.
+
+    Answered by Applied or Failed. One is in flight at a time.
+    """
+
+    network: PodNetwork | None
+
+
+@dataclass(frozen=True, slots=True)
 class ApplyPorts:
     """Have WireGuard speak from these ports, and listen for probes at those of a search, and no others.
 
@@ -370,6 +390,7 @@ Output: TypeAlias = (
     | SaveState
     | ApplyGrants
     | ApplyForwarding
+    | ApplyPods
     | ApplyPorts
     | ApplyCarrier
     | SavePsk

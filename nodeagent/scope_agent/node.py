@@ -71,6 +71,7 @@ from scope_agent.run import (
     carry_nobody,
     close_ports,
     import_http,
+    lead_to_no_pods,
 )
 from scope_agent.state import Enrolment, StateDir, enrolled_meshes, sole_agent
 from scope_agent.wireguard.device import ApplyError
@@ -439,7 +440,7 @@ class NodeAgent:
         enrolment = state.load_enrolment()
         run_config = RunConfig(state, config.run_dir, fwmark=config.fwmark)
         is_clean = True
-        for undo in (be_no_hub, close_ports, carry_nobody):
+        for undo in (be_no_hub, lead_to_no_pods, close_ports, carry_nobody):
             for failed in await asyncio.to_thread(undo, run_config, enrolment):
                 log.error("mesh.traces_stay mesh=%s error=%s", mesh, failed)
                 is_clean = False

@@ -32,6 +32,7 @@ from scope_agent.inputs import (
     Applied,
     ApplyForwarding,
     ApplyGrants,
+    ApplyPods,
     ApplyPorts,
     Courier,
     DatagramArrived,
@@ -47,6 +48,7 @@ from scope_agent.inputs import (
     NudgeTunnel,
     Observe,
     Output,
+    PodsSeen,
     PortsApplied,
     Relaying,
     Reply,
@@ -78,6 +80,8 @@ from scope_agent.wireguard.shell.nft import NftError
 if TYPE_CHECKING:
     from scope.registry.http import Couriered, HttpRegistry
     from scope_agent.carrier.shell.machine import CarrierMachine
+    from scope_agent.pods.rules import PodNetwork
+    from scope_agent.pods.shell.network import PodRoutes
     from scope_agent.psk.identity import HybridIdentity, KeyMaker, TrustPolicy
     from scope_agent.psk.provider import Provider
     from scope_agent.psk.slots import Record
@@ -97,6 +101,8 @@ COUNT_AGAIN = 5.0
 COUNT_PATIENCE = 1.0
 PORTS_CHECK = 2.0  # seconds: a path that needs the rules is back as soon
 NO_PORTS = range(0)
+PODS_CHECK = 2.0  # seconds: what somebody took away is back within three
+PODS_CHECK_SHARE = 50.0  # a check that took t seconds is followed by t times this of not checking
 CARRIER_CHECK = 0.25  # seconds: a carrier that died is back within two
 LATE_AFTER = 0.4  # what the first pings do not need is imported after them, or after so long
 HEARTBEAT = 60.0
@@ -228,6 +234,8 @@ class Runner(AgentLoop[Agent]):
         self._forwarding: TreeForwarding | None = None  # made likewise
         self._lost = ""  # why what it forwards does not get through, as the agent knows it
         self._hub_lock = asyncio.Lock()
+        self._pods: PodRoutes | None = None  # made when there is something to lead to, or to undo
+        self._pods_lock = asyncio.Lock()
         self._counted: Counted | None = None  # what the hub relayed
         self._counting: asyncio.Task[None] | None = None
         self._count_again = 0.0
@@ -251,6 +259,7 @@ class Runner(AgentLoop[Agent]):
                 self._watch_traffic(),
                 self._watch_hub(),
                 self._watch_ports(),
+                self._watch_pods(),
                 self._watch_carrier(),
                 self._follow_registry(),
             )
@@ -303,6 +312,8 @@ class Runner(AgentLoop[Agent]):
                 self._spawn(self._relay(grants))
             case ApplyForwarding(forwarded):
                 self._spawn(self._forward(forwarded))
+            case ApplyPods(network):
+                self._spawn(self._lead_to_pods(network))
             case ApplyPorts(rules):
                 self._spawn(self._apply_ports(rules))
             case ApplyCarrier(carrier):
@@ -388,6 +399,48 @@ class Runner(AgentLoop[Agent]):
                         log.warning("ports.mended other programs changed the rules")
                 except NftError as error:
                     log.warning("ports.unmended error=%s", error)
+
+    # --- pods of other clusters ----------------------------------------------------------------------------
+
+    async def _lead_to_pods(self, network: PodNetwork | None) -> None:
+        try:
+            async with self._pods_lock:
+                await asyncio.to_thread(self._lead_to_these, network)
+        except (ApplyError, ConfigError) as error:
+            log.warning("pods.failed error=%s", error)
+            self._post(Failed(Target.PODS, str(error)))
+            return
+        log.info("pods.applied reached=%d", len(network.reached) if network is not None else 0)
+        self._post(Applied(Target.PODS))
+
+    def _lead_to_these(self, network: PodNetwork | None) -> None:
+        from scope_agent.pods.shell.network import PodRoutes
+
+        if self._pods is None:
+            self._pods = PodRoutes(self._enrolment.device)
+        if network is None:
+            self._pods.remove()
+        else:
+            self._pods.apply(network)
+
+    async def _watch_pods(self) -> None:
+        """Put right what other programs do to what leads to pods."""
+        told, delay = "", PODS_CHECK
+        while True:
+            await asyncio.sleep(delay)
+            if self._pods is None:
+                continue
+            started = time.monotonic()
+            try:
+                async with self._pods_lock:
+                    trouble = await asyncio.to_thread(self._pods.check)
+            except (ApplyError, ConfigError) as error:
+                trouble = str(error)
+            delay = max(PODS_CHECK, PODS_CHECK_SHARE * (time.monotonic() - started))
+            if trouble != told:
+                log.warning("pods.changed trouble=%s", trouble)
+                told = trouble
+                self._post(PodsSeen(trouble))
 
     # --- relaying for others -------------------------------------------------------------------------------
 
@@ -728,6 +781,13 @@ def close_ports(config: RunConfig, enrolment: Enrolment) -> list[str]:
     except NftError as error:
         return [f"the rules for ports of {enrolment.device} may stay: {error}"]
     return []
+
+
+def lead_to_no_pods(_: RunConfig, enrolment: Enrolment) -> list[str]:
+    """Take away what led to pods of other clusters, if anything; what stays comes back in words."""
+    from scope_agent.pods.shell.network import remove_pod_routes
+
+    return remove_pod_routes(enrolment.device)
 
 
 def upstream_of(config: RunConfig, enrolment: Enrolment) -> GatewayOrigin | None:

@@ -42,6 +42,7 @@ from scope_operator.plan.planner import (
     Write,
     WriteAssignment,
     WriteMeshStatus,
+    WritePeer,
     key_of,
 )
 
@@ -334,6 +335,10 @@ class Reconciler:
                 return await self._registry.update_status(
                     Kind.MESH, meta.name, status, uid=meta.uid, if_revision=meta.revision
                 )
+            case WritePeer(peer):
+                prefixes = [str(each.prefix) for each in peer.spec.pod_prefixes]
+                log.info("reconcile.pods peer=%s prefixes=%s", peer.meta.name, prefixes)
+                return await self._registry.update(peer, if_revision=peer.meta.revision)
             case CreatePeer(peer, mesh):
                 log.info("reconcile.created peer=%s node=%s", peer.meta.name, peer.spec.node_name)
                 return await self._registry.create(peer)

@@ -29,6 +29,7 @@ was wrong.
 
 from __future__ import annotations
 
+from scope.resources.addresses import parse_route
 from scope.resources.cluster import (
     ALGORITHMS,
     RSA_ALGORITHM,
@@ -177,6 +178,7 @@ __all__ = [
     "parse_jwks",
     "parse_mesh",
     "parse_peer",
+    "parse_route",
     "parse_service",
     "parse_status",
     "parse_time",

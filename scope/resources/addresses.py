@@ -21,6 +21,7 @@ from scope.resources.values import read_text
 
 # Stands in for an endpoint that is missing: the document is refused, so it never leaves this package.
 NO_ENDPOINT = Endpoint(ip_address("0.0.0.0"), 1)  # noqa: S104
+NO_PREFIX: IPNetwork = IPv4Network("0.0.0.0/32")  # likewise
 
 _ENDPOINT_FORM = "ADDRESS:PORT, IPv6 as [ADDRESS]:PORT, port 1 to 65535"
 
@@ -127,6 +128,14 @@ def read_route(value: object) -> IPNetwork:
     if network.is_multicast or network.is_loopback or network.is_link_local:
         raise refusal(value, "a prefix of unicast addresses that can be routed")
     return network
+
+
+def parse_route(value: object) -> IPNetwork | None:
+    """A prefix that a peer may offer, as somebody else writes it; None for any other."""
+    try:
+        return read_route(value)
+    except Refused:
+        return None
 
 
 # A length is written as a number, not as a netmask.

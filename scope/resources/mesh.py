@@ -18,6 +18,7 @@ from scope.model import (
     MeshCounts,
     MeshSpec,
     MeshStatus,
+    PodNetworking,
     PostQuantum,
     Reflector,
     Timers,
@@ -116,6 +117,9 @@ def _read_mesh_spec(fields: Fields) -> MeshSpec:
         ),
         node_selector=read_selector(fields.sub("nodeSelector")),
         birthday=fields.optional("birthday", read_boolean, False),
+        pod_networking=fields.optional(
+            "podNetworking", lambda value: read_choice(PodNetworking, value), PodNetworking.OFF
+        ),
         post_quantum=read_post_quantum(fields.sub("postQuantum")),
     )
     # Who asks for no hubs may have WireGuard listen where hubs usually are reached.
@@ -217,6 +221,7 @@ def mesh_spec_dict(spec: MeshSpec) -> dict[str, object]:
         "mtu": "Auto" if spec.mtu is None else spec.mtu,
         "peerExpiry": format_duration(spec.peer_expiry),
         "birthday": spec.birthday,
+        "podNetworking": str(spec.pod_networking),
         **({"nodeSelector": selector} if (selector := selector_dict(spec.node_selector)) else {}),
         **({"hubs": hubs_dict(spec.hubs)} if spec.hubs != Hubs() else {}),
         **(

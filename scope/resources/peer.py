@@ -19,6 +19,8 @@ from scope.model import (
     PeerKeys,
     PeerReport,
     PeerSpec,
+    PodPrefix,
+    PodSource,
     RelayReport,
     Resource,
     Role,
@@ -27,6 +29,7 @@ from scope.model import (
 )
 from scope.resources.addresses import (
     NO_ENDPOINT,
+    NO_PREFIX,
     read_address,
     read_endpoint,
     read_interface,
@@ -140,6 +143,7 @@ def _read_peer_spec(fields: Fields) -> PeerSpec:
         mesh=fields.required("mesh", read_label, ""),
         role=fields.optional("role", lambda value: read_choice(Role, value), Role.AUTO),
         routes=fields.items("routes", read_route, limit=MAX_ROUTES),
+        pod_prefixes=fields.parts("podPrefixes", _read_pod_prefix, limit=MAX_ROUTES),
         endpoints=fields.items("endpoints", read_static_endpoint, limit=MAX_CANDIDATES),
         cluster=fields.optional("cluster", read_cluster_name, ""),
         node_name=fields.optional("nodeName", read_subdomain, ""),
@@ -149,6 +153,13 @@ def _read_peer_spec(fields: Fields) -> PeerSpec:
 
 
 _NODE_FIELDS = frozenset({"cluster", "nodeName", "nodeUID"})
+
+
+def _read_pod_prefix(fields: Fields) -> PodPrefix:
+    return PodPrefix(
+        prefix=fields.required("prefix", read_route, NO_PREFIX),
+        source=fields.required("source", lambda value: read_choice(PodSource, value), PodSource.STATIC),
+    )
 
 
 def read_report(fields: Fields) -> PeerReport:
@@ -251,12 +262,17 @@ def peer_spec_dict(spec: PeerSpec) -> dict[str, object]:
         "mesh": spec.mesh,
         "role": str(spec.role),
         **unless_empty("routes", spec.routes),
+        **({"podPrefixes": prefixes} if (prefixes := _pod_prefixes(spec)) else {}),
         **unless_empty("endpoints", spec.endpoints),
         **({"cluster": spec.cluster} if spec.cluster else {}),
         **({"nodeName": spec.node_name} if spec.node_name else {}),
         **({"nodeUID": spec.node_uid} if spec.node_uid else {}),
         **({"leaving": True} if spec.leaving else {}),
     }
+
+
+def _pod_prefixes(spec: PeerSpec) -> list[dict[str, str]]:
+    return [{"prefix": str(each.prefix), "source": str(each.source)} for each in spec.pod_prefixes]
 
 
 def report_dict(report: PeerReport) -> dict[str, object]:

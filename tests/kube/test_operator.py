@@ -64,6 +64,29 @@ def test_one_node_and_one_mesh_become_one_peer_with_one_address(control_plane: C
     run(control_plane, body)
 
 
+def test_prefixes_of_pods_follow_their_nodes_and_move_when_they_are_issued_anew(
+    control_plane: ControlPlane,
+) -> None:
+    async def body(east: Cluster) -> None:
+        prefixes = ["10.244.1.0/24", "fd00:10:244:1::/64"]
+        await east.plane.create_node("n1", pods=prefixes)
+        await east.operator()
+        await east.plane.apply(mesh(podNetworking="CrossCluster"))
+
+        async def offered(node: str) -> bool | None:
+            peers = await east.peers()
+            wanted = [{"prefix": prefix, "source": "Node"} for prefix in prefixes]
+            of = {name: each["spec"].get("podPrefixes") for name, each in peers.items()}
+            return of == {f"home.east.{node}": wanted} or None
+
+        await eventually(lambda: offered("n1"))
+        await east.plane.request("DELETE", "/api/v1/nodes/n1")
+        await east.plane.create_node("n2", pods=prefixes)
+        await eventually(lambda: offered("n2"))
+
+    run(control_plane, body)
+
+
 def test_a_node_that_leaves_takes_its_peer_and_no_other_is_touched(control_plane: ControlPlane) -> None:
     async def body(east: Cluster) -> None:
         for number in range(4):

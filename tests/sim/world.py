@@ -26,6 +26,7 @@ from scope_agent.inputs import (
     Applied,
     ApplyForwarding,
     ApplyGrants,
+    ApplyPods,
     ApplyPorts,
     Courier,
     DatagramArrived,
@@ -59,6 +60,7 @@ from scope_agent.inputs import (
 )
 from scope_agent.membership import Membership
 from scope_agent.paths.core import Paths
+from scope_agent.pods.rules import PodNetwork
 from scope_agent.psk.identity import FIRST_CONTACT, HybridIdentity, KeyMaker, make_hybrid_identity
 from scope_agent.psk.slots import Record
 from scope_agent.state import make_identity
@@ -302,6 +304,7 @@ class Machine:
         self.granted: Grants | None = None
         self.address: IPAddress = IPv4Address(0)  # in the mesh, once it is enrolled
         self.forwarded: ForwardedPrefixes | None = None
+        self.pods: PodNetwork | None = None
         self.passed = 0  # packets of others that went on from here
         self.clock_error = 0.0  # seconds by which our wall clock is wrong
         # Of a random of its own: what is drawn for keys leaves every other draw of the seed as it is.
@@ -694,6 +697,8 @@ class Machine:
                 self._later(RELAY_DELAY, lambda: self._grant(grants))
             case ApplyForwarding(forwarded):
                 self._later(RELAY_DELAY, lambda: self._forward_these(forwarded))
+            case ApplyPods(network):
+                self._later(RELAY_DELAY, lambda: self._lead_to_pods(network))
             case ApplyPorts(rules):
                 self._later(PORTS_DELAY, lambda: self._turn_ports(rules))
             case ApplyCarrier(wanted):
@@ -737,6 +742,10 @@ class Machine:
     def _forward_these(self, forwarded: ForwardedPrefixes | None) -> None:
         self.forwarded = forwarded
         self.give(Applied(Target.FORWARDING))
+
+    def _lead_to_pods(self, network: PodNetwork | None) -> None:
+        self.pods = network
+        self.give(Applied(Target.PODS))
 
     def _turn_ports(self, rules: PortRules) -> None:
         if not self.ports_fail:

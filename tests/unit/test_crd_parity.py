@@ -250,7 +250,10 @@ LENGTHS = {
         resources.MAX_UID: {  # and as long as a fingerprint's digits
             *("spec.nodeUID", "status.tombstone.meshUID", "status.tombstone.peerUID", "status.identity"),
         },
-        resources.MAX_CIDR: {"spec.routes[0]", "status.addresses[0]", "status.heldAddresses[0]"},
+        resources.MAX_CIDR: {
+            *("spec.routes[0]", "spec.podPrefixes[0].prefix"),
+            *("status.addresses[0]", "status.heldAddresses[0]"),
+        },
         resources.MAX_ENDPOINT: {
             "spec.endpoints[0]",
             "status.endpoints[0].endpoint",
@@ -386,6 +389,7 @@ def camel(name: str) -> str:
         ((model.MeshCounts,), Kind.MESH, "status.counts"),
         ((model.ServiceAccount,), Kind.MESH, "status.clusters[0].serviceAccount"),
         ((model.PeerSpec,), Kind.PEER, "spec"),
+        ((model.PodPrefix,), Kind.PEER, "spec.podPrefixes[0]"),
         ((model.PeerReport, model.Assignment), Kind.PEER, "status"),
         ((model.PeerKeys,), Kind.PEER, "status.keys"),
         ((model.Candidate,), Kind.PEER, "status.endpoints[0]"),

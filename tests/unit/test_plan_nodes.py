@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from ipaddress import IPv4Network
+from ipaddress import IPv4Network, ip_network
 
 from scope_agent.state import make_identity
 from scope_operator.plan.nodes import (
@@ -26,6 +26,7 @@ from scope_operator.plan.planner import (
     RevivePeer,
     Why,
     WriteMeshStatus,
+    WritePeer,
     key_of,
 )
 
@@ -41,6 +42,9 @@ from scope.model import (
     Peer,
     PeerReport,
     PeerSpec,
+    PodNetworking,
+    PodPrefix,
+    PodSource,
 )
 from scope.names import MAX_NAME, peer_name
 from scope.registry.memory import Create, Delete, Store, Update, UpdateStatus
@@ -81,6 +85,13 @@ class World:
         self.nodes[name] = made
         return made
 
+    def node_with_pods(self, name: str, *prefixes: str, uid: str = "") -> None:
+        pods = tuple(PodPrefix(ip_network(each), PodSource.NODE) for each in prefixes)
+        self.nodes[name] = replace(self.node(name, uid=uid), pods=pods)
+
+    def pods(self, node: str) -> list[str]:
+        return [f"{each.prefix} {each.source}" for each in self.peer(node).spec.pod_prefixes]
+
     def listed(self, *, complete: bool = True, nodes: tuple[Node, ...] | None = None) -> NodesListed:
         found = tuple(self.nodes.values()) if nodes is None else nodes
         return NodesListed(found, self.number, self.now, self.cluster.revision, complete)
@@ -116,6 +127,8 @@ class World:
         try:
             if isinstance(action, CreatePeer):
                 self.planner.succeeded(action, self.store.write(Create(action.peer)))
+            elif isinstance(action, WritePeer):
+                self.planner.succeeded(action, self.store.write(Update(action.peer, meta.revision)))
             elif isinstance(action, DeletePeer):
                 self.store.write(Delete(kind, meta.name, meta.uid))
                 self.planner.succeeded(action, None)
@@ -561,3 +574,74 @@ def test_a_peer_of_another_cluster_leaves_as_long_as_that_one_says() -> None:
     stored = world.store.get(Kind.PEER, "home.west.n1")
     assert isinstance(stored, Peer)
     assert stored.spec.leaving
+
+
+# --- pods ---------------------------------------------------------------------------------------------------
+
+PODS = replace(MESH.spec, pod_networking=PodNetworking.CROSS_CLUSTER)
+
+
+def test_a_peer_offers_the_pods_of_its_node_where_the_mesh_asks_for_them() -> None:
+    world = World()
+    mesh = world.mesh()
+    world.node_with_pods("n1", "10.244.1.0/24", "fd00:10:244:1::/64")
+    world.start()
+    assert world.pods("n1") == []
+    world.store.write(Update(replace(mesh, spec=PODS)))
+    world.settle()
+    assert world.pods("n1") == ["10.244.1.0/24 Node", "fd00:10:244:1::/64 Node"]
+    world.node_with_pods("n2", "10.244.2.0/24")
+    world.planner.take(NodePut(world.nodes["n2"]))
+    world.settle()
+    assert world.pods("n2") == ["10.244.2.0/24 Node"]
+    assert [type(each) for each in world.done if isinstance(each, WritePeer)] == [WritePeer]  # made with it
+    world.store.write(Update(replace(world.get_mesh(), spec=MESH.spec)))
+    world.settle()
+    assert world.pods("n1") == world.pods("n2") == []
+
+
+def test_a_node_that_gets_its_prefix_later_is_followed_and_what_the_user_wrote_stays() -> None:
+    world = World()
+    world.mesh(spec=PODS)
+    node = world.node("n1")
+    world.start()
+    peer = world.peer("n1")
+    static = PodPrefix(ip_network("10.9.0.0/16"), PodSource.STATIC)
+    world.store.write(Update(replace(peer, spec=replace(peer.spec, pod_prefixes=(static,)))))
+    world.node_with_pods("n1", "10.244.1.0/24", uid=node.uid)
+    world.planner.take(NodePut(world.nodes["n1"]))
+    world.settle()
+    assert world.pods("n1") == ["10.244.1.0/24 Node", "10.9.0.0/16 Static"]
+
+
+def test_a_prefix_that_is_issued_anew_moves_at_once_though_its_last_node_is_believed_slowly() -> None:
+    world = World()
+    world.mesh(spec=PODS)
+    for number in range(10):
+        world.node_with_pods(f"n{number}", f"10.244.{number}.0/24")
+    world.start()
+    for number in range(5):  # half of the cluster: nobody goes before a second list
+        world.planner.take(NodeDeleted(world.nodes.pop(f"n{number}")))
+    world.settle()
+    assert len(world.peers()) == 10
+    assert world.pods("n3") == ["10.244.3.0/24 Node"]
+    world.node_with_pods("n10", "10.244.3.0/24")
+    world.planner.take(NodePut(world.nodes["n10"]))
+    world.settle()
+    assert world.pods("n3") == []
+    assert world.pods("n4") == ["10.244.4.0/24 Node"]
+    assert world.pods("n10") == ["10.244.3.0/24 Node"]
+
+
+def test_a_node_that_was_made_anew_has_its_prefix_by_its_new_peer() -> None:
+    world = World()
+    world.mesh(spec=PODS)
+    world.node_with_pods("n1", "10.244.1.0/24")
+    world.start()
+    before = world.peer("n1").meta.uid
+    world.planner.take(NodeDeleted(world.nodes.pop("n1")))
+    world.node_with_pods("n1", "10.244.1.0/24")
+    world.planner.take(NodePut(world.nodes["n1"]))
+    world.settle()
+    assert world.peer("n1").meta.uid != before
+    assert world.pods("n1") == ["10.244.1.0/24 Node"]

@@ -19,6 +19,7 @@ from scope_operator.plan.planner import (
     RevivePeer,
     WriteAssignment,
     WriteMeshStatus,
+    WritePeer,
     key_of,
 )
 from scope_operator.plan.status import ALIVE
@@ -72,7 +73,7 @@ class World:
             if isinstance(action, DeletePeer):
                 self.store.write(Delete(kind, meta.name, meta.uid))
                 self.planner.succeeded(action, None)
-            elif isinstance(action, CreatePeer | RevivePeer):
+            elif isinstance(action, CreatePeer | RevivePeer | WritePeer):
                 raise AssertionError("there are no Nodes here")
             else:
                 write = UpdateStatus(kind, meta.name, action.part, meta.uid, meta.revision)

@@ -18,6 +18,9 @@ from scope.model import (
     Meta,
     Peer,
     PeerSpec,
+    PodNetworking,
+    PodPrefix,
+    PodSource,
     PublicKey,
     Snapshot,
 )
@@ -41,6 +44,19 @@ def _peer(name: str, *, created: float, addresses: Sequence[str] = (), routes: S
 
 def _settle(*peers: Peer, own: Peer | None = None) -> Topology:
     return peers_for(Snapshot(mesh=MESH, own=own, peers={_key(peer.meta.name): peer for peer in peers}))
+
+
+def _node(name: str, *, cluster: str, created: float, pods: str, address: str = "") -> Peer:
+    """A peer of a cluster, whose pods have one prefix."""
+    peer = _peer(name, created=created, addresses=[address] if address else [])
+    prefixes = (PodPrefix(ip_network(pods), PodSource.NODE),)
+    spec = replace(peer.spec, cluster=cluster, node_name=name, node_uid=name, pod_prefixes=prefixes)
+    return replace(peer, spec=spec)
+
+
+def _settle_pods(*peers: Peer, own: Peer) -> Topology:
+    mesh = replace(MESH, spec=replace(MESH.spec, pod_networking=PodNetworking.CROSS_CLUSTER))
+    return peers_for(Snapshot(mesh=mesh, own=own, peers={_key(peer.meta.name): peer for peer in peers}))
 
 
 def _prefixes(topology: Topology, name: str) -> set[str]:
@@ -233,3 +249,59 @@ def test_moving_edges_one_by_one_leads_to_what_is_worked_out_anew(
         tree = rehomed(tree, settled, {edge: (homes[edge], home)})
         homes[edge] = home
     assert tree == rehomed(settled, settled, {edge: (None, home) for edge, home in homes.items()})
+
+
+# --- pods ---------------------------------------------------------------------------------------------------
+
+
+def test_pods_of_other_clusters_are_reached_through_the_mesh_and_those_of_ones_own_are_not() -> None:
+    own = _node("a1", cluster="a", created=1, pods="10.1.1.0/24")
+    beside = _node("a2", cluster="a", created=2, pods="10.1.2.0/24")
+    far = _node("b1", cluster="b", created=3, pods="10.2.1.0/24")
+    topology = _settle_pods(beside, far, own=own)
+    assert topology.pods == {ip_network("10.2.1.0/24")}
+    assert topology.routes == frozenset()
+    # What a hub passes on for its neighbour has the sources of that one's pods.
+    assert _prefixes(topology, "a2") == {"10.1.2.0/24"}
+    assert _prefixes(topology, "b1") == {"10.2.1.0/24"}
+
+
+def test_an_external_peer_reaches_the_pods_of_every_cluster() -> None:
+    own = _peer("nas", created=1)
+    topology = _settle_pods(
+        _node("a1", cluster="a", created=2, pods="10.1.1.0/24"),
+        _node("b1", cluster="b", created=3, pods="10.2.1.0/24"),
+        own=own,
+    )
+    assert topology.pods == {ip_network("10.1.1.0/24"), ip_network("10.2.1.0/24")}
+
+
+def test_without_pod_networking_nobody_holds_the_pods_that_it_offers() -> None:
+    own = _peer("nas", created=1)
+    topology = _settle(_node("a1", cluster="a", created=2, pods="10.1.1.0/24"), own=own)
+    assert topology.pods == frozenset()
+    assert _prefixes(topology, "a1") == set()
+
+
+def test_nobody_is_routed_off_the_pods_of_its_own_cluster_by_an_older_claim() -> None:
+    own = _node("a1", cluster="a", created=5, pods="10.1.1.0/24")
+    beside = _node("a2", cluster="a", created=6, pods="10.1.2.0/24")
+    elder = _node("b1", cluster="b", created=1, pods="10.1.0.0/16")
+    twin = _node("b2", cluster="b", created=2, pods="10.1.2.0/24")
+    topology = _settle_pods(elder, twin, beside, own=own)
+    assert topology.pods == frozenset()
+    assert [(each.peer, each.reason, each.holder) for each in topology.refused] == [
+        ("b1", RefusalReason.TAKEN, "a2"),
+        ("b2", RefusalReason.TAKEN, "a2"),
+    ]
+    third = _settle_pods(elder, twin, beside, own=_peer("nas", created=9))
+    assert third.pods == {ip_network("10.1.0.0/16")}  # for everybody else the incumbent has it
+
+
+def test_an_edge_of_a_tree_reaches_pods_by_its_hub() -> None:
+    own = _node("a1", cluster="a", created=1, pods="10.1.1.0/24")
+    hub = _peer("hub", created=2, addresses=["100.64.0.9/16"])
+    settled = _settle_pods(hub, _node("b1", cluster="b", created=3, pods="10.2.1.0/24"), own=own)
+    seen = by_hub(settled, SPACE, hubs={_key("hub")}, home=_key("hub"))
+    assert ip_network("10.2.1.0/24") in seen.allowed_ips[_key("hub")]
+    assert seen.pods == settled.pods

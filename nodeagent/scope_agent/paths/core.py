@@ -29,11 +29,13 @@ from scope.model import (
     Mapping,
     PathKind,
     Peer,
+    PodNetworking,
     PublicKey,
     Role,
     Snapshot,
     Timers,
 )
+from scope.topology import offered
 from scope.wire import (
     MAX_CANDIDATES,
     CallMeMaybe,
@@ -194,7 +196,8 @@ class Paths:
 
         `pairs`: the peers that we are to have a path to, by WireGuard key; None: all.
         """
-        routed = frozenset(prefix for peer in snapshot.peers.values() for prefix in peer.spec.routes)
+        pods = snapshot.mesh.spec.pod_networking if snapshot.mesh is not None else PodNetworking.OFF
+        routed = frozenset(prefix for peer in snapshot.peers.values() for prefix in offered(peer.spec, pods))
         if pairs is not None:
             peers = {key: peer for key, peer in snapshot.peers.items() if key in pairs}
             snapshot = replace(snapshot, peers=peers)

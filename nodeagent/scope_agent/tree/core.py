@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from scope.attachments import sign_attachment, verify_attachment
 from scope.model import Attachment, PeerKeys, PublicKey, Role, Secret, Snapshot, TopologyMode
-from scope.topology import Topology, by_hub, rehomed
+from scope.topology import Topology, by_hub, offered, rehomed
 from scope.wire import Attach, Attached
 from scope_agent.agenda import earliest
 from scope_agent.tree.attaching import Attaching, Phase, Reach
@@ -103,7 +103,11 @@ class Tree:
             return None
         if not self._is_tree and not self._holding.has_attached:
             return None
-        return forwarded_prefixes(mesh.spec.addressing, routes=settled.routes, own=own.spec.routes)
+        return forwarded_prefixes(
+            mesh.spec.addressing,
+            routes=settled.routes | settled.pods,
+            own=offered(own.spec, mesh.spec.pod_networking),
+        )
 
     def kept(self) -> tuple[Attachment, ...]:
         """For the disk: all claims that we hold, and our own last one."""

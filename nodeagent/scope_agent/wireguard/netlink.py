@@ -1,4 +1,4 @@
-"""Rtnetlink as values: the few messages of links, addresses and routes that we need, to bytes and back.
+"""Rtnetlink as values: the few messages of links, addresses, routes and rules that we need, as bytes.
 
 Pure; `shell.links` owns the sockets. Written out here, though WireGuard's own messages are left to pyroute2:
 every agent speaks this before its first ping, and pyroute2's half of it takes longer to load than to use.
@@ -27,6 +27,7 @@ ERROR, DONE = 2, 3
 NEW_LINK, DELETE_LINK, GET_LINK = 16, 17, 18
 NEW_ADDRESS, DELETE_ADDRESS, GET_ADDRESS = 20, 21, 22
 NEW_ROUTE, DELETE_ROUTE, GET_ROUTE = 24, 25, 26
+NEW_RULE, DELETE_RULE, GET_RULE = 32, 33, 34
 
 # Marks the routes that Scope made, so that no other is ever touched; unused in iproute2's rt_protos.
 PROTOCOL = 83
@@ -35,7 +36,7 @@ ROUTE_METRIC = 92
 # Above every metric in use. Its low 16 bits tell apart the guards of several meshes on one machine.
 GUARD_METRIC = 0x5C0000
 
-_TABLE_MAIN = 254
+TABLE_MAIN = 254
 _SCOPE_UNIVERSE, _SCOPE_LINK = 0, 253
 _UNICAST, _BLACKHOLE = 1, 6
 _UP = 0x1
@@ -44,6 +45,8 @@ _NO_DUPLICATE_DETECTION, _NO_PREFIX_ROUTE = 0x02, 0x200
 _IFLA_NAME, _IFLA_MTU, _IFLA_LINKINFO, _IFLA_INFO_KIND, _IFLA_EXT_MASK = 3, 4, 18, 1, 29
 _SKIP_STATISTICS = 1 << 3
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
+_TO_TABLE = 1
+_FRA_PRIORITY, _FRA_TABLE, _FRA_PROTOCOL = 6, 15, 21
 _RTA_DESTINATION, _RTA_OUTPUT, _RTA_PRIORITY, _RTA_TABLE = 1, 4, 6, 15
 
 _NESTED, _TYPE_MASK = 0x8000, 0x3FFF
@@ -89,7 +92,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A route of the main table made by Scope: into an interface, or a blackhole where `index` is None."""
+    """A route made by Scope: into an interface, or a blackhole where `index` is None."""
 
     prefix: IPNetwork
     index: int | None
@@ -208,43 +211,71 @@ def parse_any_address(reply: Reply) -> tuple[int, IPInterface] | None:
         raise NetlinkError(f"an address cannot be read: {error}") from None
 
 
-def add_route(index: int, prefix: IPNetwork) -> Request:
+def add_route(index: int, prefix: IPNetwork, table: int = TABLE_MAIN) -> Request:
     """Send a prefix into an interface; refused with EEXIST where prefix and metric are taken."""
-    return Request(NEW_ROUTE, REQUEST | ACK | CREATE | EXCLUSIVE, _route_body(prefix, ROUTE_METRIC, index))
+    body = _route_body(prefix, ROUTE_METRIC, index, table)
+    return Request(NEW_ROUTE, REQUEST | ACK | CREATE | EXCLUSIVE, body)
 
 
-def remove_route(index: int, prefix: IPNetwork) -> Request:
+def remove_route(index: int, prefix: IPNetwork, table: int = TABLE_MAIN) -> Request:
     """Remove a route that `add_route` made."""
-    return Request(DELETE_ROUTE, REQUEST | ACK, _route_body(prefix, ROUTE_METRIC, index))
+    return Request(DELETE_ROUTE, REQUEST | ACK, _route_body(prefix, ROUTE_METRIC, index, table))
 
 
-def add_guard(prefix: IPNetwork, metric: int) -> Request:
+def add_guard(prefix: IPNetwork, metric: int, table: int = TABLE_MAIN) -> Request:
     """Lay a blackhole route."""
-    return Request(NEW_ROUTE, REQUEST | ACK | CREATE | EXCLUSIVE, _route_body(prefix, metric, None))
+    body = _route_body(prefix, metric, None, table)
+    return Request(NEW_ROUTE, REQUEST | ACK | CREATE | EXCLUSIVE, body)
 
 
-def remove_guard(prefix: IPNetwork, metric: int) -> Request:
+def remove_guard(prefix: IPNetwork, metric: int, table: int = TABLE_MAIN) -> Request:
     """Remove a blackhole route that `add_guard` made."""
-    return Request(DELETE_ROUTE, REQUEST | ACK, _route_body(prefix, metric, None))
+    return Request(DELETE_ROUTE, REQUEST | ACK, _route_body(prefix, metric, None, table))
 
 
-def get_routes(family: int) -> Request:
-    """Ask for Scope's routes of one family (AF_INET, AF_INET6) in the main table."""
-    body = struct.pack("=BBBBBBBBI", family, 0, 0, 0, _TABLE_MAIN, PROTOCOL, 0, 0, 0)
+def get_routes(family: int, table: int = TABLE_MAIN) -> Request:
+    """Ask for Scope's routes of one family (AF_INET, AF_INET6) in a table."""
+    body = struct.pack("=BBBBBBBBI", family, 0, 0, 0, table, PROTOCOL, 0, 0, 0)
     return Request(GET_ROUTE, REQUEST | DUMP, body)
 
 
-def parse_route(reply: Reply) -> Route | None:
+def parse_route(reply: Reply, table: int = TABLE_MAIN) -> Route | None:
     """Read one route; None for what Scope did not make. Kernels before 4.20 send more than was asked for."""
-    family, length, _, _, table, protocol, _, kind = _unpack("=BBBBBBBB", reply.body)
+    family, length, _, _, said, protocol, _, kind = _unpack("=BBBBBBBB", reply.body)
     found = dict(attributes(reply.body[12:]))
-    if protocol != PROTOCOL or _number("=I", found.get(_RTA_TABLE), table) != _TABLE_MAIN:
+    if protocol != PROTOCOL or _number("=I", found.get(_RTA_TABLE), said) != table:
         return None
     if kind not in {_UNICAST, _BLACKHOLE} or family not in {AF_INET, AF_INET6}:
         return None
     raw = found.get(_RTA_DESTINATION, bytes(4 if family == AF_INET else 16))
     index = _number("=I", found.get(_RTA_OUTPUT)) if kind == _UNICAST else None
     return Route(_network(raw, length), index, _number("=I", found.get(_RTA_PRIORITY)))
+
+
+def add_rule(family: int, *, table: int, priority: int) -> Request:
+    """Have all packets of a family look into a table; refused with EEXIST where that rule is there."""
+    return Request(NEW_RULE, REQUEST | ACK | CREATE | EXCLUSIVE, _rule_body(family, table, priority))
+
+
+def remove_rule(family: int, *, table: int, priority: int) -> Request:
+    """Remove a rule that `add_rule` made."""
+    return Request(DELETE_RULE, REQUEST | ACK, _rule_body(family, table, priority))
+
+
+def get_rules(family: int) -> Request:
+    """Ask for the rules of one family."""
+    return Request(GET_RULE, REQUEST | DUMP, struct.pack("=BBBBBBBBI", family, *[0] * 8))
+
+
+def is_rule(reply: Reply, *, table: int, priority: int) -> bool:
+    """Whether this is a rule that `add_rule` made."""
+    said = _unpack("=BBBBBBBB", reply.body)[4]
+    found = dict(attributes(reply.body[12:]))
+    return (
+        _number("=I", found.get(_FRA_TABLE), said) == table
+        and _number("=I", found.get(_FRA_PRIORITY)) == priority
+        and _number("=B", found.get(_FRA_PROTOCOL)) == PROTOCOL
+    )
 
 
 def guard_metric(name: str) -> int:
@@ -274,11 +305,19 @@ def _address_body(index: int, address: IPInterface) -> bytes:
     )
 
 
-def _route_body(prefix: IPNetwork, metric: int, index: int | None) -> bytes:
+def _rule_body(family: int, table: int, priority: int) -> bytes:
+    return (
+        struct.pack("=BBBBBBBBI", family, 0, 0, 0, table, 0, 0, _TO_TABLE, 0)
+        + attribute(_FRA_PRIORITY, struct.pack("=I", priority))
+        + attribute(_FRA_PROTOCOL, struct.pack("=B", PROTOCOL))
+    )
+
+
+def _route_body(prefix: IPNetwork, metric: int, index: int | None, table: int) -> bytes:
     family = AF_INET if prefix.version == 4 else AF_INET6
     kind = _BLACKHOLE if index is None else _UNICAST
     scope = _SCOPE_LINK if index is not None and family == AF_INET else _SCOPE_UNIVERSE
-    body = struct.pack("=BBBBBBBBI", family, prefix.prefixlen, 0, 0, _TABLE_MAIN, PROTOCOL, scope, kind, 0)
+    body = struct.pack("=BBBBBBBBI", family, prefix.prefixlen, 0, 0, table, PROTOCOL, scope, kind, 0)
     body += attribute(_RTA_DESTINATION, prefix.network_address.packed)
     body += attribute(_RTA_PRIORITY, struct.pack("=I", metric))
     return body if index is None else body + attribute(_RTA_OUTPUT, struct.pack("=I", index))

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from scope.model import ConfigError, Kind
+from scope import resources
+from scope.model import ConfigError, IPNetwork, Kind, PodPrefix, PodSource
 from scope.registry.kube.client import KubeClient
 from scope.registry.kube.objects import collection
 from scope.registry.port import NotFound, Refused, Unavailable
 from scope_operator.plan.nodes import Node, NodePeers, NodesListed
 
+log = logging.getLogger(__name__)
+
 NODES = "/api/v1/nodes"
 IDENTITY = "/api/v1/namespaces/kube-system"
 PAGE = 500  # Nodes of a list's page
-# Of a Node only its metadata matters; the whole of one, with its images, has 5 to 20 KB.
-METADATA = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
 
 
 def read_node(document: Mapping[str, Any]) -> Node:
@@ -26,7 +28,25 @@ def read_node(document: Mapping[str, Any]) -> Node:
     if not isinstance(name, str) or not isinstance(uid, str) or not str(revision).isdigit():
         raise Unavailable("the API server sent a Node without name, uid or resourceVersion")
     labels = metadata.get("labels") or {}
-    return Node(name, uid, {str(key): str(value) for key, value in labels.items()}, int(str(revision)))
+    return Node(
+        name,
+        uid,
+        {str(key): str(value) for key, value in labels.items()},
+        int(str(revision)),
+        tuple(
+            PodPrefix(prefix, PodSource.NODE) for prefix in _pod_prefixes(name, document.get("spec") or {})
+        ),
+    )
+
+
+def _pod_prefixes(node: str, spec: Mapping[str, Any]) -> Iterator[IPNetwork]:
+    """The prefixes that the cluster gave a Node for its pods, as far as a peer may offer them."""
+    for text in spec.get("podCIDRs") or ():
+        prefix = resources.parse_route(text)
+        if prefix is None:
+            log.warning("node.pods_unusable node=%s prefix=%s", node, text)
+        else:
+            yield prefix
 
 
 async def list_nodes(client: KubeClient, known: NodePeers) -> NodesListed:
@@ -35,7 +55,7 @@ async def list_nodes(client: KubeClient, known: NodePeers) -> NodesListed:
     query = {"limit": str(PAGE)}
     found: list[Node] = []
     while True:
-        page = await client.ask("GET", NODES, query=query, accept=METADATA)
+        page = await client.ask("GET", NODES, query=query)
         metadata = page.get("metadata") or {}
         found.extend(read_node(item) for item in page.get("items") or ())
         token = metadata.get("continue")

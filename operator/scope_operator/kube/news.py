@@ -37,6 +37,7 @@ from scope_operator.plan.planner import (
     Why,
     WriteAssignment,
     WriteMeshStatus,
+    WritePeer,
 )
 from scope_operator.reconcile import Done
 
@@ -102,7 +103,7 @@ def news_of(done: Done) -> tuple[News, ...]:
         case DeletePeer(peer, why, mesh):
             note = "their Nodes are gone or not selected" if why is Why.NODE_LEFT else "past peerExpiry"
             return _of_mesh(mesh, "PeerRemoved", note, peer)
-        case CreatePeer() | RevivePeer():
+        case CreatePeer() | RevivePeer() | WritePeer():
             return ()
 
 

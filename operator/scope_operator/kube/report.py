@@ -29,6 +29,7 @@ from scope_operator.plan.planner import (
     Write,
     WriteAssignment,
     WriteMeshStatus,
+    WritePeer,
 )
 from scope_operator.reconcile import Done, ReconcileHealth
 
@@ -144,6 +145,8 @@ def kind_of_write(action: Write) -> str:
             return "assignment"
         case WriteMeshStatus():
             return "mesh_status"
+        case WritePeer():
+            return "write_peer"
         case CreatePeer():
             return "create_peer"
         case RevivePeer():

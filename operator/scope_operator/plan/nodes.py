@@ -1,6 +1,6 @@
 """Which ScopePeers the Nodes of one cluster ask for: one for every Node that a mesh selects, following it.
 
-    Nodes, meshes, the cluster's own peers -> CreatePeer, DeletePeer, RevivePeer
+    Nodes, meshes, the cluster's own peers -> CreatePeer, WritePeer, DeletePeer, RevivePeer
 
 A peer of a Node stands for that one Node: its spec names cluster, Node and the Node's UID, so a Node that is
 deleted and made again gets a new peer under the same name. Only peers that name this cluster are ever
@@ -10,6 +10,10 @@ cluster's name belongs to another cluster is left alone whole.
 
 Peers that are told to leave belong to an installation that goes. One that begins lets those come back which
 were told before it.
+
+Where a mesh asks for pod networking, a peer offers the prefixes of its Node's pods. Those of a Node that is
+not there any more stay with its peer until the peer goes, or a Node that is there has them: one that is
+issued anew moves at once.
 
 An absent Node is believed slowly where believing it would hurt. `DeletePeer` wants a complete list of Nodes;
 where more than `FEW` peers and a `SHARE`th of the mesh would go at once, it also wants a second one, asked
@@ -21,11 +25,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from scope.model import Mesh, Meta, Peer, PeerSpec
+from scope.model import IPNetwork, Mesh, Meta, Peer, PeerSpec, PodNetworking, PodPrefix, PodSource
 from scope.names import peer_name
+from scope.resources import MAX_ROUTES
 from scope.selectors import selects
 from scope_operator.plan.conditions import PortConflict
 
@@ -43,6 +48,7 @@ class Node:
     uid: str
     labels: Mapping[str, str] = field(default_factory=dict)
     revision: int = 0
+    pods: tuple[PodPrefix, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +90,9 @@ class NodePeers:
         self.cluster = cluster
         self.uid = uid
         self._nodes: dict[str, Node] = {}
+        self._pods: dict[IPNetwork, set[str]] = {}  # which Nodes have a prefix for their pods, names
         self._meshes: dict[str, Mesh] = {}
+        self._issued: set[IPNetwork] = set()  # prefixes that Nodes got since the last `judge`
         self._names: dict[str, tuple[str, str]] = {}  # peer name: mesh and Node
         self._own: dict[str, Peer] = {}  # this cluster's peers
         self._own_of: dict[str, set[str]] = {}  # the same by mesh, names
@@ -134,6 +142,7 @@ class NodePeers:
             known is None
             or known.meta.uid != mesh.meta.uid
             or known.spec.node_selector != mesh.spec.node_selector
+            or known.spec.pod_networking != mesh.spec.pod_networking
             or known.status.clusters != mesh.status.clusters
         ):
             for node in self._nodes:
@@ -192,6 +201,13 @@ class NodePeers:
                 leaving.setdefault(name, now)
             else:
                 leaving.pop(name, None)
+        issued, self._issued = self._issued, set()
+        held = [name for leaving in self._leaving.values() for name in leaving] if issued else []
+        touched += [
+            name
+            for name in held
+            if name in self._own and any(each.prefix in issued for each in self._own[name].spec.pod_prefixes)
+        ]
         return touched
 
     def is_wanted(self, peer: Peer) -> bool:
@@ -209,6 +225,22 @@ class NodePeers:
     def missing(self, name: str) -> Peer | None:
         """The peer to be created under this name, given that there is none."""
         return self._wanted(name)
+
+    def followed(self, peer: Peer) -> PeerSpec:
+        """The spec that a peer is to have: what its Node says of pods, and else what it has."""
+        mesh = self._meshes.get(peer.spec.mesh)
+        if mesh is None or not self._is_own(peer) or self.is_refused(mesh):
+            return peer.spec
+        kept = tuple(each for each in peer.spec.pod_prefixes if each.source is PodSource.STATIC)
+        node = self._nodes.get(peer.spec.node_name)
+        if mesh.spec.pod_networking is PodNetworking.OFF:
+            theirs: tuple[PodPrefix, ...] = ()
+        elif node is not None and node.uid == peer.spec.node_uid:
+            theirs = node.pods
+        else:
+            others = (each for each in peer.spec.pod_prefixes if each.source is not PodSource.STATIC)
+            theirs = tuple(each for each in others if not self._pods.get(each.prefix))
+        return replace(peer.spec, pod_prefixes=(*theirs, *kept)[:MAX_ROUTES])
 
     def may_go(self, peer: Peer, *, members: int, now: float) -> bool:
         """Whether a peer is to be deleted now; `members` counts the peers of its mesh.
@@ -301,12 +333,25 @@ class NodePeers:
     def _put(self, node: Node) -> None:
         known = self._nodes.get(node.name)
         self._nodes[node.name] = node
-        if known is None or known.uid != node.uid or known.labels != node.labels:
+        before = known.pods if known is not None else ()
+        if before != node.pods:
+            self._move_pods(node.name, before, node.pods)
+        if known is None or (known.uid, known.labels, before) != (node.uid, node.labels, node.pods):
             self._touch_all(node.name)
 
     def _drop(self, node: str) -> None:
-        del self._nodes[node]
+        self._move_pods(node, self._nodes.pop(node).pods, ())
         self._touch_all(node)
+
+    def _move_pods(self, node: str, before: tuple[PodPrefix, ...], after: tuple[PodPrefix, ...]) -> None:
+        """Note whose prefixes are whose."""
+        for each in before:
+            self._pods[each.prefix].discard(node)
+            if not self._pods[each.prefix]:
+                del self._pods[each.prefix]
+        for each in after:
+            self._pods.setdefault(each.prefix, set()).add(node)
+        self._issued.update(each.prefix for each in after)
 
     def _touch_all(self, node: str) -> None:
         for mesh in self._meshes:
@@ -344,7 +389,14 @@ class NodePeers:
             return None
         if self.is_refused(mesh) or not selects(mesh.spec.node_selector, node.labels):
             return None
-        spec = PeerSpec(mesh=mesh_name, cluster=self.cluster, node_name=node_name, node_uid=node.uid)
+        pods = node.pods if mesh.spec.pod_networking is not PodNetworking.OFF else ()
+        spec = PeerSpec(
+            mesh=mesh_name,
+            cluster=self.cluster,
+            node_name=node_name,
+            node_uid=node.uid,
+            pod_prefixes=pods[:MAX_ROUTES],
+        )
         return Peer(Meta(name), spec)
 
 

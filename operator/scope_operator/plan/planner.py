@@ -23,7 +23,7 @@ from __future__ import annotations
 import enum
 import heapq
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from scope.model import (
@@ -76,6 +76,14 @@ class WriteMeshStatus:
 
 
 @dataclass(frozen=True, slots=True)
+class WritePeer:
+    """Replace the spec of the peer of a Node by that of `peer`, if it is still at its revision."""
+
+    peer: Peer
+    mesh: Mesh | None  # the peer's, where there is one
+
+
+@dataclass(frozen=True, slots=True)
 class CreatePeer:
     """Create the peer that a Node asks for; `mesh` owns it."""
 
@@ -113,7 +121,7 @@ class Confirm:
     resource: Mesh | Peer
 
 
-Write: TypeAlias = WriteAssignment | WriteMeshStatus | CreatePeer | RevivePeer | DeletePeer
+Write: TypeAlias = WriteAssignment | WriteMeshStatus | WritePeer | CreatePeer | RevivePeer | DeletePeer
 Action: TypeAlias = Write | Confirm
 
 
@@ -125,7 +133,11 @@ def key_of(action: Action) -> Key:
         case WriteMeshStatus(mesh=mesh):
             return Kind.MESH, mesh.meta.name
         case (
-            WriteAssignment(peer=peer) | CreatePeer(peer=peer) | RevivePeer(peer=peer) | DeletePeer(peer=peer)
+            WriteAssignment(peer=peer)
+            | WritePeer(peer=peer)
+            | CreatePeer(peer=peer)
+            | RevivePeer(peer=peer)
+            | DeletePeer(peer=peer)
         ):
             return Kind.PEER, peer.meta.name
 
@@ -187,6 +199,7 @@ class Planner:
         self._delayed: set[Key] = set()  # the keys in `_later`
         self._in_flight: set[Key] = set()
         self._mesh_due: dict[str, float] = {}
+        self._contested: set[str] = set()  # meshes whose routes are to be judged anew: every Node has some
 
     @property
     def is_listed(self) -> bool:
@@ -328,6 +341,8 @@ class Planner:
             return []
         if self._nodes is not None:
             self._queue.update(((Kind.PEER, name), None) for name in self._nodes.judge(now=now))
+        while self._contested:
+            self._judge_routes(self._contested.pop())
         while self._later and self._later[0][0] <= now:
             _, key = heapq.heappop(self._later)
             self._delayed.discard(key)
@@ -440,6 +455,9 @@ class Planner:
             return DeletePeer(peer, Why.NODE_LEFT, mesh)
         if nodes is not None and nodes.may_stay(peer):
             return RevivePeer(peer)
+        spec = nodes.followed(peer) if nodes is not None else peer.spec
+        if spec != peer.spec:
+            return WritePeer(replace(peer, spec=spec), mesh)
         if not self._assigns:
             return None
         stays = nodes is not None and nodes.is_wanted(peer)
@@ -644,14 +662,15 @@ class Planner:
         self._release(members, name, held - holds)
         for address in holds:
             members.taken.setdefault(address, name)
-        is_routed = bool(peer.spec.routes) and peer.assignment.tombstone is None
+        spec = peer.spec
+        is_routed = bool(spec.routes or spec.pod_prefixes) and peer.assignment.tombstone is None
         was = members.routed.get(name)
         if is_routed:
             members.routed[name] = peer
         else:
             members.routed.pop(name, None)
-        if is_routed != (was is not None) or (was is not None and was.spec.routes != peer.spec.routes):
-            self._judge_routes(peer.spec.mesh)
+        if is_routed != (was is not None) or (was is not None and _routes(was) != _routes(peer)):
+            self._contested.add(peer.spec.mesh)
 
     def _forget(self, resource: Resource, *, at: int | None = None) -> None:
         """Take that a resource is gone, at the revision `at` or, where that is not told, by now."""
@@ -685,7 +704,7 @@ class Planner:
             members.hubs_due = 0.0
             self._release(members, name, {interface.ip for interface in peer.assignment.addresses})
             if members.routed.pop(name, None) is not None:
-                self._judge_routes(peer.spec.mesh)
+                self._contested.add(peer.spec.mesh)
             if self._nodes is not None:
                 self._nodes.drop_peer(peer)
             self._queue[Kind.MESH, peer.spec.mesh] = None
@@ -708,7 +727,7 @@ class Planner:
             self._release(self._members_of(peer.spec.mesh), peer.meta.name, planned - has)
 
     def _mesh_changed(self, name: str) -> None:
-        self._judge_routes(name)
+        self._contested.add(name)
         members = self._members_of(name)
         members.asked, members.hubs_due = None, 0.0
         self._queue.update(((Kind.PEER, peer), None) for peer in members.peers)
@@ -731,6 +750,11 @@ def _is_old(resource: Resource, known: Resource | None) -> bool:
         and known.meta.uid == resource.meta.uid
         and known.meta.revision >= resource.meta.revision
     )
+
+
+def _routes(peer: Peer) -> tuple[object, ...]:
+    """What of a peer decides about conflicts of its routes."""
+    return peer.spec.routes, peer.spec.pod_prefixes, peer.report is not None
 
 
 def _older_overlap(mesh: Mesh, meshes: Iterable[Mesh]) -> Mesh | None:

@@ -8,16 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from scope.model import Mesh, Peer
-from scope.topology import RefusalReason, settle
+from scope.topology import RefusalReason, offered, settle
 from scope_operator.plan.conditions import RouteConflict
 
 
 def route_conflicts(mesh: Mesh, peers: Iterable[Peer]) -> dict[str, RouteConflict]:
     """The first conflict of each peer that has one, by name. `peers` are the members with routes."""
     members = {peer.report.keys.wireguard: peer for peer in peers if peer.report is not None}
-    routes = {peer.meta.name: frozenset(peer.spec.routes) for peer in members.values()}
+    pods = mesh.spec.pod_networking
+    routes = {peer.meta.name: frozenset(offered(peer.spec, pods)) for peer in members.values()}
     conflicts: dict[str, RouteConflict] = {}
-    for claim in settle(mesh.spec.addressing, members).refused:
+    for claim in settle(mesh.spec.addressing, members, pods=pods).refused:
         if claim.prefix in routes[claim.peer]:
             by_mesh = claim.reason is RefusalReason.MESH
             holder = f"ScopeMesh {mesh.meta.name}" if by_mesh else f"ScopePeer {claim.holder}"

@@ -1,0 +1,1 @@
+"""The pods room's shell: routes, a rule, and the packet filter."""
