@@ -1,7 +1,9 @@
 """The join string: all that a machine needs to join a mesh, in one copy and paste.
 
     https://HOST:PORT/MESH#TOKENID.SECRET.PIN.REGISTRYKEY
+    https://HOST:PORT/MESH/INTERFACE#TOKENID.SECRET.PIN.REGISTRYKEY
 
+The second is of a mesh with `existingInterface`: who joins is known by the public key of that interface.
 What follows `#` is a URL's fragment, which no HTTP client sends, so the secret reaches no server's log even
 when somebody opens the string in a browser. SECRET, PIN and REGISTRYKEY (32 bytes each) are base64url without
 padding. PIN is the SHA-256 of the SubjectPublicKeyInfo of the gateway's TLS certificate, or `-` where a
@@ -26,6 +28,7 @@ FORM = "https://HOST:PORT/MESH#TOKENID.SECRET.PIN.REGISTRYKEY"
 NEW_ONE = "`scopectl token create --mesh MESH` prints a fresh one"
 
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_INTERFACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_=+.-]{0,14}")  # as `existingInterface` has it
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
 
@@ -43,6 +46,7 @@ class JoinString:
     secret: Secret
     pin: bytes | None  # None: the certificate is checked against the system's CAs
     registry_key: PublicKey
+    interface: str = ""  # which something else manages; "": the mesh has devices of its own
 
     @classmethod
     def parse(cls, text: str) -> JoinString:
@@ -51,7 +55,7 @@ class JoinString:
         if len(text) > MAX_JOIN_STRING:
             raise InvalidJoinString(f"a join string has at most {MAX_JOIN_STRING} characters; {NEW_ONE}")
         address, hash_sign, fragment = text.partition("#")
-        url, mesh = _parse_address(address)
+        url, mesh, interface = _parse_address(address)
         if not hash_sign or not fragment:
             raise InvalidJoinString(
                 "the part after # is missing: the shell may have cut it; "
@@ -72,6 +76,7 @@ class JoinString:
             secret=Secret(_decode("secret", secret, SECRET_BYTES)),
             pin=None if pin == NO_PIN else _decode("certificate pin", pin, PIN_BYTES),
             registry_key=PublicKey(_decode("registry key", key, KEY_BYTES)),
+            interface=interface,
         )
 
     def format(self) -> str:
@@ -79,11 +84,12 @@ class JoinString:
         pin = NO_PIN if self.pin is None else base64url(self.pin)
         parts = (self.token_id, base64url(self.secret.raw), pin, base64url(self.registry_key.raw))
         fragment = ".".join(parts)
-        return f"{self.url}/{self.mesh}#{fragment}"
+        path = f"{self.mesh}/{self.interface}" if self.interface else self.mesh
+        return f"{self.url}/{path}#{fragment}"
 
 
-def _parse_address(address: str) -> tuple[str, str]:
-    """The origin and the mesh of what stands before `#`."""
+def _parse_address(address: str) -> tuple[str, str, str]:
+    """The origin, the mesh, and the interface or "", of what stands before `#`."""
     if not address.lower().startswith("https://"):
         raise InvalidJoinString(f"a join string starts with https://: {FORM}")
     try:
@@ -93,13 +99,15 @@ def _parse_address(address: str) -> tuple[str, str]:
         raise InvalidJoinString(f"the address before # is damaged ({error}): {FORM}") from None
     if not _is_host(host, parts) or port == 0:
         raise InvalidJoinString(f"the host before # is missing or damaged: {FORM}")
-    mesh = parts.path.removeprefix("/").removesuffix("/")
+    mesh, slash, interface = parts.path.removeprefix("/").removesuffix("/").partition("/")
     if not mesh:
         raise InvalidJoinString(f"the mesh is missing after the host: {FORM}")
     if not _LABEL.fullmatch(mesh) or parts.query:
         raise InvalidJoinString(f"the mesh between host and # is not a DNS label: {FORM}")
+    if slash and not _INTERFACE.fullmatch(interface):
+        raise InvalidJoinString(f"what follows the mesh before # is no name of an interface: {FORM}")
     name = f"[{host}]" if ":" in host else host
-    return f"https://{name}" + (f":{port}" if port else ""), mesh
+    return f"https://{name}" + (f":{port}" if port else ""), mesh, interface
 
 
 def _is_host(host: str, parts: SplitResult) -> bool:

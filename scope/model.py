@@ -393,7 +393,11 @@ class KeyCounts:
 
 @dataclass(frozen=True, slots=True)
 class MeshSpec:
-    """What the user asks of a mesh."""
+    """What the user asks of a mesh.
+
+    With `existing_interface` the mesh is no network of its own: it lays keys on the WireGuard interface of
+    that name, which something else manages on every peer, and has no addresses.
+    """
 
     addressing: Addressing
     prefer: Family = Family.IPV6
@@ -407,6 +411,7 @@ class MeshSpec:
     birthday: bool = False  # whether ports of a symmetric NAT may be guessed
     pod_networking: PodNetworking = PodNetworking.OFF
     post_quantum: PostQuantum = PostQuantum()
+    existing_interface: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,20 @@ def mesh(*, name: str = "home", status: object = None, **spec: Any) -> Document:
     return _document("ScopeMesh", name, asked, status)
 
 
+BESIDE_AN_INTERFACE: dict[str, Any] = {
+    "postQuantum": {"mode": "Preferred", "rotationInterval": "5m"},
+    "nodeSelector": {"matchLabels": {"wg": "on"}},
+    "timers": {"report": "8s"},
+    "peerExpiry": "7d",
+}
+
+
+def managed(**spec: Any) -> Document:
+    """A ScopeMesh on an interface that something else manages. A field that is None is left out."""
+    usual = {"addressing": None, "existingInterface": "wg0", "postQuantum": {"mode": "Preferred"}}
+    return mesh(**usual | spec)
+
+
 def peer(*, name: str = "home.nas", status: object = None, **spec: Any) -> Document:
     """A ScopePeer; of mesh `home` unless the spec says otherwise. A field that is None is left out."""
     return _document("ScopePeer", name, {"mesh": "home"} | spec, status)
@@ -105,6 +119,9 @@ def right() -> Iterator[Case]:
     yield Case("both families", mesh(addressing={"ipv4": "10.9.0.0/16", "ipv6": "fd00:9::/64"}))
     for topology in ("Full", "Tree"):
         yield Case(f"topology {topology}", mesh(topology=topology))
+    for interface in ("wg0", "_", "Wg.home=1+2-x_y"):
+        yield Case(f"keys on {interface}", managed(existingInterface=interface))
+    yield Case("an interface, and all that may go with it", managed(**BESIDE_AN_INTERFACE))
     yield Case("no timer named", mesh(timers={}))
     yield Case("timers in mixed units", mesh(timers={"probeInterval": "100ms", "hubFallback": "1m30s"}))
     yield Case("all timers at once", mesh(timers=dict.fromkeys(TIMERS, "1000ms")))
@@ -388,6 +405,15 @@ def _wrong_meshes() -> Iterator[Case]:
     for expiry in ("59s", "3651d", "315360000001ms", "soon"):
         yield Case(f"expiry {expiry!r}", mesh(peerExpiry=expiry), "spec.peerExpiry")
     yield Case("a field that nobody knows", mesh(topologies="Full"), "spec.topologies")
+    for interface in ("", "a/b", "-wg", ".", "wg 0", "w" * 16, "é", 0):
+        at = "spec.existingInterface"
+        yield Case(f"an interface {interface!r}", managed(existingInterface=interface), at)
+    for field, value in (
+        *(("addressing", {"ipv4": "10.9.0.0/16"}), ("topology", "Tree"), ("prefer", "IPv4")),
+        *(("listenPort", 51820), ("mtu", 1420), ("birthday", True), ("hubs", {})),
+        *(("postQuantum", None), ("postQuantum", {"mode": "Required"}), ("postQuantum", {"mode": "Off"})),
+    ):
+        yield Case(f"an interface with {field} {value}", managed(**{field: value}), f"spec.{field}")
     for name, value in (
         *(("mode", "Always"), ("mode", False)),
         *(("rotationInterval", "299s"), ("rotationInterval", "31d"), ("rotationInterval", 60)),
@@ -715,6 +741,11 @@ def changes() -> Iterator[Change]:
     for name in ("mesh", "cluster", "namespace", "service"):
         yield Change(f"a Service's other {name}", service(), service(**{name: "other"}), f"spec.{name}")
     yield Change("a Service's other ports", service(), service(ports=[{"port": 80}]))
+    own, interface = mesh(), "spec.existingInterface"
+    yield Change("another interval on an interface", managed(), managed(**BESIDE_AN_INTERFACE))
+    yield Change("another interface", managed(), managed(existingInterface="wg1"), interface)
+    yield Change("an interface that becomes a mesh's own", managed(), own, interface)
+    yield Change("a mesh's own that becomes an existing one", own, managed(), interface)
     narrow, wide = mesh(addressing={"ipv4": "10.9.0.0/24"}), mesh(addressing={"ipv4": "10.9.0.0/16"})
     yield Change("a wider prefix", narrow, wide)
     yield Change("a second family", narrow, mesh(addressing={"ipv4": "10.9.0.0/24", "ipv6": "fd00:9::/64"}))

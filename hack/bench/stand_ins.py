@@ -174,6 +174,7 @@ def main() -> None:
     by_descriptor: dict[int, _StandIn] = {}
     for number in range(int(count)):
         identity = stand_in_identity(number)
+        assert identity.wireguard is not None
         each = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         each.bind((address, FIRST_PORT + number))
         channel = Channel(secret=identity.probe, boot_id=secrets.token_bytes(BOOT_ID_BYTES))

@@ -38,23 +38,17 @@ from scope.model import (
     Tombstone,
 )
 from scope_agent.inputs import DiskState
+from scope_agent.mesh_loop import RemovedFromMesh, RunConfig
+from scope_agent.mesh_psk_run import device_key, give_back, open_runner
 from scope_agent.psk.choice import CRYPTOGRAPHY, parse_choice
-from scope_agent.run import (
-    RemovedFromMesh,
-    RunConfig,
-    Runner,
-    be_no_hub,
-    carry_nobody,
-    close_ports,
-    free_port,
-    lead_to_no_pods,
-)
+from scope_agent.run import be_no_hub, carry_nobody, close_ports, free_port, lead_to_no_pods
 from scope_agent.state import (
     STATE_ROOT,
     Enrolment,
     Held,
     StateDir,
     enrolled_meshes,
+    identity_on,
     load_ca,
     load_public_ca,
     make_ca,
@@ -258,8 +252,12 @@ def _join(options: argparse.Namespace) -> None:
             "`scope-agent leave` makes room for another join"
         )
     for mesh in enrolled_meshes(options.state):
-        if StateDir(mesh, options.state).load_enrolment().device == options.device:
-            raise ConfigError(f"mesh {mesh} uses {options.device}: give this one another --device")
+        if StateDir(mesh, options.state).load_enrolment().device == (invitation.interface or options.device):
+            raise ConfigError(
+                f"mesh {mesh} is on {invitation.interface} already: leave it first"
+                if invitation.interface
+                else f"mesh {mesh} uses {options.device}: give this one another --device"
+            )
     state.prepare()
     enrolment, lack = asyncio.run(_enrol(invitation, state, options))
     if lack and not options.run:
@@ -286,6 +284,8 @@ async def _enrol(
     from scope.registry.port import RegistryError, Unavailable
 
     identity = state.pending_identity(secrets.token_bytes)
+    if invitation.interface:
+        identity = identity_on(await device_key(invitation.interface, options.run_dir), identity)
     request = sign_enrolment(
         Request(
             mesh=invitation.mesh,
@@ -311,7 +311,7 @@ async def _enrol(
             raise ConfigError(f"cannot join {invitation.mesh}: {error}") from None
     enrolment = Enrolment(
         mesh=invitation.mesh,
-        device=options.device,
+        device=invitation.interface or options.device,
         identity=identity,
         url=invitation.url,
         pin=invitation.pin,
@@ -326,7 +326,7 @@ async def _enrol(
         state.save_enrolment(enrolment)
     except ConfigError as error:
         raise ConfigError(f"{error}: join again with the same string, which knows this machine now") from None
-    return enrolment, _without_address(joined.peer)
+    return enrolment, "" if enrolment.is_foreign else _without_address(joined.peer)
 
 
 def _without_address(peer: Peer) -> str:
@@ -361,12 +361,12 @@ def _run_mesh(options: argparse.Namespace, state: StateDir, enrolment: Enrolment
     )
 
     async def run() -> None:
-        runner = Runner(config, enrolment)
+        runner = await open_runner(config, enrolment)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, runner.stop)
         await runner.run()
 
-    with sole_agent(state, options.run_dir):
+    with sole_agent(state, options.run_dir, interface=enrolment.device if enrolment.is_foreign else ""):
         asyncio.run(run())
 
 
@@ -533,6 +533,10 @@ def _leave(options: argparse.Namespace) -> None:
             "ScopeMesh, and its agent leaves by itself"
         )
     stored, _ = state.load()
+    if enrolment.is_foreign:
+        away = give_back(RunConfig(state, options.run_dir), enrolment, is_forced=options.force)
+        if away:
+            print(f"scope-agent: on this side alone, their links end soon: {away}", file=sys.stderr)
     try:
         asyncio.run(_tell(enrolment, stored))
     except ConfigError as error:
@@ -545,6 +549,10 @@ def _leave(options: argparse.Namespace) -> None:
         tombstone = _own_tombstone(enrolment, stored.snapshot.mesh)
         _dismiss(options.run_dir / f"{mesh}.sock", tombstone)
     with _sole(state, options.run_dir):
+        if enrolment.is_foreign:
+            state.remove()
+            print(f"Left {mesh}: {enrolment.device} is its manager's alone again.", file=sys.stderr)
+            return
         asyncio.run(_tear_down(enrolment, options))
         config = RunConfig(state, options.run_dir)
         for undo in (be_no_hub, lead_to_no_pods, close_ports, carry_nobody):

@@ -8,7 +8,6 @@ with the whole of what is.
 
 from __future__ import annotations
 
-from base64 import b64decode
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, fields, replace
 from itertools import islice
@@ -24,7 +23,6 @@ from scope.model import (
     DeviceKind,
     Endpoint,
     Family,
-    Fingerprint,
     GatewayOrigin,
     IPInterface,
     PathKind,
@@ -101,7 +99,7 @@ from scope_agent.inputs import (
     Via,
     WriteReport,
 )
-from scope_agent.keying import Keying
+from scope_agent.keying import Keying, read_certificate, read_fingerprint
 from scope_agent.membership import Membership
 from scope_agent.paths.candidates import contains, public_addresses
 from scope_agent.paths.core import Call, Changes, Outgoing, Paths, PathsView, PeerReading
@@ -1062,7 +1060,7 @@ class Agent:
                 case "identity rotate":
                     return self._renew(asked.number, self._keying.make_successor)
                 case "identity certify":
-                    certificate = _read_base64(asked.argument)
+                    certificate = read_certificate(asked.argument)
                     return self._renew(asked.number, lambda: self._keying.make_certified(certificate))
                 case _:
                     return [Reply(asked.number, {"ok": True, **self._answer(asked, now)})]
@@ -1101,7 +1099,7 @@ class Agent:
                 maker = self._keying.maker()
                 return {"identity": identities(self._snapshot, maker, self._keying.pairs())}
             case "identity trust":
-                named = self._keying.trust(asked.peer, _read_fingerprint(asked.argument), now)
+                named = self._keying.trust(asked.peer, read_fingerprint(asked.argument), now)
                 return {"named": str(named) if named is not None else None}
             case _:
                 raise ConfigError(
@@ -1144,25 +1142,6 @@ class Agent:
             relayed=self._serving.relayed(counted),
             now=now,
         )
-
-
-def _read_fingerprint(text: str) -> Fingerprint:
-    try:
-        return Fingerprint.parse(text)
-    except ValueError:
-        raise ConfigError(
-            f"{text!r} is no fingerprint: give the 64 lowercase hexadecimal digits that "
-            "`scopectl identity show` prints"
-        ) from None
-
-
-def _read_base64(text: str) -> bytes:
-    try:
-        return b64decode(text, validate=True)
-    except ValueError:
-        raise ConfigError(
-            "that is no certificate: give the line that `scope-agent ca sign` printed"
-        ) from None
 
 
 def pick_port(random: Callable[[], float]) -> int:

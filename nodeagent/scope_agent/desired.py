@@ -45,9 +45,12 @@ LATENCY_FLOOR = 0.005  # and by this many seconds
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A peer's keys: the private halves have no printable form."""
+    """A peer's keys: the private halves have no printable form.
 
-    wireguard: Secret
+    `wireguard` is None where something else manages the device, and knows its private key.
+    """
+
+    wireguard: Secret | None
     probe: Secret
     signing: Secret
     public: PeerKeys
@@ -72,9 +75,9 @@ def desired_device(
     settings: DeviceSettings,
     keyed: Callable[[PublicKey], PskPair] = lambda _: PskPair(),
 ) -> DesiredDevice | None:
-    """The device as it should be; None until the mesh and our own address are known."""
+    """The device as it should be; None until the mesh and our own address are known, or if it is not ours."""
     mesh, own = snapshot.mesh, snapshot.own
-    if mesh is None or own is None:
+    if mesh is None or own is None or identity.wireguard is None:
         return None
     prefixes = frozenset(p for p in (mesh.spec.addressing.ipv4, mesh.spec.addressing.ipv6) if p is not None)
     allowed = topology.allowed_ips

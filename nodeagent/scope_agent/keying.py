@@ -11,6 +11,7 @@ can be had, pairs keep the keys that they have, and those without stay without.
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, assert_never
@@ -20,6 +21,7 @@ from scope.model import (
     Fingerprint,
     IdentityTrust,
     PathKind,
+    Peer,
     PostQuantum,
     PostQuantumMode,
     PublicKey,
@@ -162,11 +164,7 @@ class Keying:
     def trust(self, name: str, fingerprint: Fingerprint, now: float) -> Fingerprint | None:
         """Take the operator's word for a peer's identity; what the registry names. Raises ConfigError."""
         (psk, maker), key = self._working(), self._key_of(name)
-        if maker.trust.mode is IdentityTrust.CA:
-            raise ConfigError(
-                "this agent believes its CA and nobody else: sign with `scope-agent ca sign`, and give the "
-                f"certificate to `scopectl identity certify` on the machine of {name}"
-            )
+        refuse_beside_ca(maker, name)
         psk.trust(key, fingerprint, now)
         return psk.view()[key].named
 
@@ -179,23 +177,8 @@ class Keying:
 
     def make_certified(self, certificate: bytes) -> HybridIdentity:
         """Our identity with a CA's certificate: by `renew`, as above. Raises ConfigError."""
-        from scope_agent.psk.messages import SIGNATURES_BYTES
-        from scope_agent.psk.trust import is_certified
-
-        (_, maker), own = self._working(), self._snapshot.own
-        if own is None:
-            raise ConfigError("this agent does not know its own ScopePeer yet: wait for the registry")
-        if len(certificate) != SIGNATURES_BYTES:
-            raise ConfigError("that is no certificate: give the line that `scope-agent ca sign` printed")
-        ca, fingerprint = maker.trust.ca, maker.identity.public.fingerprint()
-        if ca is not None and not is_certified(
-            certificate, by=ca, name=own.meta.name, fingerprint=fingerprint, provider=maker.provider
-        ):
-            raise ConfigError(
-                f"that is no certificate of this agent's CA for {own.meta.name} and {fingerprint}: sign "
-                "exactly these"
-            )
-        return replace(maker.identity, certificate=certificate)
+        _, maker = self._working()
+        return certified(maker, self._snapshot.own, certificate)
 
     def renew(self, identity: HybridIdentity, now: float) -> None:
         """Be of this identity: it is on disk."""
@@ -214,10 +197,7 @@ class Keying:
         return self._psk, self._psk.maker
 
     def _key_of(self, name: str) -> PublicKey:
-        for key, peer in self._snapshot.peers.items():
-            if peer.meta.name == name:
-                return key
-        raise ConfigError(f"no peer {name!r} in the mesh: `scopectl status` names them")
+        return key_of(self._snapshot, name)
 
     # --- what is shown -------------------------------------------------------------------------------------
 
@@ -333,3 +313,61 @@ class Keying:
         if endpoint is None:
             return []
         return [*self._carrying.seal(probe, part, Socket(endpoint), now)]
+
+
+def key_of(snapshot: Snapshot, name: str) -> PublicKey:
+    """The WireGuard key of the peer of that name. Raises ConfigError."""
+    for key, peer in snapshot.peers.items():
+        if peer.meta.name == name:
+            return key
+    raise ConfigError(f"no peer {name!r} in the mesh: `scopectl status` names them")
+
+
+def refuse_beside_ca(maker: KeyMaker, name: str) -> None:
+    """Raises ConfigError where the operator's word for the identity of that peer counts nothing."""
+    if maker.trust.mode is IdentityTrust.CA:
+        raise ConfigError(
+            "this agent believes its CA and nobody else: sign with `scope-agent ca sign`, and give the "
+            f"certificate to `scopectl identity certify` on the machine of {name}"
+        )
+
+
+def certified(maker: KeyMaker, own: Peer | None, certificate: bytes) -> HybridIdentity:
+    """Our identity with a CA's certificate. Raises ConfigError."""
+    from scope_agent.psk.messages import SIGNATURES_BYTES
+    from scope_agent.psk.trust import is_certified
+
+    if own is None:
+        raise ConfigError("this agent does not know its own ScopePeer yet: wait for the registry")
+    if len(certificate) != SIGNATURES_BYTES:
+        raise ConfigError("that is no certificate: give the line that `scope-agent ca sign` printed")
+    ca, fingerprint = maker.trust.ca, maker.identity.public.fingerprint()
+    if ca is not None and not is_certified(
+        certificate, by=ca, name=own.meta.name, fingerprint=fingerprint, provider=maker.provider
+    ):
+        raise ConfigError(
+            f"that is no certificate of this agent's CA for {own.meta.name} and {fingerprint}: sign "
+            "exactly these"
+        )
+    return replace(maker.identity, certificate=certificate)
+
+
+def read_fingerprint(text: str) -> Fingerprint:
+    """A fingerprint as a person types it. Raises ConfigError."""
+    try:
+        return Fingerprint.parse(text)
+    except ValueError:
+        raise ConfigError(
+            f"{text!r} is no fingerprint: give the 64 lowercase hexadecimal digits that "
+            "`scopectl identity show` prints"
+        ) from None
+
+
+def read_certificate(text: str) -> bytes:
+    """A certificate as a person types it. Raises ConfigError."""
+    try:
+        return b64decode(text, validate=True)
+    except ValueError:
+        raise ConfigError(
+            "that is no certificate: give the line that `scope-agent ca sign` printed"
+        ) from None

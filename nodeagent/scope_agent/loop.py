@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from scope.model import ConfigError
+from scope.model import ConfigError, IPAddress
 from scope_agent.inbox import Inbox
 from scope_agent.inputs import (
     Applied,
@@ -35,6 +35,7 @@ from scope_agent.inputs import (
     Socket,
     Target,
 )
+from scope_agent.psk.shell.nudging import nudge
 from scope_agent.state import StateDir
 from scope_agent.wireguard.device import ApplyError, HoldEndpoint, PortTaken
 from scope_agent.wireguard.shell import Device, ProbeSocket
@@ -273,6 +274,12 @@ class AgentLoop(abc.ABC, Generic[_Agent]):
             self._post(Failed(Target.DEVICE, str(error)))
             return
         self._post(DeviceObserved(device, self._device.kind, time.time()))
+
+    def _nudge(self, address: IPAddress) -> None:
+        try:
+            nudge(self._device.name, address)
+        except OSError as error:
+            log.debug("psk.nudge_unsent address=%s error=%s", address, error)
 
     async def _save_psk(self, save: SavePsk) -> None:
         async with self._psk_lock:

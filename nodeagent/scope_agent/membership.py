@@ -123,6 +123,14 @@ class Membership:
         """Whether a tombstone names the WireGuard key."""
         return key in self._buried
 
+    def removed(self) -> dict[PublicKey, Peer]:
+        """Those whom a tombstone names, by WireGuard key, as far as the registry still tells of them."""
+        return {
+            peer.report.keys.wireguard: peer
+            for uid, peer in self._peers.items()
+            if uid in self._tombstones and peer.report is not None
+        }
+
     def registration(self) -> Registration:
         """Whether the registry is heard."""
         return self._registration

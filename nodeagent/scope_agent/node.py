@@ -41,6 +41,7 @@ from scope.model import (
     GatewayOrigin,
     IPAddress,
     Kind,
+    Mesh,
     Peer,
     PeerReport,
     PublicKey,
@@ -60,20 +61,11 @@ from scope.registry.port import (
     RegistryError,
     Unavailable,
 )
+from scope_agent.mesh_loop import LATE_AFTER, AgentRegistry, RemovedFromMesh, RunConfig, import_http
+from scope_agent.mesh_psk_run import AnyRunner, MeshPskRunner, device_key, open_runner
 from scope_agent.psk.choice import DEFAULT, KeyChoice
-from scope_agent.run import (
-    LATE_AFTER,
-    AgentRegistry,
-    RemovedFromMesh,
-    RunConfig,
-    Runner,
-    be_no_hub,
-    carry_nobody,
-    close_ports,
-    import_http,
-    lead_to_no_pods,
-)
-from scope_agent.state import Enrolment, StateDir, enrolled_meshes, sole_agent
+from scope_agent.run import be_no_hub, carry_nobody, close_ports, lead_to_no_pods
+from scope_agent.state import Enrolment, StateDir, enrolled_meshes, identity_on, sole_agent
 from scope_agent.wireguard.device import ApplyError
 from scope_agent.wireguard.shell import choose_device
 
@@ -125,6 +117,7 @@ class _Served:
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     work: asyncio.Task[None] | None = None
     run: asyncio.Task[None] | None = None
+    runner: AnyRunner | None = None
     name: str = ""  # of the ScopePeer that it runs as
 
 
@@ -352,16 +345,22 @@ class NodeAgent:
         """Be the peer of a ScopePeer: publish our keys where it holds none, or others."""
         if enrolment is None:
             state.prepare()
-            identity = state.pending_identity(secrets.token_bytes)
+            identity, device = state.pending_identity(secrets.token_bytes), ""
+            mesh = await (await self._holding()).get(Kind.MESH, peer.spec.mesh)
+            if isinstance(mesh, Mesh) and mesh.spec.existing_interface:
+                device = mesh.spec.existing_interface
+                identity = identity_on(await device_key(device, self._config.run_dir), identity)
         else:
-            identity = enrolment.identity
+            identity, device = enrolment.identity, enrolment.device
+            if enrolment.is_foreign:  # its manager may have given it another key
+                identity = identity_on(await device_key(device, self._config.run_dir), identity)
         if peer.report is None or peer.report.keys != identity.public:
             keys = PeerReport(keys=identity.public, held_addresses=await asyncio.to_thread(_held, state))
             await self._publish(peer, keys)
             log.info("mesh.keys_published mesh=%s peer=%s", peer.spec.mesh, peer.meta.name)
         adopted = Enrolment(
             mesh=peer.spec.mesh,
-            device=enrolment.device if enrolment is not None else self._free_device(),
+            device=device or self._free_device(),
             identity=identity,
             url="",
             pin=None,
@@ -376,12 +375,12 @@ class NodeAgent:
 
     async def _publish(self, peer: Peer, report: PeerReport) -> None:
         """Have our ScopePeer say it, wherever its registry is. Raises RegistryError, ConfigError."""
-        registry: AgentRegistry
-        if self._elsewhere is not None:
-            registry = await self._elsewhere.registry()
-        else:
-            registry = await self._registry()
+        registry = await self._holding()
         await registry.update_status(Kind.PEER, peer.meta.name, report, uid=peer.meta.uid)
+
+    async def _holding(self) -> AgentRegistry:
+        """The registry that holds our ScopePeer. Raises RegistryError, ConfigError."""
+        return await (self._registry() if self._elsewhere is None else self._elsewhere.registry())
 
     async def _run_mesh(self, mesh: str, served: _Served) -> None:
         """Run the mesh's Runner, again and again when something ends it that a person must mend."""
@@ -404,8 +403,11 @@ class NodeAgent:
 
         while True:
             try:
-                with sole_agent(state, config.run_dir):
-                    await Runner(ours, state.load_enrolment(), connect=connect).run()
+                enrolment = state.load_enrolment()
+                interface = enrolment.device if enrolment.is_foreign else ""
+                with sole_agent(state, config.run_dir, interface=interface):
+                    served.runner = await open_runner(ours, enrolment, connect=connect)
+                    await served.runner.run()
             except RemovedFromMesh as error:
                 log.warning("mesh.removed mesh=%s reason=%s", mesh, error)
                 if self._elsewhere is not None:
@@ -433,11 +435,16 @@ class NodeAgent:
 
     async def _leave(self, mesh: str, served: _Served) -> bool:
         """Take down what a mesh had here: its Runner, its device, its keys. False where something stays."""
+        if isinstance(served.runner, MeshPskRunner) and served.run is not None and not served.run.done():
+            await served.runner.go_back()
         await self._end(served)
         state, config = self._state(mesh), self._config
         if not state.is_enrolled():
             return True
         enrolment = state.load_enrolment()
+        if enrolment.is_foreign:
+            state.remove()
+            return True
         run_config = RunConfig(state, config.run_dir, fwmark=config.fwmark)
         is_clean = True
         for undo in (be_no_hub, lead_to_no_pods, close_ports, carry_nobody):

@@ -32,15 +32,19 @@ class ForeignPeer:
     name: str
     wireguard: PublicKey
     probe: PublicKey
-    identity: Fingerprint
+    identity: Fingerprint | None  # None: its agent publishes none
 
 
 @dataclass(frozen=True, slots=True)
 class PeersFile:
-    """All peers with whom keys are agreed, by their WireGuard keys."""
+    """All peers with whom keys are agreed, by their WireGuard keys, whoever names them.
+
+    `leaving` are those with whom the pair is to go back to its manager's key.
+    """
 
     policy: PostQuantum
     peers: Mapping[PublicKey, ForeignPeer]
+    leaving: frozenset[PublicKey] = frozenset()
 
 
 def parse_peers(document: object) -> PeersFile:

@@ -1,15 +1,16 @@
 """The agent of a WireGuard device that something else manages: it changes pre-shared keys, and nothing else.
 
 Sans-IO, with the verbs of `agent`. The device says which peers there are and where they are reached; whose
-agents are believed, the peers file says. What is said about keys leaves by the device's own port for the
-endpoint that the device has for the peer, or from which the peer's agent was last heard: never by the tunnel.
+agents are spoken with, the peers file says, or a mesh (`mesh_psk_agent`). What is said about keys leaves by
+the device's own port for the endpoint that the device has for the peer, or from which the peer's agent was
+last heard: never by the tunnel.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Set
+from dataclasses import asdict, dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import assert_never
 
@@ -37,6 +38,7 @@ from scope_agent.peers_file import ForeignPeer, PeersFile
 from scope_agent.psk.core import NudgePeer, Psk, SayPart, WriteRecord
 from scope_agent.psk.identity import KeyMaker
 from scope_agent.psk.pair_values import SESSION_VALID, Reading
+from scope_agent.psk.proved import IN_FLIGHT, OLDEST, QUIET, REVERT_AT
 from scope_agent.psk.slots import Record
 from scope_agent.status import psk_status
 from scope_agent.wireguard.device import NO_PSK, ObservedDevice, ObservedPeer, SetPsk
@@ -49,6 +51,9 @@ RETRY_MIN, RETRY_MAX = 1.0, 30.0  # after a device that could not be read or wri
 ASK_FIRST, ASK_LONGEST = 1.0, 60.0  # a peer without an agent gets one probe a minute
 ASK_REACHED = 20.0  # one that answers: often enough for NATs on the way
 REACHED_FOR = 50.0  # two probes may be lost
+# Without a session nothing proves the way back before somebody sends: a handshake that begins when both sides
+# have had the key for a while, and another one where that was lost.
+PROVE_AFTER, PROVE_EVERY = IN_FLIGHT + 1.0, 6.0
 # A prefix of everything has no first address that can be sent to: these are for documentation alone.
 _SOMEWHERE: Mapping[int, IPAddress] = {4: IPv4Address("192.0.2.1"), 6: IPv6Address("2001:db8::1")}
 
@@ -68,6 +73,7 @@ class _Contact:
     """How one peer's agent is reached."""
 
     peer: ForeignPeer
+    since: float
     ask_at: float
     delay: float = ASK_FIRST
     heard_at: float = float("-inf")
@@ -78,8 +84,30 @@ class _Contact:
         return now < self.heard_at + REACHED_FOR
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a peer's agent is reached: where, why not ("": it is), and since when it is so or not."""
+
+    is_reached: bool
+    endpoint: Endpoint | None
+    reason: str
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """A peer with whom the way back is under way, how many seconds it takes at most, and what holds it up."""
+
+    name: str
+    seconds: float
+    reason: str
+
+
 class PskAgent:
-    """`random` draws from [0, 1), `wall` is the wall clock at `now`; `channel` holds a fresh boot id."""
+    """`random` draws from [0, 1), `wall` is the wall clock at `now`; `channel` holds a fresh boot id.
+
+    `mesh_uid` is "" where a peers file names the peers: it vouches for their identities.
+    """
 
     def __init__(
         self,
@@ -87,22 +115,25 @@ class PskAgent:
         peers: PeersFile,
         *,
         channel: Channel,
-        maker: KeyMaker,
+        maker: KeyMaker | None,
         records: Mapping[PublicKey, Record],
         random: Callable[[], float],
         now: float,
         wall: float,
+        mesh_uid: str = "",
     ) -> None:
         self._device, self._file, self._channel = device, peers, channel
+        self._mesh_uid = mesh_uid
         self._offset = wall - now
         self._listen_port = device.listen_port
         self._known = set(records)  # peers that the device has, or had
         self._psk = Psk(own=device.key, random=random, records=records, offset=self._offset, is_managed=True)
-        self._psk.equip(maker, now)
-        self._members: set[PublicKey] = set()
-        self._contacts = {key: _Contact(peer, now) for key, peer in peers.peers.items()}
-        self._by_probe = {peer.probe: key for key, peer in peers.peers.items()}
-        channel.set_correspondents(frozenset(self._by_probe))
+        if maker is not None:
+            self._psk.equip(maker, now)
+        self._members: frozenset[PublicKey] = frozenset()
+        self._contacts: dict[PublicKey, _Contact] = {}
+        self._by_probe: dict[PublicKey, PublicKey] = {}
+        self._take_contacts(now)
         self._transactions = itertools.count(1)
         self._observed: ObservedDevice | None = None
         self._sessions: dict[PublicKey, tuple[float, float]] = {}  # key -> (last handshake, since when, ours)
@@ -113,6 +144,9 @@ class PskAgent:
         self._plan_after = now
         self._error = self._disk_error = ""
         self._is_leaving = False
+        self._prove_at: dict[PublicKey, float] = {}  # on the way back, laid in, and without a session
+        self._led_back: frozenset[PublicKey] = frozenset()
+        self._is_changed = False
         self._unwritten = 0  # records on their way to the disk
         self._dropped = 0
         self._out: list[Output] = []
@@ -140,7 +174,10 @@ class PskAgent:
                 self._disk_error = error
                 self._psk.written(peer, error, now)
             case CommandArrived(number, command, peer_name):
-                self._out.append(Reply(number, self._answer(command, peer_name, now)))
+                if command in ("leave", "leave-forced"):
+                    self.give_back(number, is_forced=command == "leave-forced", now=now)
+                else:
+                    self._out.append(Reply(number, self._answer(command, peer_name, now)))
             case _:
                 pass  # of meshes
         self._collect(now)
@@ -152,6 +189,7 @@ class PskAgent:
                 self._ask(key, contact, now)
             self._stand(key, contact, now)
         self._psk.handle_timer(now)
+        self._prove_way_back(now)
         self._collect(now)
 
     def get_timer(self) -> float | None:
@@ -163,6 +201,7 @@ class PskAgent:
             times.append(due)
         if self._observe_at is not None and not self._is_observing and not self._is_busy:
             times.append(self._observe_at)
+        times += self._prove_at.values()
         return min(times, default=None)
 
     def outputs(self) -> list[Output]:
@@ -174,6 +213,73 @@ class PskAgent:
     def listen_port(self) -> int:
         """WireGuard's UDP port, whoever chose it."""
         return self._listen_port
+
+    @property
+    def reaches_a_peer(self) -> bool:
+        """Whether some peer's agent answers."""
+        return any(contact.is_reached for contact in self._contacts.values())
+
+    @property
+    def error(self) -> str:
+        """What stands against the device; "" for nothing."""
+        return self._error
+
+    @property
+    def disk_error(self) -> str:
+        """Why keys could not be written down; "" where they could."""
+        return self._disk_error
+
+    @property
+    def dropped(self) -> int:
+        """Datagrams that led nowhere."""
+        return self._dropped + self._psk.dropped
+
+    @property
+    def psk(self) -> Psk:
+        """All pairs' keys."""
+        return self._psk
+
+    @property
+    def observed(self) -> ObservedDevice | None:
+        """The device, as it was last read."""
+        return self._observed
+
+    @property
+    def sessions(self) -> Mapping[PublicKey, tuple[float, float]]:
+        """By peer: the last handshake as the device says it, and since when there is that session."""
+        return self._sessions
+
+    def take_change(self) -> bool:
+        """Whether a pair stands otherwise than before; asked again, it does not."""
+        changed, self._is_changed = self._is_changed, False
+        return changed
+
+    def stands(self, now: float) -> dict[PublicKey, Standing]:
+        """How each peer's agent is reached."""
+        return {
+            key: Standing(
+                contact.is_reached, self._where(key, contact, now), self._reason(key, contact), contact.since
+            )
+            for key, contact in self._contacts.items()
+        }
+
+    def set_peers(self, peers: PeersFile, mesh_uid: str, now: float) -> None:
+        """Take with whom keys are agreed from now on."""
+        before, self._file, self._mesh_uid = self._file, peers, mesh_uid
+        told = {key for key, peer in peers.peers.items() if before.peers.get(key) != peer}
+        self._take_contacts(now)
+        if returned := before.leaving - peers.leaving:
+            self._members -= returned  # who is back after it left is keyed anew
+            self._configure(now)
+        self._take_members(now, told=told)
+        self._collect(now)
+
+    def leave(self, now: float) -> None:
+        """Have every pair go back to its manager's key."""
+        self._is_leaving = True
+        for key in sorted(self._members):
+            self._psk.leave(key, now)
+        self._collect(now)
 
     @property
     def has_left(self) -> bool:
@@ -242,8 +348,14 @@ class PskAgent:
         self._out.append(Send(Socket(endpoint), data))
 
     def _stand(self, key: PublicKey, contact: _Contact, now: float) -> None:
-        contact.is_reached = contact.is_heard(now)
+        before, contact.is_reached = contact.is_reached, contact.is_heard(now)
+        if contact.is_reached is not before:
+            self._is_changed, contact.since = True, now
         self._psk.reach(key, now, is_reached=contact.is_reached)
+
+    def _where(self, key: PublicKey, contact: _Contact, now: float) -> Endpoint | None:
+        """Where what is said to a peer is sent."""
+        return contact.heard_from if contact.is_heard(now) else self._endpoint_of(key)
 
     def _endpoint_of(self, key: PublicKey) -> Endpoint | None:
         peer = self._observed.peers.get(key) if self._observed is not None else None
@@ -271,7 +383,8 @@ class PskAgent:
         self._listen_port = device.listen_port or self._listen_port
         is_first, self._observed = self._observed is None, device
         self._sessions = {key: self._session(key, peer, wall, now) for key, peer in device.peers.items()}
-        self._take_members(device.peers, now)
+        self._known.update(device.peers)
+        self._take_members(now)
         self._psk.observe(
             {
                 key: Reading(device.peers[key].psk, stamp, since if stamp > 0.0 else None)
@@ -289,20 +402,60 @@ class PskAgent:
             return stamp, now - max(age, 0.0)
         return (stamp, now) if stamp != known[0] and stamp > 0.0 else known
 
-    def _take_members(self, seen: Iterable[PublicKey], now: float) -> None:
-        self._known.update(seen)
-        members = self._known & self._contacts.keys()
-        if members == self._members:
+    def _note_unproved(self, now: float) -> None:
+        """Pairs on their way back whose handshake would wait for somebody to send."""
+        view, leaving = self._psk.view(), self._members if self._is_leaving else self._led_back
+        waiting = {key for key in leaving if key in view and view[key].laid and not self._seen(key, now)[1]}
+        self._prove_at = {key: self._prove_at.get(key, now + PROVE_AFTER) for key in waiting}
+
+    def _prove_way_back(self, now: float) -> None:
+        for key, at in self._prove_at.items():
+            if now >= at:
+                self._prove_at[key] = now + PROVE_EVERY
+                self._nudge(key)
+
+    def _nudge(self, key: PublicKey) -> None:
+        address = self._address_of(key)
+        if address is not None:
+            self._out.append(NudgeTunnel(key, address))
+
+    def _take_contacts(self, now: float) -> None:
+        peers = self._file.peers
+        self._contacts = {
+            key: self._contacts.get(key) or _Contact(peer, now, now) for key, peer in peers.items()
+        }
+        for key, contact in self._contacts.items():
+            contact.peer = peers[key]
+        self._by_probe = {peer.probe: key for key, peer in peers.items()}
+        self._channel.set_correspondents(frozenset(self._by_probe))
+
+    def _take_members(self, now: float, *, told: Set[PublicKey] | None = None) -> None:
+        """Key those who are named and on the device; of `told` something else may be named than before."""
+        members = frozenset(self._known & self._contacts.keys())
+        if members == self._members and told is None:
             return
         self._members = members
-        new = self._psk.configure(
-            self._file.policy, mesh_uid=SCOPE, members=members, is_complete=True, now=now
-        )
-        for key in sorted(new):
+        new = self._configure(now)
+        for key in sorted(new | (members & told if told is not None else set())):
             contact = self._contacts[key]
             self._psk.identify(key, contact.peer.identity, contact.peer.name, now)
-            self._psk.trust(key, contact.peer.identity, now)  # the peers file is the operator's word
+            if not self._mesh_uid and contact.peer.identity is not None:
+                self._psk.trust(key, contact.peer.identity, now)  # the peers file is the operator's word
             self._stand(key, contact, now)
+        for key in sorted(members if self._is_leaving else members & self._file.leaving):
+            if key in new or key not in self._led_back:
+                self._psk.leave(key, now)
+        self._led_back = members & self._file.leaving
+
+    def _configure(self, now: float) -> set[PublicKey]:
+        """Have the members agree on keys; whom a mesh does not name now may be named again."""
+        return self._psk.configure(
+            self._file.policy,
+            mesh_uid=self._mesh_uid or SCOPE,
+            members=self._members,
+            is_complete=not self._mesh_uid,
+            now=now,
+        )
 
     def _plan(self) -> list[SetPsk]:
         """What differs between the keys that are wanted and those that the device has."""
@@ -318,20 +471,18 @@ class PskAgent:
         for output in self._psk.outputs():
             match output:
                 case SayPart(key, part):
-                    contact = self._contacts[key]
-                    endpoint = contact.heard_from if contact.is_heard(now) else self._endpoint_of(key)
+                    endpoint = self._where(key, self._contacts[key], now)
                     if endpoint is not None:
                         self._say(key, part, endpoint)
                 case WriteRecord(key, record):
                     self._unwritten += record is not None
                     self._out.append(SavePsk(key, record))
                 case NudgePeer(key):
-                    address = self._address_of(key)
-                    if address is not None:
-                        self._out.append(NudgeTunnel(key, address))
+                    self._nudge(key)
                 case _:
                     assert_never(output)
-        self._psk.take_changes()
+        self._note_unproved(now)
+        self._is_changed |= bool(self._psk.take_changes())
         if self._is_busy or self._is_observing or self.replaced:
             return
         batch = self._plan()[:MAX_BATCH]
@@ -370,27 +521,48 @@ class PskAgent:
                 for key in keys:
                     self._psk.rotate(key, now)
                 return {"ok": True, "peers": len(keys)}
-            case "leave" | "leave-forced":
-                return self._leave(is_forced=command == "leave-forced", now=now)
             case _:
                 known = "status, rotate, leave, leave-forced"
                 return {"ok": False, "error": f"unknown command {command!r}; this agent knows: {known}"}
 
-    def _leave(self, *, is_forced: bool, now: float) -> dict[str, object]:
+    def give_back(self, number: int, *, is_forced: bool, now: float) -> bool:
+        """Answer the command to leave: have every pair go back, unless that would end a link."""
         keyed = self._psk.keyed
         away = [key for key in keyed if not self._contacts[key].is_heard(now)]
         names = ", ".join(self._file.peers[key].name for key in away)
         if away and not is_forced:
-            return {
-                "ok": False,
-                "error": f"out of reach: {names}. Nothing was changed: a link ends where its two sides hold "
-                "different keys. With --force those get the earlier key back on this side alone",
-            }
-        is_again, self._is_leaving = self._is_leaving, True
-        self._psk.leave(now)
+            error = (
+                f"out of reach: {names}. Nothing was changed: a link ends where its two sides hold different "
+                "keys. With --force those get the earlier key back on this side alone"
+            )
+            self._out.append(Reply(number, {"ok": False, "error": error}))
+            return self._is_leaving
+        is_again = self._is_leaving
+        self.leave(now)
         for key in keyed if is_again and is_forced else away:
             self._psk.abandon(key, now)
-        return {"ok": True, "away": names}
+        self._collect(now)
+        self._out.append(Reply(number, {"ok": True, "away": names}))
+        return True
+
+    def awaited(self, now: float) -> list[Awaited]:
+        """With whom a pair is still on its way back to its manager's key, by name."""
+        keys = self._psk.keyed if self._is_leaving else sorted(set(self._psk.keyed) & self._file.leaving)
+        return [
+            Awaited(
+                self._file.peers[key].name, self._within(key, now), self._reason(key, self._contacts[key])
+            )
+            for key in keys
+        ]
+
+    def _within(self, key: PublicKey, now: float) -> float:
+        """After how many seconds the next handshake proves the way back, if nothing is lost, at most."""
+        stamp, since = self._sessions.get(key, (0.0, 0.0))
+        age = now - since if stamp > 0.0 else SESSION_VALID
+        if age >= SESSION_VALID:
+            return QUIET + PROVE_AFTER + PROVE_EVERY
+        is_in_time = self._psk.view()[key].laid > 0 or age <= OLDEST
+        return REVERT_AT - age if is_in_time else SESSION_VALID - age + REVERT_AT
 
     def status(self, now: float) -> dict[str, object]:
         """What `scope-agent psk status` shows: plain JSON values, and no key but public ones."""
@@ -400,13 +572,14 @@ class PskAgent:
             "publicKey": str(self._device.key),
             "listenPort": self._listen_port,
             "leaving": self._is_leaving,
+            "awaited": [asdict(each) for each in self.awaited(now)],
             "peers": [self._peer_status(key, contact, now) for key, contact in self._contacts.items()],
-            "dropped": self._dropped + self._psk.dropped,
+            "dropped": self.dropped,
             "conditions": [{"type": kind, "message": text} for kind, text in errors.items() if text],
         }
 
     def _peer_status(self, key: PublicKey, contact: _Contact, now: float) -> dict[str, object]:
-        endpoint = contact.heard_from if contact.is_heard(now) else self._endpoint_of(key)
+        endpoint = self._where(key, contact, now)
         stamp, since = self._sessions.get(key, (0.0, 0.0))
         return {
             "name": contact.peer.name,

@@ -13,8 +13,9 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,11 @@ from scope.model import ConfigError, Secret
 from scope.resources.problems import InvalidResource
 from scope_agent.inputs import DeviceBatch, NudgeTunnel, Observe, Output, Reply, SavePsk, Send, Socket
 from scope_agent.loop import AgentLoop
+from scope_agent.mesh_loop import RunConfig, read_records, set_up_keys
 from scope_agent.peers_file import ForeignPeer, PeersFile, parse_peers, render_line
 from scope_agent.psk.choice import KeyChoice
 from scope_agent.psk.identity import KeyMaker
-from scope_agent.psk.shell.nudging import nudge
 from scope_agent.psk_agent import ForeignDevice, PskAgent
-from scope_agent.run import RunConfig, read_records, set_up_keys
 from scope_agent.state import StateDir, sole_agent
 from scope_agent.wireguard.shell import Device, existing_device, open_probe_socket
 
@@ -94,10 +94,7 @@ class PskRunner(AgentLoop[PskAgent]):
             case SavePsk():
                 self._spawn(self._save_psk(output))
             case NudgeTunnel(address=address):
-                try:
-                    nudge(self._device.name, address)
-                except OSError as error:
-                    log.debug("psk.nudge_unsent address=%s error=%s", address, error)
+                self._nudge(address)
             case Reply():
                 self._reply(output)
             case _:
@@ -145,7 +142,7 @@ def run_psk(config: PskConfig, peers_path: Path) -> None:
 
     state = config.state
     probe, maker = _own_keys(config)
-    with sole_agent(state, config.run_dir, keys=state.probe_file):
+    with sole_agent(state, config.run_dir, keys=state.probe_file):  # its name is that of the interface
         asyncio.run(run())
 
 
@@ -203,26 +200,42 @@ def rotate_psk(config: PskConfig) -> str:
 
 def leave_psk(config: PskConfig, *, is_forced: bool) -> str:
     """Have every pair go back to its manager's key; ends the agent. Raises ConfigError."""
-    command = "leave-forced" if is_forced else "leave"
-    away = _ask(config, command)["away"]
-    deadline = time.monotonic() + LEAVE_PATIENCE
-    while config.state.load_psk()[0]:
-        time.sleep(POLL)
-        try:
-            status = _ask(config, "status")["status"]
-        except ConfigError:
-            if not config.state.load_psk()[0]:
-                break
-            raise
-        if time.monotonic() > deadline:
-            named = ", ".join(peer["name"] for peer in status["peers"] if peer["psk"]["epoch"])
-            reasons = "; ".join(f"{p['name']}: {p['reason']}" for p in status["peers"] if p["reason"])
-            raise ConfigError(
-                f"still keyed: {named} ({reasons}). The agent goes on trying; --force gives the earlier key "
-                "back on this side alone"
-            )
+    away = await_managers_keys(
+        lambda command: _ask(config, command),
+        command="leave-forced" if is_forced else "leave",
+        state=config.state,
+    )
     alone = f" On this side alone, their links end within minutes: {away}." if away else ""
     return f"{config.interface} has its manager's pre-shared keys again, and its agent has ended.{alone}"
+
+
+def await_managers_keys(ask: Callable[[str], Mapping[str, Any]], *, command: str, state: StateDir) -> str:
+    """Have an agent give the manager's keys back, and say meanwhile on stderr whom that waits for.
+
+    The peers with whom only this side went back. Raises ConfigError.
+    """
+    away = str(ask(command)["away"])
+    deadline, said = time.monotonic() + LEAVE_PATIENCE, ""
+    while state.load_psk()[0]:
+        time.sleep(POLL)
+        try:
+            awaited = ask("status")["status"]["awaited"]
+        except ConfigError:
+            if not state.load_psk()[0]:
+                break
+            raise
+        names = ", ".join(each["name"] for each in awaited)
+        if time.monotonic() > deadline:
+            reasons = "; ".join(f"{each['name']}: {each['reason']}" for each in awaited if each["reason"])
+            raise ConfigError(
+                f"still keyed: {names} ({reasons}). The agent goes on trying; --force gives the earlier key "
+                "back on this side alone"
+            )
+        if awaited and names != said:
+            said, longest = names, max(each["seconds"] for each in awaited)
+            within = f"{longest:.0f} s at most if nothing is lost"
+            print(f"Waiting for WireGuard's next handshake, {within}, with {names}", file=sys.stderr)
+    return away
 
 
 def read_peers(path: Path) -> PeersFile:
@@ -259,7 +272,13 @@ def _own_keys(config: PskConfig) -> tuple[Secret, KeyMaker]:
 
 def _ask(config: PskConfig, command: str) -> Mapping[str, Any]:
     """One command and its answer. Raises ConfigError."""
-    path, answer = config.socket, bytearray()
+    start = f"`scope-agent psk --interface {config.interface}`"
+    return ask_agent(config.socket, command, of=config.interface, start=start)
+
+
+def ask_agent(path: Path, command: str, *, of: str, start: str) -> Mapping[str, Any]:
+    """A command to the agent of a device or mesh, and its answer; `start` starts one. Raises ConfigError."""
+    answer = bytearray()
     try:
         with socket.socket(socket.AF_UNIX) as agent:
             agent.settimeout(ANSWER_SECONDS)
@@ -273,10 +292,7 @@ def _ask(config: PskConfig, command: str) -> Mapping[str, Any]:
         said = json.loads(answer)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it ended"
-        raise ConfigError(
-            f"no agent answers for {config.interface} at {path} ({reason}): is `scope-agent psk --interface "
-            f"{config.interface}` running?"
-        ) from None
+        raise ConfigError(f"no agent answers for {of} at {path} ({reason}): is {start} running?") from None
     if not said.get("ok"):
         raise ConfigError(str(said.get("error")))
     return dict(said)

@@ -7,11 +7,12 @@ the same thing is never said twice.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 from scope.model import Peer, PeerReport, PublicKey, Snapshot
 from scope.registry.port import Fact, Listed, Put
 from scope_agent.desired import is_news
-from scope_agent.paths.core import Changes, Paths
+from scope_agent.paths.core import Changes, PathsView
 
 # Endpoints and mapping, and an identity where keys are required: others wait for them. Bursts make one write.
 URGENT = 0.05
@@ -21,6 +22,13 @@ LINKS, PER_PEER, LONGEST = 0.15, 0.005, 0.6
 LATENCY = 30.0  # latencies alone
 RETRY_MIN = 1.0  # after a failed write, and while no mesh is known
 RETRY_MAX = 6.0  # jittered by half: a report is known ten seconds after an outage of the registry
+
+
+class Viewed(Protocol):
+    """Whoever knows how peers are reached."""
+
+    def view(self, now: float) -> PathsView:
+        """All paths."""
 
 
 class Reporting:
@@ -55,7 +63,7 @@ class Reporting:
             if resource.report.keys.wireguard == self._own:
                 self._written = resource.report
 
-    def observe(self, changes: Changes, *, paths: Paths, snapshot: Snapshot, now: float) -> None:
+    def observe(self, changes: Changes, *, paths: Viewed, snapshot: Snapshot, now: float) -> None:
         """Take what changed, and put the next report on time for it."""
         if self._is_due or changes.own or changes.moved:
             self._write_after(self._delay(paths, snapshot, now), now)
@@ -98,7 +106,7 @@ class Reporting:
         if self._at is None or at < self._at:
             self._at = at
 
-    def _delay(self, paths: Paths, snapshot: Snapshot, now: float) -> float:
+    def _delay(self, paths: Viewed, snapshot: Snapshot, now: float) -> float:
         if self.error:
             return self._retry
         if self._is_awaited or self._owes_endpoints(paths, now):
@@ -108,7 +116,7 @@ class Reporting:
             return RETRY_MIN
         return min(LINKS + PER_PEER * len(snapshot.peers), LONGEST) * mesh.spec.timers.report
 
-    def _owes_endpoints(self, paths: Paths, now: float) -> bool:
+    def _owes_endpoints(self, paths: Viewed, now: float) -> bool:
         """Whether others cannot reach us by what is written."""
         view, written = paths.view(now), self._written
         return written is None or (view.candidates, view.mapping) != (written.endpoints, written.mapping)

@@ -7,24 +7,19 @@ first ping does not need is imported and started after it: the HTTP client above
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import hashlib
 import logging
 import secrets
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias, assert_never, runtime_checkable
+from typing import TYPE_CHECKING, assert_never
 
-from scope import resources
 from scope.carrier import Carrier, CarrierFileError, decode_carrier
 from scope.channel import BOOT_ID_BYTES, Channel
-from scope.model import ConfigError, DeviceKind, Forwarding, GatewayOrigin, IPInterface, Kind, PublicKey
-from scope.registry.follow import delay_after
-from scope.registry.port import Disconnected, Gone, PeerRemoved, Registry, RegistryError
+from scope.model import ConfigError, Forwarding, GatewayOrigin, IPInterface
 from scope.relay import Grants
 from scope_agent.agent import Agent, AgentConfig, pick_port
 from scope_agent.carrier.core import ApplyCarrier, CarrierSeen
@@ -34,16 +29,10 @@ from scope_agent.inputs import (
     ApplyGrants,
     ApplyPods,
     ApplyPorts,
-    Courier,
-    DatagramArrived,
     DeviceBatch,
-    FactArrived,
     Failed,
     ForwardingSeen,
-    IdentitySaved,
     InterfacesChanged,
-    KeysSetUp,
-    Leaving,
     ListAgain,
     NudgeTunnel,
     Observe,
@@ -57,15 +46,12 @@ from scope_agent.inputs import (
     SaveState,
     Send,
     SetUpKeys,
-    Socket,
     Target,
     TrafficMoved,
     WriteReport,
 )
-from scope_agent.loop import AgentLoop
-from scope_agent.psk.choice import DEFAULT, KeyChoice
-from scope_agent.psk.shell.nudging import nudge
-from scope_agent.state import Enrolment, StateDir
+from scope_agent.mesh_loop import REMOVED_GRACE, Connect, MeshLoop, RunConfig, read_records
+from scope_agent.state import Enrolment
 from scope_agent.underlay.shell import InterfaceWatch
 from scope_agent.wireguard.device import ApplyError, HoldEndpoint
 from scope_agent.wireguard.port_rules import PortRules
@@ -78,13 +64,9 @@ from scope_agent.wireguard.shell import (
 from scope_agent.wireguard.shell.nft import NftError
 
 if TYPE_CHECKING:
-    from scope.registry.http import Couriered, HttpRegistry
     from scope_agent.carrier.shell.machine import CarrierMachine
     from scope_agent.pods.rules import PodNetwork
     from scope_agent.pods.shell.network import PodRoutes
-    from scope_agent.psk.identity import HybridIdentity, KeyMaker, TrustPolicy
-    from scope_agent.psk.provider import Provider
-    from scope_agent.psk.slots import Record
     from scope_agent.relay.counting import Counted
     from scope_agent.relay.shell.hub import HubMachine, Outcome
     from scope_agent.tree.rules import ForwardedPrefixes
@@ -104,90 +86,13 @@ NO_PORTS = range(0)
 PODS_CHECK = 2.0  # seconds: what somebody took away is back within three
 PODS_CHECK_SHARE = 50.0  # a check that took t seconds is followed by t times this of not checking
 CARRIER_CHECK = 0.25  # seconds: a carrier that died is back within two
-LATE_AFTER = 0.4  # what the first pings do not need is imported after them, or after so long
-HEARTBEAT = 60.0
-HEARTBEAT_AGAIN = 10.0  # after one that failed: a few are tried before those who listen give us up
-LASTING = 30.0  # seconds: a watch that held for so long was no failure
-REMOVED_GRACE = 2.0  # for a device to lose its peers before the agent of a removed peer ends
-COURIERS = 16  # datagrams on their way to the gateway at once; more are dropped
 PORT_ATTEMPTS = 20
-M_MMAP_THRESHOLD = -3  # of glibc's mallopt(3): blocks from this size on are maps of their own
-LARGE_BLOCK = 128 * 1024  # bytes; its initial value, set so that it stays
 
 
-class RemovedFromMesh(ConfigError):
-    """Our peer was removed on purpose: to start its agent again changes nothing."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunConfig:
-    """Where one agent keeps things."""
-
-    state: StateDir
-    run_dir: Path = Path("/run/scope")
-    only: DeviceKind | None = None
-    fwmark: int = 0
-    keys: KeyChoice = DEFAULT
-    trust: TrustPolicy | None = None  # in identities; None: the registry's word at first contact
-    upstream: GatewayOrigin | None = None  # to which a hub leads, where its enrolment names none
-
-
-@dataclass(frozen=True, slots=True)
-class _Counters:
-    """What the shell dropped or did, for status."""
-
-    inbox_dropped: int
-    couriers_dropped: int
-    unsent: Mapping[str, int]
-
-    def added_to(self, answer: Mapping[str, object]) -> dict[str, object]:
-        """The agent's answer and, where it is a status, what the shell lost."""
-        status = answer.get("status")
-        if not isinstance(status, Mapping):
-            return dict(answer)
-        lost = {"inbox": self.inbox_dropped, "courier": self.couriers_dropped, "unsent": dict(self.unsent)}
-        return {**answer, "status": {**status, "lost": lost}}
-
-
-class AgentRegistry(Registry, Protocol):
-    """A registry that an agent follows over a network."""
-
-    async def reconnect(self) -> None:
-        """End every watch as lost: our own network has changed."""
-        ...
-
-
-@runtime_checkable
-class Gateway(AgentRegistry, Protocol):
-    """A registry with a courier."""
-
-    async def courier(self, to: PublicKey, datagram: bytes) -> None:
-        """Have a sealed datagram brought to the holder of a probe key. Raises RegistryError."""
-        ...
-
-    def couriered(self) -> AsyncIterator[Couriered]:
-        """Sealed datagrams for us."""
-        ...
-
-    async def close(self) -> None:
-        """End every watch and connection."""
-        ...
-
-
-Connect: TypeAlias = Callable[[], Awaitable[AgentRegistry]]
-
-
-class Runner(AgentLoop[Agent]):
-    """One agent in its world. Raises ConfigError from `run` where a person must act.
-
-    `connect` gives the registry when the first pings are on their way. A gateway is closed here in the end,
-    any other registry by whoever gave it. Without `connect` it is the gateway that the enrolment names.
-    """
+class Runner(MeshLoop[Agent]):
+    """One agent with a device of its own. Raises ConfigError from `run` where a person must act."""
 
     def __init__(self, config: RunConfig, enrolment: Enrolment, *, connect: Connect | None = None) -> None:
-        self._config = config
-        self._connect = connect or self._open_gateway
-        self._enrolment = enrolment
         state, trouble = config.state.load()
         if trouble:
             log.warning("state.damaged detail=%s", trouble)
@@ -224,10 +129,11 @@ class Runner(AgentLoop[Agent]):
         )
         super().__init__(
             agent,
+            config,
+            enrolment,
             device=device,
             probe=open_probe_socket(agent.listen_port, fwmark=config.fwmark),
-            state=config.state,
-            socket=config.run_dir / f"{enrolment.mesh}.sock",
+            connect=connect,
         )
         self._holds = EndpointHolds()
         self._hub: HubMachine | None = None  # made when there is something to relay, or to undo
@@ -242,14 +148,7 @@ class Runner(AgentLoop[Agent]):
         self._ports_lock = asyncio.Lock()
         self._carrier: CarrierMachine | None = None  # made when there is something to carry, or to undo
         self._carrier_lock = asyncio.Lock()
-        self._registry: AgentRegistry | None = None
-        self._gateway: Gateway | None = None  # the registry, where it is one
-        self._list_again = asyncio.Event()
-        self._reached = asyncio.Event()  # once some path works
         self._addresses: frozenset[IPInterface] = frozenset()
-        self._couriers = 0
-        self._couriers_dropped = 0
-        self._removal_kept = self._agent.removed  # a restart would else start from a snapshot without it
 
     async def run(self) -> None:
         """Run until `stop`; the device stays as it is. Raises ConfigError."""
@@ -268,8 +167,7 @@ class Runner(AgentLoop[Agent]):
 
     async def _close(self) -> None:
         self._holds.close()
-        if self._gateway is not None:
-            await self._gateway.close()
+        await super()._close()
 
     # --- what this agent adds to the loop ------------------------------------------------------------------
 
@@ -282,19 +180,14 @@ class Runner(AgentLoop[Agent]):
         self._post(event)
 
     def _performed(self) -> None:
-        if self._agent.reaches_a_peer:
-            self._reached.set()
+        super()._performed()
         if self._agent.removed and self._agent.is_cut_off and self._removal_kept:
             self._end_removed()
 
-    def _end_removed(self) -> None:
-        mesh = self._enrolment.mesh
-        self._fail(
-            RemovedFromMesh(
-                f"this peer was removed from {mesh}: `scope-agent leave --mesh {mesh}` cleans up, "
-                "and makes room for another join"
-            )
-        )
+    async def _removed(self) -> None:
+        # Where a tombstone came, too, the device is cut off first and the agent ends by that.
+        await asyncio.sleep(REMOVED_GRACE)
+        self._end_removed()
 
     def _perform(self, output: Output) -> None:
         match output:
@@ -325,37 +218,13 @@ class Runner(AgentLoop[Agent]):
             case SaveIdentity(identity):
                 self._spawn(self._save_identity(identity))
             case NudgeTunnel(address=address):
-                try:
-                    nudge(self._enrolment.device, address)
-                except OSError as error:
-                    log.debug("psk.nudge_unsent address=%s error=%s", address, error)
+                self._nudge(address)
             case Reply():
                 self._reply(output)
             case ListAgain():
                 self._list_again.set()
             case _:
                 assert_never(output)
-
-    # --- datagrams -----------------------------------------------------------------------------------------
-
-    def _send(self, leg: Socket | Courier, data: bytes) -> None:
-        if isinstance(leg, Socket):
-            self._send_probe(leg, data)
-            return
-        if self._couriers >= COURIERS or self._gateway is None or leg.to is None:
-            self._couriers_dropped += 1
-            return
-        self._couriers += 1
-        self._spawn(self._courier(leg, data))
-
-    async def _courier(self, leg: Courier, data: bytes) -> None:
-        try:
-            if self._gateway is not None and leg.to is not None:
-                await self._gateway.courier(leg.to, data)
-        except RegistryError as error:
-            log.debug("courier.failed error=%s", error)
-        finally:
-            self._couriers -= 1
 
     # --- the device ----------------------------------------------------------------------------------------
 
@@ -570,179 +439,6 @@ class Runner(AgentLoop[Agent]):
             if seen is not None:
                 self._post(seen)
 
-    # --- the registry --------------------------------------------------------------------------------------
-
-    async def _follow_registry(self) -> None:
-        """List, then watch; whatever ends the watch, list again after a while."""
-        await self._first_pings()
-        _return_large_blocks()
-        registry = self._registry = await self._connect()
-        if isinstance(registry, Gateway):
-            self._gateway = registry
-            self._spawn(self._take_couriered(registry))
-        failures = 0
-        while True:
-            started = time.monotonic()
-            lost = RegistryError("the event stream ended")
-            try:
-                await self._watch_registry(registry)
-            except PeerRemoved as error:
-                # Where a tombstone came, too, the device is cut off first and the agent ends by that.
-                self._post(FactArrived(Disconnected(str(error))))
-                await asyncio.sleep(REMOVED_GRACE)
-                self._end_removed()
-                return
-            except Gone:
-                lost = RegistryError("the registry no longer keeps what changed since: listing again")
-            except RegistryError as error:
-                lost = error
-            failures = 1 if time.monotonic() - started > LASTING else failures + 1
-            log.info("registry.lost reason=%s", lost)
-            self._post(FactArrived(Disconnected(str(lost))))
-            await asyncio.sleep(delay_after(lost, failures, uniform=secrets.SystemRandom().uniform))
-
-    async def _open_gateway(self) -> HttpRegistry:
-        """The gateway of the enrolment; nothing is asked yet."""
-        http = await asyncio.to_thread(import_http)
-        enrolment = self._enrolment
-        return http.HttpRegistry(
-            enrolment.url,
-            pin=enrolment.pin,
-            credential=http.PeerCredential(
-                name=enrolment.peer_name,
-                uid=enrolment.peer_uid,
-                registry=enrolment.registry_id,
-                signing=enrolment.identity.signing,
-            ),
-            for_agent=True,
-            registry_key=enrolment.registry_key,
-            followed=self._keep_pin,
-        )
-
-    def _keep_pin(self, pin: bytes) -> None:
-        """The gateway has another key, for which the registry vouches: the earlier one holds no longer."""
-        log.warning("registry.gateway_key_replaced url=%s", self._enrolment.url)
-        self._enrolment = replace(self._enrolment, pin=pin)
-        self._config.state.save_enrolment(self._enrolment)
-
-    async def _first_pings(self) -> None:
-        """Let an enrolled agent reach its peers before anything is imported for the registry."""
-        if self._agent.snapshot().peers:
-            await self._a_path(within=LATE_AFTER)
-
-    async def _a_path(self, *, within: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within):
-                await self._reached.wait()
-
-    async def _watch_registry(self, registry: AgentRegistry) -> None:
-        """List all, then follow changes until something ends it. Raises RegistryError."""
-        revisions = {}
-        # Peers are the news, but who has no mesh on disk can believe no list of them before it.
-        kinds = (Kind.PEER, Kind.MESH) if self._agent.snapshot().mesh is not None else (Kind.MESH, Kind.PEER)
-        for kind in kinds:
-            listed = await registry.list(kind)
-            revisions[kind] = listed.revision
-            self._post(FactArrived(listed))
-        log.info("registry.listed revision=%d", listed.revision.number)
-
-        async def follow(kind: Kind) -> None:
-            async for fact in registry.watch(kind, revisions[kind]):
-                self._post(FactArrived(fact))
-
-        async def beat() -> None:
-            while True:
-                delay = HEARTBEAT
-                try:
-                    await registry.heartbeat(self._enrolment.peer_name)
-                except PeerRemoved:
-                    raise
-                except RegistryError as error:  # what the watch brings is worth no less for it
-                    log.warning("heartbeat.failed error=%s", error)
-                    delay = HEARTBEAT_AGAIN
-                await asyncio.sleep(delay * (0.9 + 0.2 * secrets.SystemRandom().random()))
-
-        async def list_again() -> None:
-            while True:
-                await self._list_again.wait()
-                self._list_again.clear()
-                self._post(FactArrived(await registry.list(Kind.PEER)))
-
-        works = [
-            asyncio.ensure_future(w) for w in (follow(Kind.MESH), follow(Kind.PEER), beat(), list_again())
-        ]
-        try:
-            done, _ = await asyncio.wait(works, return_when=asyncio.FIRST_COMPLETED)
-            for work in done:
-                work.result()
-        finally:
-            for work in works:
-                work.cancel()
-            await asyncio.gather(*works, return_exceptions=True)
-
-    async def _take_couriered(self, registry: Gateway) -> None:
-        async for couriered in registry.couriered():
-            self._post(DatagramArrived(couriered.datagram, Courier(couriered.sender)))
-
-    async def _write_report(self, write: WriteReport) -> None:
-        if self._registry is None:
-            self._post(Failed(Target.REGISTRY, "the registry is not connected yet"))
-            return
-        try:
-            await self._registry.update_status(Kind.PEER, write.name, write.report, uid=write.uid)
-        except RegistryError as error:
-            self._post(Failed(Target.REGISTRY, str(error)))
-            return
-        self._post(Applied(Target.REGISTRY))
-
-    # --- the disk ------------------------------------------------------------------------------------------
-
-    async def _save(self, save: SaveState, *, removed: bool) -> None:
-        try:
-            await asyncio.to_thread(self._config.state.save, save.state)
-        except ConfigError as error:
-            log.warning("state.unsaved error=%s", error)
-            self._post(Failed(Target.DISK, str(error)))
-            return
-        finally:
-            self._removal_kept |= removed  # on a full disk too: nothing is gained by waiting for it
-        self._post(Applied(Target.DISK))
-
-    async def _set_up_keys(self, *, is_awaited: bool) -> None:
-        """In a thread: the imports and the self-test would hold pings up."""
-        if not is_awaited:
-            await self._a_path(within=LATE_AFTER)
-        try:
-            maker = await asyncio.to_thread(set_up_keys, self._config)
-        except ConfigError as error:
-            log.warning("psk.unavailable error=%s", error)
-            self._post(KeysSetUp(str(error)))
-            return
-        log.info("psk.available suite=%d provider=%s", maker.suite.number, self._config.keys.provider)
-        self._post(KeysSetUp(maker))
-
-    async def _save_identity(self, identity: HybridIdentity) -> None:
-        error = ""
-        try:
-            await asyncio.to_thread(self._config.state.save_hybrid_identity, identity)
-            log.info("identity.saved fingerprint=%s", identity.public.fingerprint())
-        except ConfigError as failed:
-            error = str(failed)
-            log.warning("identity.unsaved error=%s", error)
-        self._post(IdentitySaved(error))
-
-    # --- the local socket ----------------------------------------------------------------------------------
-
-    def _take(self, request: Mapping[str, object]) -> dict[str, object] | None:
-        if request["command"] != "leave":
-            return None
-        self._post(Leaving(resources.parse_tombstone(request["tombstone"])))
-        return {"ok": True}
-
-    def _add_losses(self, answer: Mapping[str, object]) -> dict[str, object]:
-        lost = _Counters(self._inbox.dropped, self._couriers_dropped, self._unsent)
-        return lost.added_to(answer)
-
 
 def _relaying(outcome: Outcome, *, answers: bool) -> Relaying:
     return Relaying(
@@ -838,25 +534,6 @@ def make_hub(config: RunConfig, enrolment: Enrolment) -> HubMachine:
     )
 
 
-def set_up_keys(config: RunConfig) -> KeyMaker:
-    """What makes post-quantum keys, tried once. Raises ConfigError where none can be made."""
-    from scope_agent.psk.shell.making import make_maker  # a mesh without such keys needs none of it
-
-    def identity(provider: Provider) -> HybridIdentity:
-        return config.state.hybrid_identity(secrets.token_bytes, provider)
-
-    maker = make_maker(config.keys, identity=identity, random_bytes=secrets.token_bytes)
-    return maker if config.trust is None else replace(maker, trust=config.trust)
-
-
-def read_records(state: StateDir) -> Mapping[PublicKey, Record]:
-    """The pairs' keys of earlier runs: a device that was made anew needs them for its first ping."""
-    records, troubles = state.load_psk()
-    for trouble in troubles:
-        log.warning("psk.damaged detail=%s", trouble)
-    return records
-
-
 def free_port() -> int:
     """A UDP port for WireGuard that nobody here uses now. Raises ConfigError."""
     for _ in range(PORT_ATTEMPTS):
@@ -877,32 +554,3 @@ def _is_free(port: int) -> bool:
             if error.errno != errno.EAFNOSUPPORT:  # a machine without IPv6 has no port of it to take
                 return False
     return True
-
-
-def _return_large_blocks() -> None:
-    """Have the C library return what a reading or a file of thousands of peers took, once it is done with.
-
-    Left to itself glibc learns from the first such block to keep the next ones, in an arena for each thread.
-    """
-    import ctypes  # of no use before the first ping
-
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
-
-
-def import_http() -> HttpModule:
-    """Import the HTTP client: in a thread, so that pings go on."""
-    from scope.credentials import PeerCredential, ProjectedToken
-    from scope.registry.http import HttpRegistry
-
-    return HttpModule(HttpRegistry, PeerCredential, ProjectedToken)
-
-
-@dataclass(frozen=True, slots=True)
-class HttpModule:
-    """What is imported late."""
-
-    HttpRegistry: Callable[..., HttpRegistry]
-    PeerCredential: Callable[..., object]
-    ProjectedToken: Callable[..., object]

@@ -88,6 +88,11 @@ class Enrolment:
     peer_name: str
     peer_uid: str
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether something else manages the device: it is not ours to take down."""
+        return self.identity.wireguard is None
+
 
 def make_identity(random_bytes: Callable[[int], bytes]) -> Identity:
     """Fresh keys; the private halves stay on this machine."""
@@ -102,6 +107,11 @@ def identity_of(wireguard: Secret, probe: Secret, signing: Secret) -> Identity:
         signing=PublicKey(Ed25519PrivateKey.from_private_bytes(signing.raw).public_key().public_bytes_raw()),
     )
     return Identity(wireguard=wireguard, probe=probe, signing=signing, public=public)
+
+
+def identity_on(device: PublicKey, identity: Identity) -> Identity:
+    """An identity with the key of a device that something else manages, in the place of our own."""
+    return replace(identity, wireguard=None, public=replace(identity.public, wireguard=device))
 
 
 class StateDir:
@@ -351,10 +361,13 @@ def enrolled_meshes(root: Path = STATE_ROOT) -> list[str]:
 
 
 @contextlib.contextmanager
-def sole_agent(state: StateDir, run_dir: Path, *, keys: Path | None = None) -> Iterator[None]:
+def sole_agent(
+    state: StateDir, run_dir: Path, *, keys: Path | None = None, interface: str = ""
+) -> Iterator[None]:
     """Be the only agent with this mesh's keys, and with its socket. Raises Held, ConfigError.
 
-    `keys` is the file that holds them, by default the enrolment.
+    `keys` is the file that holds them, by default the enrolment; `interface` a device that something else
+    manages, on which no two agents lay keys.
     """
     mesh = state.path.name
     try:
@@ -364,7 +377,8 @@ def sole_agent(state: StateDir, run_dir: Path, *, keys: Path | None = None) -> I
     with contextlib.ExitStack() as held:
         # The keys' own file, as it stands: a new one could not be made on a full disk.
         held.callback(os.close, _lock(keys or state.enrolment_file, os.O_RDONLY, mesh))
-        held.callback(os.close, _lock(run_dir / f"{mesh}.lock", os.O_RDWR | os.O_CREAT, mesh))
+        for name in {mesh, f"@{interface}" if interface else mesh}:
+            held.callback(os.close, _lock(run_dir / f"{name}.lock", os.O_RDWR | os.O_CREAT, mesh))
         yield
 
 
@@ -459,8 +473,9 @@ def _next_move(error: OSError) -> str:
 
 
 def _identity_dict(identity: Identity) -> dict[str, object]:
+    device, key = identity.public.wireguard, identity.wireguard
     return {
-        "wireGuard": b64encode(identity.wireguard.raw).decode(),
+        **({"wireGuard": b64encode(key.raw).decode()} if key is not None else {"device": str(device)}),
         "probe": b64encode(identity.probe.raw).decode(),
         "signing": b64encode(identity.signing.raw).decode(),
     }
@@ -473,6 +488,9 @@ def _parse_identity(document: Mapping[str, object]) -> Identity:
             raise ValueError(f"{name} is not 32 bytes")
         return Secret(raw)
 
+    if "device" in document:  # which something else manages
+        stand_in = identity_of(secret("probe"), secret("probe"), secret("signing"))
+        return identity_on(PublicKey.parse(str(document["device"])), stand_in)
     return identity_of(secret("wireGuard"), secret("probe"), secret("signing"))
 
 

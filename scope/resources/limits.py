@@ -7,6 +7,7 @@ from ipaddress import IPv4Network, IPv6Network
 MAX_NAME = 253  # a DNS subdomain, the longest name that Kubernetes takes
 MAX_LABEL = 63  # a DNS label; a mesh's name is part of a socket path, which holds 107 bytes
 MAX_LABEL_KEY = MAX_NAME + 1 + MAX_LABEL  # a DNS subdomain, a slash and a name
+MAX_INTERFACE = 15  # IFNAMSIZ less its zero
 MAX_UID = 64  # a UUID has 36 characters, a hash in hexadecimal 64
 MAX_LINKS = 16  # with MAX_CANDIDATES, what a status of MAX_STATUS_BYTES holds of ordinary names
 MAX_CANDIDATES = 16  # as many as one call-me-maybe carries

@@ -20,6 +20,7 @@ from scope.model import (
     MeshStatus,
     PodNetworking,
     PostQuantum,
+    PostQuantumMode,
     Reflector,
     Timers,
     TopologyMode,
@@ -55,6 +56,7 @@ from scope.resources.values import (
     read_boolean,
     read_choice,
     read_count,
+    read_device_name,
     read_duration,
     read_integer,
     read_key,
@@ -98,7 +100,8 @@ _USUAL_EXPIRY = MeshSpec(Addressing()).peer_expiry
 
 
 def _read_mesh_spec(fields: Fields) -> MeshSpec:
-    addressing = fields.sub("addressing", required=True)
+    interface = fields.optional("existingInterface", read_device_name, "")
+    addressing = fields.sub("addressing", required="existingInterface" not in fields.present())
     ipv4 = addressing.optional("ipv4", read_mesh_ipv4, None)
     ipv6 = addressing.optional("ipv6", read_mesh_ipv6, None)
     if fields.is_mapping("addressing") and not addressing.present() & {"ipv4", "ipv6"}:
@@ -121,10 +124,34 @@ def _read_mesh_spec(fields: Fields) -> MeshSpec:
             "podNetworking", lambda value: read_choice(PodNetworking, value), PodNetworking.OFF
         ),
         post_quantum=read_post_quantum(fields.sub("postQuantum")),
+        existing_interface=interface,
     )
+    if "existingInterface" in fields.present():
+        _refuse_what_needs_a_device(fields, spec)
     # Who asks for no hubs may have WireGuard listen where hubs usually are reached.
     hubs = fields.sub_if_any("hubs")
     return replace(spec, hubs=read_hubs(hubs, listen_port=spec.listen_port)) if hubs else spec
+
+
+def _refuse_what_needs_a_device(fields: Fields, spec: MeshSpec) -> None:
+    """Beside `existingInterface`: what only the device of a mesh's own can be asked for."""
+    for name, is_asked in (
+        ("addressing", "addressing" in fields.present()),
+        ("topology", spec.topology is not TopologyMode.FULL),
+        ("prefer", spec.prefer is not Family.IPV6),
+        ("listenPort", spec.listen_port != 0),
+        ("mtu", spec.mtu is not None),
+        ("birthday", spec.birthday),
+        ("hubs", "hubs" in fields.present()),
+    ):
+        if is_asked and not fields.refused(name):
+            fields.refuse("not with existingInterface", "left out: its own manager sees to that", at=name)
+    if spec.post_quantum.mode is not PostQuantumMode.PREFERRED and not fields.refused("postQuantum.mode"):
+        fields.refuse(
+            f"mode {spec.post_quantum.mode} with existingInterface",
+            "mode: Preferred: keys are all that such a mesh gives, and traffic is not its to hold back",
+            at="postQuantum",
+        )
 
 
 def _read_timers(fields: Fields) -> Timers:
@@ -207,7 +234,8 @@ def mesh_spec_dict(spec: MeshSpec) -> dict[str, object]:
     """The document of a mesh's spec."""
     timers = spec.timers
     return {
-        "addressing": {f"ipv{prefix.version}": str(prefix) for prefix in prefixes_of(spec.addressing)},
+        **({"addressing": addressing} if (addressing := _addressing_dict(spec.addressing)) else {}),
+        **({"existingInterface": spec.existing_interface} if spec.existing_interface else {}),
         "topology": str(spec.topology),
         "prefer": str(spec.prefer),
         "timers": {
@@ -230,6 +258,10 @@ def mesh_spec_dict(spec: MeshSpec) -> dict[str, object]:
             else {}
         ),
     }
+
+
+def _addressing_dict(addressing: Addressing) -> dict[str, str]:
+    return {f"ipv{prefix.version}": str(prefix) for prefix in prefixes_of(addressing)}
 
 
 def mesh_status_dict(status: MeshStatus) -> dict[str, object]:

@@ -14,6 +14,7 @@ from scope.model import (
     HubCarrier,
     Kind,
     Link,
+    Mesh,
     PathKind,
     Peer,
     PeerKeys,
@@ -102,11 +103,14 @@ def tombstone_to_dict(tombstone: Tombstone) -> dict[str, object]:
 
 
 def forbidden_changes(stored: Resource, asked: Resource) -> tuple[Problem, ...]:
-    """What `asked` changes in the spec of `stored` that never changes: who a peer is, and of which mesh; of
-    which Service a record is.
+    """What `asked` changes in the spec of `stored` that never changes.
+
+    Who a peer is, and of which mesh; on which interface a mesh is; of which Service a record is.
     """
     if isinstance(stored, Service) and isinstance(asked, Service):
         return changed_identity(stored, asked)
+    if isinstance(stored, Mesh) and isinstance(asked, Mesh):
+        return _forbidden_of_mesh(stored, asked)
     if not isinstance(stored, Peer) or not isinstance(asked, Peer):
         return ()
     had, wanted = peer_spec_dict(stored.spec), peer_spec_dict(asked.spec)
@@ -119,6 +123,20 @@ def forbidden_changes(stored: Resource, asked: Resource) -> tuple[Problem, ...]:
         )
         for name in ("mesh", "cluster", "nodeName", "nodeUID")
         if had.get(name) != wanted.get(name)
+    )
+
+
+def _forbidden_of_mesh(stored: Mesh, asked: Mesh) -> tuple[Problem, ...]:
+    had, wanted = stored.spec.existing_interface, asked.spec.existing_interface
+    if had == wanted:
+        return ()
+    return (
+        Problem(
+            "spec.existingInterface",
+            f"{show(wanted)} is another than {show(had)}",
+            "no change: its peers are known by the keys of their devices",
+            "make another ScopeMesh",
+        ),
     )
 
 

@@ -14,6 +14,7 @@ from scope.model import PublicKey
 from scope.resources.limits import (
     MAX_COUNT,
     MAX_DURATION_TEXT,
+    MAX_INTERFACE,
     MAX_LABEL,
     MAX_LABEL_KEY,
     MAX_LATENCY,
@@ -70,6 +71,18 @@ def read_origin(value: object) -> str:
     allowed = "https://HOST or https://HOST:PORT"
     text = read_text(value, MAX_ORIGIN, allowed)
     if not _ORIGIN.fullmatch(text):
+        raise refusal(value, allowed)
+    return text
+
+
+_INTERFACE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_=+.-]{0,14}")
+
+
+def read_device_name(value: object) -> str:
+    """Read the name of a network interface, of the letters that wg-quick takes."""
+    allowed = f"the name of an interface: a-z, A-Z, 0-9 and _=+.-, at most {MAX_INTERFACE}"
+    text = read_text(value, MAX_INTERFACE, allowed)
+    if not _INTERFACE.fullmatch(text):
         raise refusal(value, allowed)
     return text
 

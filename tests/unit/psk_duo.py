@@ -102,7 +102,7 @@ class Side:
     def leave(self) -> None:
         """Have the pair go back to the manager's key."""
         assert self.room is not None
-        self.room.leave(self.duo.now)
+        self.room.leave(self.other.key, self.duo.now)
         self.perform()
 
     def configure(self) -> None:

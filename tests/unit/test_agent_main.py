@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from scope_agent import __main__ as command
+from scope_agent import mesh_loop
 from scope_agent import run as shell
 from scope_agent.__main__ import main
 from scope_agent.agent import Agent, AgentConfig
@@ -306,7 +307,7 @@ def test_a_snapshot_that_was_not_saved_is_a_condition_until_it_is() -> None:
 
 
 def test_a_status_says_what_the_shell_lost_and_another_answer_does_not() -> None:
-    counters = shell._Counters(inbox_dropped=1, couriers_dropped=2, unsent={"BUSY": 3})
+    counters = mesh_loop._Counters(inbox_dropped=1, couriers_dropped=2, unsent={"BUSY": 3})
     status = counters.added_to({"ok": True, "status": {"mesh": "home"}})["status"]
     assert status == {"mesh": "home", "lost": {"inbox": 1, "courier": 2, "unsent": {"BUSY": 3}}}
     assert counters.added_to({"ok": False, "error": "no"}) == {"ok": False, "error": "no"}
@@ -318,7 +319,7 @@ def test_an_agent_that_was_removed_ends_with_a_status_at_which_systemd_leaves_it
     enrol(tmp_path / "state", "home", "scope0")
 
     def removed(*_: object) -> None:
-        raise shell.RemovedFromMesh("this peer was removed from home")
+        raise mesh_loop.RemovedFromMesh("this peer was removed from home")
 
     monkeypatch.setattr(command, "_run_mesh", removed)
     status = main(["run", *joining])
@@ -425,6 +426,6 @@ def test_the_pin_of_a_key_that_replaced_the_gateways_is_kept_on_disk(tmp_path: P
     )
     state.save_enrolment(before)
     runner = shell.Runner.__new__(shell.Runner)  # without its sockets and its device
-    runner._enrolment, runner._config = before, shell.RunConfig(state, tmp_path / "run")
+    runner._enrolment, runner._config = before, mesh_loop.RunConfig(state, tmp_path / "run")
     runner._keep_pin(bytes([7]) * 32)
     assert state.load_enrolment() == runner._enrolment == replace(before, pin=bytes([7]) * 32)

@@ -237,6 +237,7 @@ LENGTHS = {
         resources.MAX_NAME: {
             *("status.clusters[0].serviceAccount.name", "spec.hubs.names[0]", "status.hubs[0].peer"),
         },
+        resources.MAX_INTERFACE: {"spec.existingInterface"},
         resources.MAX_ISSUER: {"status.clusters[0].issuer"},
         resources.MAX_UID: {"status.clusters[0].uid"},
         resources.MAX_ENDPOINT: {"status.reflectors[0].endpoints[0]"},

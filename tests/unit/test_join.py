@@ -22,11 +22,12 @@ TEXT = STRING.format()
     BYTES,
     st.none() | BYTES,
     BYTES,
+    st.sampled_from(("", "wg0", "Wg.home=1+2-x_y")),
 )
 def test_what_is_read_is_what_was_written(
-    url: str, mesh: str, secret: bytes, pin: bytes | None, key: bytes
+    url: str, mesh: str, secret: bytes, pin: bytes | None, key: bytes, interface: str
 ) -> None:
-    string = JoinString(url, mesh, "token-1", Secret(secret), pin, PublicKey(key))
+    string = JoinString(url, mesh, "token-1", Secret(secret), pin, PublicKey(key), interface)
     assert JoinString.parse(f"  {string.format()}\n") == string
 
 
@@ -59,7 +60,9 @@ def test_the_secret_stands_after_the_hash_and_in_no_repr() -> None:
         (TEXT.replace("https", "http"), "starts with https://"),
         (TEXT.replace("/home", ""), "the mesh is missing after the host"),
         (TEXT.replace("/home", "/Home"), "not a DNS label"),
-        (TEXT.replace("/home", "/a/b"), "not a DNS label"),
+        (TEXT.replace("/home", "/home/wg0/x"), "no name of an interface"),
+        (TEXT.replace("/home", "/home/0123456789abcdef"), "no name of an interface"),
+        (TEXT.replace("/home", "/Home/wg0"), "not a DNS label"),
         (TEXT.replace("8443", "84430"), "the address before # is damaged"),
         (TEXT.replace("registry.example:8443", ""), "the host before # is missing"),
         (TEXT.replace("registry", "me:pw@registry"), "the host before # is missing or damaged"),

@@ -7,31 +7,37 @@ import itertools
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from ipaddress import IPv4Interface, ip_address
+from ipaddress import IPv4Interface, IPv4Network, ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scope_agent import node as shell
 from scope_agent.inputs import DiskState
+from scope_agent.mesh_loop import Gateway as Courier
+from scope_agent.mesh_loop import HttpModule, RemovedFromMesh
 from scope_agent.node import KubeModule, NodeAgent, NodeConfig
-from scope_agent.run import Gateway as Courier
-from scope_agent.run import HttpModule, RemovedFromMesh, upstream_of
+from scope_agent.run import upstream_of
 from scope_agent.state import Enrolment, StateDir, make_identity
 from scope_agent.wireguard.device import ApplyError
 
 from scope.gateway_file import NAME, GatewayFile
 from scope.model import (
+    Addressing,
     Assignment,
     ConfigError,
     GatewayOrigin,
     Kind,
+    Mesh,
+    MeshSpec,
     Meta,
     Peer,
     PeerReport,
     PeerSpec,
+    PostQuantum,
+    PostQuantumMode,
     PublicKey,
     Resource,
     Revision,
@@ -41,7 +47,7 @@ from scope.model import (
 from scope.registry.http import HttpRegistry
 from scope.registry.kube.registry import KubeRegistry
 from scope.registry.memory import MemoryRegistry
-from scope.registry.port import Listed, PeerRemoved
+from scope.registry.port import AlreadyExists, Listed, PeerRemoved
 from tests.unit.registry_conformance import created
 
 TOMBSTONE = Tombstone("mesh", "peer", PublicKey(bytes(32)), PublicKey(bytes(32)), bytes(64))
@@ -114,12 +120,18 @@ class FakeDevice:
         pass
 
 
+async def _open_fake(
+    config: Any, enrolment: Enrolment, *, connect: Callable[[], Awaitable[Any]]
+) -> FakeRunner:
+    return FakeRunner(config, enrolment, connect=connect)
+
+
 @pytest.fixture(autouse=True)
 def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runners and devices that are none, and times that a test can wait out."""
     FakeRunner.running, FakeRunner.failures, FakeDevice.deleted = {}, [], []
     FakeRunner.upstreams, FakeRunner.ran = [], set()
-    monkeypatch.setattr(shell, "Runner", FakeRunner)
+    monkeypatch.setattr(shell, "open_runner", _open_fake)
     monkeypatch.setattr(shell, "choose_device", FakeDevice)
     monkeypatch.setattr(shell, "SECOND_LIST_AFTER", 0.05)
     monkeypatch.setattr(shell, "RETRY", 0.02)
@@ -138,7 +150,9 @@ class World:
         return StateDir(mesh, self.root / "state")
 
     async def peer(self, mesh: str, *, node: str = "n1", cluster: str = "here") -> Peer:
-        """What an operator makes."""
+        """What an operator makes, where there is a mesh."""
+        with suppress(AlreadyExists):
+            await self.registry.create(Mesh(Meta(mesh), MeshSpec(Addressing(IPv4Network("10.9.0.0/16")))))
         spec = PeerSpec(mesh=mesh, cluster=cluster, node_name=node, node_uid=f"uid-of-{node}")
         return await created(self.registry, Peer(Meta(f"{mesh}.{cluster}.{node}"), spec))
 
@@ -255,6 +269,64 @@ def test_a_node_serves_each_mesh_that_has_a_peer_for_it_with_keys_and_a_device_o
         assert FakeRunner.running == {}
 
     on(tmp_path, monkeypatch, body)
+
+
+def test_on_an_existing_interface_a_node_is_known_by_the_key_that_it_has_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {"wg0": PublicKey(bytes([3] * 32))}
+
+    async def device_key(interface: str, _: Path) -> PublicKey:
+        return keys[interface]
+
+    monkeypatch.setattr(shell, "device_key", device_key)
+
+    async def body(world: World) -> None:
+        policy = PostQuantum(PostQuantumMode.PREFERRED)
+        spec = MeshSpec(Addressing(), existing_interface="wg0", post_quantum=policy)
+        await world.registry.create(Mesh(Meta("home"), spec))
+        peer = await world.peer("home")
+        async with world.agent():
+            await until(lambda: "home" in FakeRunner.running)
+            before = FakeRunner.running["home"]
+            assert before.is_foreign and before.device == "wg0"
+            published = (await world.report_of(peer.meta.name)).keys
+            assert published == before.identity.public and published.wireguard == keys["wg0"]
+        keys["wg0"] = PublicKey(bytes([5] * 32))  # its manager made it anew
+        async with world.agent():
+            await until(lambda: "home" in FakeRunner.running)
+            await until_holds(lambda: world.report_of(peer.meta.name), keys["wg0"])
+
+    on(tmp_path, monkeypatch, body)
+
+
+def test_an_existing_interface_stays_up_when_its_mesh_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def device_key(_: str, __: Path) -> PublicKey:
+        return PublicKey(bytes([3] * 32))
+
+    monkeypatch.setattr(shell, "device_key", device_key)
+
+    async def body(world: World) -> None:
+        policy = PostQuantum(PostQuantumMode.PREFERRED)
+        spec = MeshSpec(Addressing(), existing_interface="wg0", post_quantum=policy)
+        await world.registry.create(Mesh(Meta("home"), spec))
+        peer = await world.peer("home")
+        async with world.agent():
+            await until(lambda: "home" in FakeRunner.running)
+            await world.registry.delete(Kind.PEER, peer.meta.name, uid=peer.meta.uid)
+            await until(lambda: not world.state("home").is_enrolled())
+        assert FakeDevice.deleted == []
+
+    on(tmp_path, monkeypatch, body)
+
+
+async def until_holds(report: Callable[[], Awaitable[PeerReport]], key: PublicKey) -> None:
+    """Wait until a report names the WireGuard key."""
+    async with asyncio.timeout(60.0):
+        while (await report()).keys.wireguard != key:  # noqa: ASYNC110 - a registry has no event for it
+            await asyncio.sleep(0.01)
 
 
 def test_as_a_hub_a_node_leads_to_the_gateway_that_its_agent_is_told_of(

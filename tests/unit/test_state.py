@@ -22,6 +22,7 @@ from scope_agent.state import (
     Enrolment,
     StateDir,
     enrolled_meshes,
+    identity_on,
     load_ca,
     load_public_ca,
     make_ca,
@@ -259,8 +260,21 @@ def test_a_join_under_way_keeps_its_keys_until_it_is_answered(
 def test_no_key_shows_in_what_is_printed(enrolment: Enrolment) -> None:
     secrets = (enrolment.identity.wireguard, enrolment.identity.probe, enrolment.identity.signing)
     for secret in secrets:
+        assert secret is not None
         assert repr(secret.raw) not in repr(enrolment)
         assert str(secret) == "Secret(...)"
+
+
+def test_an_identity_on_a_device_of_anothers_keeps_that_devices_key(
+    directory: StateDir, enrolment: Enrolment
+) -> None:
+    device = PublicKey(bytes([7] * 32))
+    foreign = replace(enrolment, device="wg0", identity=identity_on(device, enrolment.identity))
+    assert foreign.is_foreign and not enrolment.is_foreign
+    directory.save_enrolment(foreign)
+    assert directory.load_enrolment() == foreign
+    assert foreign.identity.public.wireguard == device
+    assert foreign.identity.public.probe == enrolment.identity.public.probe
 
 
 def test_leaving_forgets_everything(directory: StateDir, enrolment: Enrolment, state: DiskState) -> None:

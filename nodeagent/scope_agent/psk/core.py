@@ -215,11 +215,10 @@ class Psk:
         self._pairs[key].rotate(now)
         self._collect(key, now)
 
-    def leave(self, now: float) -> None:
-        """Give every pair back the key of who manages the device, both sides of it together."""
-        for key in sorted(self._pairs):
-            self._pairs[key].leave(now)
-            self._collect(key, now)
+    def leave(self, key: PublicKey, now: float) -> None:
+        """Give a pair back the key of who manages the device, both sides of it together."""
+        self._pairs[key].leave(now)
+        self._collect(key, now)
 
     def abandon(self, key: PublicKey, now: float) -> None:
         """Give a pair back the manager's key on our side alone: its sessions end unless the peer follows."""

@@ -136,7 +136,8 @@ class Joining:
     async def create_token(self, document: Mapping[str, Any]) -> dict[str, object]:
         """Make a token; the answer holds its join string. Raises Refusal (422), NotFound, Refused."""
         mesh, role, lifetime, single_use = _token_request(document)
-        if not isinstance(await self._registry.get(Kind.MESH, mesh), Mesh):
+        found = await self._registry.get(Kind.MESH, mesh)
+        if not isinstance(found, Mesh):
             raise NotFound(f"there is no ScopeMesh {mesh!r}")
         secret = Secret(self._entropy(tokens.SECRET_BYTES))
         token_id = base64.b32encode(self._entropy(TOKEN_ID_BYTES)).decode().lower()
@@ -153,7 +154,8 @@ class Joining:
         if not isinstance(stored, JoinToken):
             raise TypeError("a registry stores what it is given")
         log.info("token.created id=%s mesh=%s single_use=%s", token_id, mesh, single_use)
-        join_string = JoinString(self._url, mesh, token_id, secret, self._pin, self._key)
+        interface = found.spec.existing_interface
+        join_string = JoinString(self._url, mesh, token_id, secret, self._pin, self._key, interface)
         return {**_shown(stored), "joinString": join_string.format()}
 
     async def delete_token(self, name: str) -> None:

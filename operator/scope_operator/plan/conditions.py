@@ -176,7 +176,9 @@ def peer_conditions(
         None if online else Failure("Offline", "nothing heard for 180 s: is scope-agent running there?"),
     )
     earlier = peer.assignment.conditions
-    told = [_holds(earlier, READY, chain, "online, with an address", wall)]
+    is_addressed = mesh is None or not mesh.spec.existing_interface
+    ready = "online, with an address" if is_addressed else "online"
+    told = [_holds(earlier, READY, chain, ready, wall)]
     if conflict is not None:
         failure = Failure(
             "RoutesOverlap",
