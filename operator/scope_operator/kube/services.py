@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, assert_never
@@ -288,7 +287,7 @@ class Services:
                 await asyncio.sleep(backoff(failures, uniform=self._uniform))
                 continue
             try:
-                async with asyncio.timeout(random.uniform(*SWEEP_SECONDS)):  # noqa: S311 - jitter
+                async with asyncio.timeout(self._uniform(*SWEEP_SECONDS)):
                     await self._swept.wait()
                     await asyncio.sleep(PAUSE_SECONDS)  # several lists are one look
             except TimeoutError:
