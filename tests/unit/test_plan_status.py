@@ -160,7 +160,10 @@ def test_the_elder_keeps_a_route_and_the_younger_is_told() -> None:
     )
     assert condition.status == "True"
     assert conflict.type == "RouteConflict"
-    assert "its route 10.1.0.0/16 overlaps one of ScopePeer p1, which had it first" in conflict.message
+    assert conflict.message == (
+        "route 10.1.0.0/16 of ScopePeer p2 overlaps one of ScopePeer p1, which had it first and keeps it: "
+        "remove one, or give one another prefix: 10.192.0.0/16 is free"
+    )
 
 
 @pytest.mark.parametrize(

@@ -48,10 +48,14 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class RouteConflict:
-    """A route of a peer that overlaps one of `holder`, who had it first; `holder` is a peer or a mesh."""
+    """A route of a peer that overlaps one of `holder`, who had it first; `holder` is a peer or a mesh.
+
+    `free` is a prefix of the same length that nobody of the mesh has; None where there is none.
+    """
 
     route: IPNetwork
     holder: str
+    free: IPNetwork | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +184,7 @@ def peer_conditions(
     ready = "online, with an address" if is_addressed else "online"
     told = [_holds(earlier, READY, chain, ready, wall)]
     if conflict is not None:
-        failure = Failure(
-            "RoutesOverlap",
-            f"its route {conflict.route} overlaps one of {conflict.holder}, which had it first: remove one",
-        )
-        told.append(_problem(earlier, ROUTE_CONFLICT, failure, wall))
+        told.append(_problem(earlier, ROUTE_CONFLICT, _routes_overlap(peer, conflict), wall))
     if moved is not None:
         message = f"{moved.address} is {moved.holder}'s, which had it first: this peer was given another"
         told.append(Condition(ADDRESS_CONFLICT, "False", "GivenAnother", message, wall))
@@ -194,6 +194,16 @@ def peer_conditions(
     if mesh is not None and online and (failed := keys_failed(mesh, (peer,))):
         told.append(_problem(earlier, POST_QUANTUM_FAILED, _keys_failed(mesh, failed), wall))
     return tuple(told)
+
+
+def _routes_overlap(peer: Peer, conflict: RouteConflict) -> Failure:
+    """It names both: an Event, which repeats it, may be read without its object."""
+    free = f", or give one another prefix: {conflict.free} is free" if conflict.free is not None else ""
+    return Failure(
+        "RoutesOverlap",
+        f"route {conflict.route} of ScopePeer {peer.meta.name} overlaps one of {conflict.holder}, which had "
+        f"it first and keeps it: remove one{free}",
+    )
 
 
 def _leaving(peer: Peer) -> Failure:
