@@ -10,8 +10,9 @@ anew, because its Node was, gets the keys and addresses that are held. Meshes th
 served before the API server is asked anything.
 
 A mesh is left, with its device and keys, when its ScopePeer is gone, or only stands for its own removal:
-absent from two complete lists half a minute apart. For a mesh that was not listed since the start, or since
-the registry went back in time, as a restored one does, that is not believed for ten minutes.
+absent from two complete lists half a minute apart. One whose deletion was seen, and of which the ScopeMesh is
+gone as well, is left at once: nobody would make it again. For a mesh that was not listed since the start, or
+since the registry went back in time, as a restored one does, neither is believed for ten minutes.
 
 One whose ScopePeer is told to leave is left at once, and the ScopePeer then says so: whoever told it waits
 for that. It stays away for as long as that stands there.
@@ -82,6 +83,8 @@ log = logging.getLogger(__name__)
 
 DEVICE_PREFIX = "scope"
 SECOND_LIST_AFTER = 30.0  # seconds between the two lists that a ScopePeer must be missing from
+# Before each look for the ScopeMesh of a ScopePeer that was deleted: with `--cascade=foreground` it goes last.
+MESH_LOOKS = (0.0, 1.0, 4.0)
 RESTORE_PATIENCE = 600.0  # as for other peers: an operator has made the missing ones again by then
 RETRY = 5.0  # seconds between two attempts at what a mesh needs; few, since a Node has few meshes
 ASK_AGAIN = 30.0  # between two questions to a gateway, which hears a thousand Nodes from one address
@@ -130,6 +133,7 @@ class NodeAgent:
         self._served: dict[str, _Served] = {}  # by mesh
         self._peers: dict[str, Peer] = {}  # our own ScopePeers, by mesh
         self._absent: dict[str, float] = {}  # meshes that we serve without a ScopePeer, since when
+        self._deletion = asyncio.Event()  # of one of our ScopePeers was seen
         self._listed: set[str] = set()  # meshes whose ScopePeer was there since the start
         self._patient_until = time.monotonic() + RESTORE_PATIENCE
         self._leaving: dict[str, asyncio.Task[object]] = {}  # by mesh
@@ -192,14 +196,18 @@ class NodeAgent:
             self.stop()
             return
         registry = await self._registry(node=self._config.node)
-        again = asyncio.ensure_future(self._list_absent(registry))
+        beside = [self._list_absent(registry), self._leave_deleted_meshes(registry)]
+        looking = [asyncio.ensure_future(each) for each in beside]
+        for task in looking:
+            task.add_done_callback(self._note_end)
         try:
             async for fact in follow(
                 registry, Kind.PEER, sleep=asyncio.sleep, uniform=secrets.SystemRandom().uniform
             ):
                 self._take(fact)
         finally:
-            again.cancel()
+            for task in looking:
+                task.cancel()
 
     async def _list_absent(self, registry: KubeRegistry) -> None:
         """List once more while the ScopePeer of a mesh that we serve is missing."""
@@ -210,6 +218,22 @@ class NodeAgent:
                     self._take(await registry.list(Kind.PEER))
                 except RegistryError as error:
                     log.info("node.unlisted error=%s", error)
+
+    async def _leave_deleted_meshes(self, registry: KubeRegistry) -> None:
+        """Leave those that went with our ScopePeers, without waiting for lists."""
+        while True:
+            await self._deletion.wait()
+            self._deletion.clear()
+            for delay in MESH_LOOKS:
+                await asyncio.sleep(delay)
+                for mesh in [*self._absent]:
+                    try:
+                        await registry.get(Kind.MESH, mesh)
+                    except NotFound:
+                        if mesh in self._absent and mesh in self._served:
+                            self._missed(mesh, time.monotonic(), patience=0.0)
+                    except RegistryError as error:
+                        log.info("node.mesh_unknown mesh=%s error=%s", mesh, error)
 
     def _take(self, fact: Fact) -> None:
         now = time.monotonic()
@@ -232,6 +256,8 @@ class NodeAgent:
                     if peer.meta.uid == last.meta.uid:
                         del self._peers[mesh]
                         self._absent.setdefault(mesh, now)
+                        if isinstance(fact, Deleted):
+                            self._deletion.set()
         self._note_present()
 
     def _take_own(self, found: Peer | NotFound | PeerRemoved) -> None:

@@ -67,7 +67,11 @@ class Cluster(MemoryRegistry):
             new_signal=asyncio.Event,
         )
         self.offset = 0
-        self.lists = 0
+        self.lists = self.gets = 0
+
+    async def get(self, kind: Kind, name: str) -> Resource:
+        self.gets += 1
+        return await super().get(kind, name)
 
     async def list(self, kind: Kind) -> Listed:
         self.lists += 1
@@ -479,6 +483,51 @@ def test_a_mesh_is_left_when_two_lists_lack_its_peer(tmp_path: Path, monkeypatch
             assert len(FakeDevice.deleted) == 1
             assert set(FakeRunner.running) == {"work"}
             assert not world.state("home").path.exists()
+
+    on(tmp_path, monkeypatch, body)
+
+
+@pytest.mark.parametrize("looks", [(0.0,), (0.0, 0.05, 0.05)], ids=["deleted first", "deleted last"])
+def test_a_deleted_mesh_is_left_without_waiting_for_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: tuple[float, ...]
+) -> None:
+    monkeypatch.setattr(shell, "SECOND_LIST_AFTER", 3600.0)
+    monkeypatch.setattr(shell, "MESH_LOOKS", looks)
+
+    async def body(world: World) -> None:
+        home = await world.peer("home")
+        await world.peer("work")
+        async with world.agent():
+            await until(lambda: len(FakeRunner.running) == 2)
+            mesh = await world.registry.get(Kind.MESH, "home")
+            if len(looks) == 1:
+                await world.registry.delete(Kind.MESH, "home", uid=mesh.meta.uid)
+            await world.registry.delete(Kind.PEER, home.meta.name, uid=home.meta.uid)
+            if len(looks) > 1:
+                await asyncio.sleep(0)
+                await world.registry.delete(Kind.MESH, "home", uid=mesh.meta.uid)
+            await until(lambda: not world.state("home").is_enrolled())
+            assert set(FakeRunner.running) == {"work"}
+
+    on(tmp_path, monkeypatch, body)
+
+
+def test_a_deleted_peer_of_a_mesh_that_stands_waits_for_two_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shell, "SECOND_LIST_AFTER", 3600.0)
+    monkeypatch.setattr(shell, "MESH_LOOKS", (0.0, 0.01, 0.01))
+
+    async def body(world: World) -> None:
+        home = await world.peer("home")
+        async with world.agent():
+            await until(lambda: "home" in FakeRunner.running)
+            gets = world.registry.gets
+            await world.registry.delete(Kind.PEER, home.meta.name, uid=home.meta.uid)
+            await until(lambda: world.registry.gets >= gets + 3)
+            await asyncio.sleep(0)
+            assert "home" in FakeRunner.running
+            assert world.state("home").is_enrolled()
 
     on(tmp_path, monkeypatch, body)
 
