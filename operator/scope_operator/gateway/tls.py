@@ -100,12 +100,18 @@ def server_context(certificate: Certificate) -> ssl.SSLContext:
     """A TLS 1.2+ server context. Raises ConfigError when key and certificate do not belong together."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    load_into(context, certificate)
+    _load(context, certificate)
     return context
 
 
 def load_into(context: ssl.SSLContext, certificate: Certificate) -> None:
-    """Serve `certificate` from the next connection on. Raises ConfigError."""
+    """Serve `certificate` from the next connection on. Raises ConfigError, and serves what it did before."""
+    trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # a pair that is refused leaves a context without a key
+    _load(trial, certificate)
+    _load(context, certificate)
+
+
+def _load(context: ssl.SSLContext, certificate: Certificate) -> None:
     try:
         context.load_cert_chain(certificate.certificate, certificate.key)
     except (ssl.SSLError, OSError) as error:
