@@ -100,6 +100,11 @@ def _parser() -> argparse.ArgumentParser:
         choices=[str(kind) for kind in DeviceKind],
         help="which WireGuard to use; by default the kernel's where it has one",
     )
+    carrying.add_argument(
+        "--wireguard-beside",
+        action="store_true",
+        help="start no scope-wireguard: one for each device runs in a container beside",
+    )
     carrying.add_argument("--fwmark", type=int, default=0, help="mark of the device's own datagrams")
     keying = argparse.ArgumentParser(add_help=False)
     keying.add_argument(
@@ -355,6 +360,7 @@ def _run_mesh(options: argparse.Namespace, state: StateDir, enrolment: Enrolment
         state,
         options.run_dir,
         only=only,
+        beside=options.wireguard_beside,
         fwmark=options.fwmark,
         keys=parse_choice(suite=options.key_suite, provider=options.key_provider),
         trust=_trust_of(options),
@@ -393,6 +399,7 @@ def _run_node(options: argparse.Namespace) -> None:
         gateway=options.gateway,
         upstream=_upstream_of(options),
         only=DeviceKind(options.wireguard) if options.wireguard else None,
+        beside=options.wireguard_beside,
         fwmark=options.fwmark,
         keys=parse_choice(suite=options.key_suite, provider=options.key_provider),
         trust=_trust_of(options),

@@ -69,6 +69,7 @@ class RunConfig:
     state: StateDir
     run_dir: Path = Path("/run/scope")
     only: DeviceKind | None = None
+    beside: bool = False  # user-space WireGuard is run by something else
     fwmark: int = 0
     keys: KeyChoice = DEFAULT
     trust: TrustPolicy | None = None  # in identities; None: the registry's word at first contact

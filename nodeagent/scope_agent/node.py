@@ -10,9 +10,9 @@ anew, because its Node was, gets the keys and addresses that are held. Meshes th
 served before the API server is asked anything.
 
 A mesh is left, with its device and keys, when its ScopePeer is gone, or only stands for its own removal:
-absent from two complete lists half a minute apart. One whose deletion was seen, and of which the ScopeMesh is
-gone as well, is left at once: nobody would make it again. For a mesh that was not listed since the start, or
-since the registry went back in time, as a restored one does, neither is believed for ten minutes.
+absent from two complete lists half a minute apart. One whose deletion was seen, and whose ScopeMesh is gone
+as well, is left at once: nobody would make it again. For a mesh that was not listed since the start, or since
+the registry went back in time, as a restored one does, neither is believed for ten minutes.
 
 One whose ScopePeer is told to leave is left at once, and the ScopePeer then says so: whoever told it waits
 for that. It stays away for as long as that stands there.
@@ -83,7 +83,7 @@ log = logging.getLogger(__name__)
 
 DEVICE_PREFIX = "scope"
 SECOND_LIST_AFTER = 30.0  # seconds between the two lists that a ScopePeer must be missing from
-# Before each look for the ScopeMesh of a ScopePeer that was deleted: with `--cascade=foreground` it goes last.
+# Before each look for the ScopeMesh of a ScopePeer that was deleted; `--cascade=foreground` deletes it last.
 MESH_LOOKS = (0.0, 1.0, 4.0)
 RESTORE_PATIENCE = 600.0  # as for other peers: an operator has made the missing ones again by then
 RETRY = 5.0  # seconds between two attempts at what a mesh needs; few, since a Node has few meshes
@@ -106,6 +106,7 @@ class NodeConfig:
     api_server: str | None
     service_account: Path
     only: DeviceKind | None = None
+    beside: bool = False  # user-space WireGuard is run by something else
     fwmark: int = 0
     keys: KeyChoice = DEFAULT
     gateway: Path | None = None
@@ -415,6 +416,7 @@ class NodeAgent:
             state,
             config.run_dir,
             only=config.only,
+            beside=config.beside,
             fwmark=config.fwmark,
             keys=config.keys,
             trust=config.trust,
@@ -477,7 +479,9 @@ class NodeAgent:
             for failed in await asyncio.to_thread(undo, run_config, enrolment):
                 log.error("mesh.traces_stay mesh=%s error=%s", mesh, failed)
                 is_clean = False
-        device = choose_device(enrolment.device, run_dir=config.run_dir, only=config.only)
+        device = choose_device(
+            enrolment.device, run_dir=config.run_dir, only=config.only, beside=config.beside
+        )
         try:
             await device.delete()
         except ApplyError as error:

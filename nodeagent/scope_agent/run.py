@@ -106,7 +106,9 @@ class Runner(MeshLoop[Agent]):
         openings = self._ports.read() if mesh is not None and mesh.spec.birthday else ()
         self._wall_offset = time.time() - time.monotonic()
         identity = enrolment.identity
-        device = choose_device(enrolment.device, run_dir=config.run_dir, only=config.only)
+        device = choose_device(
+            enrolment.device, run_dir=config.run_dir, only=config.only, beside=config.beside
+        )
         log.info("device.chosen name=%s kind=%s", enrolment.device, device.kind)
         agent = Agent(
             AgentConfig(

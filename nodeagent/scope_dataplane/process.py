@@ -23,8 +23,7 @@ _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 
 def take_lock(path: str) -> int | None:
     """Lock the file until this process ends; None where another one holds it."""
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    descriptor = _open_lock(path)
     deadline = time.monotonic() + LOCK_TIMEOUT
     while True:
         try:
@@ -35,6 +34,18 @@ def take_lock(path: str) -> int | None:
             time.sleep(0.02)
         else:
             return descriptor
+
+
+def await_lock(path: str) -> int:
+    """Lock the file until this process ends, once whoever holds it has ended."""
+    descriptor = _open_lock(path)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def _open_lock(path: str) -> int:
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 def log(program: str, event: str) -> None:

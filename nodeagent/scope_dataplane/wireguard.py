@@ -8,9 +8,10 @@ not sent elsewhere.
 - It waits for the state file, so a service manager may start it before the agent.
 - When it is stopped or killed the process goes on, and the next supervisor adopts it: nothing is lost.
 - When the state file is removed, it ends the process and itself, with status 0. Nothing else ends them.
-- It holds a lock beside the state file for as long as it runs: one supervisor a device. The locked file says
-  what to expect: nothing (it waits for the state file), `starting` (the process is not there, or not
-  configured yet: leave it alone) or `ready`.
+- It holds a lock beside the state file for as long as it runs: one supervisor a device. With --take-over a
+  second one waits until the first has ended, and goes on in its place at once. The locked file says what to
+  expect: nothing (it waits for the state file), `starting` (the process is not there, or not configured yet:
+  leave it alone) or `ready`.
 
 The state file is JSON: `version` (1), `mtu` (bytes) and `uapi`, one configuration operation in WireGuard's
 own protocol. Secrets go from the file into the socket and nowhere else.
@@ -30,7 +31,7 @@ import struct
 import time
 
 from scope.core_dumps import forbid_core_dumps
-from scope_dataplane.process import log, take_lock
+from scope_dataplane.process import await_lock, log, take_lock
 
 CONTROL_SOCKETS = "/var/run/wireguard"  # fixed by the program
 
@@ -67,14 +68,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("name", metavar="NAME", help="the network interface")
     parser.add_argument("--state", required=True, metavar="FILE", help="the state file that the agent writes")
+    parser.add_argument(
+        "--take-over", action="store_true", help="wait for the end of one that runs for NAME already"
+    )
     options = parser.parse_args(arguments)
     forbid_core_dumps()  # nor does wireguard-go leave one, which has the limit from here
-    lock = take_lock(os.path.splitext(options.state)[0] + ".lock")
-    if lock is None:
-        return _complain(f"another scope-wireguard runs for {options.name}")
     program = _find_program()
     if program is None:
         return _complain(f"{PROGRAM} is not on the PATH: install the package of that name")
+    path = os.path.splitext(options.state)[0] + ".lock"
+    lock = take_lock(path)
+    if lock is None:
+        if not options.take_over:
+            return _complain(f"another scope-wireguard runs for {options.name}")
+        _log(f"another scope-wireguard runs for {options.name}: waiting for its end")
+        lock = await_lock(path)
     if not os.path.exists(options.state):
         os.ftruncate(lock, 0)
         while not os.path.exists(options.state):

@@ -20,6 +20,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import chart
 import pytest
@@ -336,9 +337,18 @@ def test_agent_and_user_space_wireguard_meet_on_the_node_and_the_agent_opens_no_
     ]
     containers = pod_of(only(documents, "DaemonSet", "scope-wireguard"))["containers"]
     assert [each["args"] for each in containers] == [
-        [name, "--state", f"/run/scope/wireguard/{name}.json"] for name in ("scope0", "scope1")
+        [name, "--state", f"/run/scope/wireguard/{name}.json", "--take-over"] for name in ("scope0", "scope1")
     ]
-    assert only(documents, "DaemonSet", "scope-wireguard")["spec"]["updateStrategy"] == {"type": "OnDelete"}
+    [agent] = pod_of(only(documents, "DaemonSet", "scope-agent"))["containers"]
+    assert "--wireguard-beside" in agent["args"]
+
+
+def test_user_space_wireguard_is_replaced_by_one_that_stands_by(helm: Helm) -> None:
+    workload = only(rendered(helm, {"wireguard": {"enabled": True}}), "DaemonSet", "scope-wireguard")
+    assert workload["spec"]["updateStrategy"] == {
+        "type": "RollingUpdate",
+        "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0},
+    }
 
 
 def test_low_ports_are_a_capability_of_their_own(helm: Helm) -> None:
@@ -552,23 +562,39 @@ class Release:
 
 
 async def passes_helm_test(replica: Replica, pod: Mapping[str, Any]) -> None:
-    """Run the container of `helm test` here, with the operator's own ports for the Services' names."""
+    """Run the container of `helm test` here, with the operator's own ports in place of its Services'."""
     [container] = pod["spec"]["containers"]
 
     async def gateway() -> str | None:
         found = re.search(r"gateway\.serving .*listening=(\S+)", replica.text)
         return found and f"https://{found[1]}"
 
-    services = {"http": await replica.metrics_url(), "https": await eventually(gateway, within=PATIENCE_S)}
-    arguments = [
-        re.sub(r"^(https?)://[^/]+", lambda found: services[found[1]], each) for each in container["args"]
-    ]
-    assert len([each for each in arguments if each.startswith("http")]) == 2
-    command = [sys.executable, *container["command"][1:], *arguments]
-    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
+    at = {
+        "SCOPE_OPERATOR": urlsplit(await replica.metrics_url()),
+        "SCOPE_GATEWAY": urlsplit(await eventually(gateway, within=PATIENCE_S)),
+    }
+    told = {f"{name}_SERVICE_HOST": str(url.hostname) for name, url in at.items()}
+    told |= {f"{name}_SERVICE_PORT": str(url.port) for name, url in at.items()}
+    code, said = await _run_test(container, told)
+    assert (code, said.count("answers")) == (0, 2), said
+    # A kubelet tells no address of a Service that is not there.
+    code, said = await _run_test(container, {})
+    assert code == 1
+    assert "Service scope-operator: this pod was told no address" in said
+
+
+async def _run_test(container: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[int | None, str]:
+    """Its exit status, and what it said."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *container["command"][1:],
+        *container["args"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     printed, _ = await asyncio.wait_for(process.communicate(), PATIENCE_S)
-    assert process.returncode == 0
-    assert printed.decode().count("answers") == 2
+    return process.returncode, printed.decode()
 
 
 @pytest.fixture

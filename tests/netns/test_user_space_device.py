@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -11,13 +12,16 @@ import stat
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 from scope_agent.wireguard.device import DesiredDevice
+from scope_agent.wireguard.shell import choose_device
 
 from scope.model import DeviceKind
 from tests.netns.device_fixture import (
@@ -182,6 +186,120 @@ def test_an_agent_that_dies_or_is_upgraded_loses_no_packet(
         wanted = desired_device(name, A, here, port=47003)
         assert lost_while(pair.left.namespace, THERE, 9, lambda _: agree(next_start, wanted)) == 0
         assert process_of(name) == process
+
+
+@contextlib.contextmanager
+def supervisor(namespace: Namespace, device: str, state: Path) -> Iterator[subprocess.Popen[str]]:
+    """What a container runs; with all it started, it ends as one."""
+    argv = [sys.executable, "-m", "scope_dataplane.wireguard", device, f"--state={state}", "--take-over"]
+    with namespace.entered():
+        process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+class Stream:
+    """One TCP connection through the tunnel, by which one side sends as fast as the other takes it."""
+
+    def __init__(self, left: Namespace, right: Namespace) -> None:
+        with right.entered():
+            listening = socket.create_server((str(THERE), 10))
+        with left.entered():
+            self._sending = socket.create_connection((str(THERE), 10), timeout=60.0)
+        self._taking, _ = listening.accept()
+        self._taking.settimeout(60.0)
+        listening.close()
+        self.taken, self.longest_pause = 0, 0.0
+        self._ended = threading.Event()
+        self._threads = [threading.Thread(target=each) for each in (self._send, self._take)]
+        for thread in self._threads:
+            thread.start()
+
+    def _send(self) -> None:
+        sent = hashlib.sha256()
+        number = 0
+        while not self._ended.is_set():
+            block = number.to_bytes(8, "big") * 128
+            self._sending.sendall(block)
+            sent.update(block)
+            number += 1
+        self._sending.shutdown(socket.SHUT_WR)
+        self.sent_hash = sent.digest()
+
+    def _take(self) -> None:
+        taken = hashlib.sha256()
+        before = time.monotonic()
+        while block := self._taking.recv(1 << 16):
+            now = time.monotonic()
+            self.longest_pause = max(self.longest_pause, now - before)
+            before = now
+            taken.update(block)
+            self.taken += len(block)
+        self.taken_hash = taken.digest()
+
+    def end(self) -> None:
+        """Send no more; returns when the other side has taken everything, or its minute is over."""
+        self._ended.set()
+        for thread in self._threads:
+            thread.join()
+        self._sending.close()
+        self._taking.close()
+
+
+def test_a_supervisor_that_stands_by_takes_over_and_no_connection_breaks(
+    pair: Pair, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """As when the pods of user-space WireGuard are replaced, and an agent beside them starts none itself."""
+    left, name = pair.left.namespace, unused_name()
+    left.ip("link", "set", pair.left.device.name, "down")
+    left.ip("address", "del", "10.9.0.1/16", "dev", pair.left.device.name)
+    run_dir = tmp_path / "beside"
+    state = run_dir / "wireguard" / f"{name}.json"
+    wanted = desired_device(name, A, peer_at(B, "192.0.2.2:47002", "10.9.0.2/32", keepalive=20), port=47003)
+    with contextlib.ExitStack() as stack:
+        first = stack.enter_context(supervisor(left, name, state))
+        with left.entered():
+            device = choose_device(name, run_dir=run_dir, only=DeviceKind.USER_SPACE, beside=True)
+            run(device.observe())
+        stack.callback(run, device.close())
+        machine = Machine(left, device)
+        machine.agree(wanted)
+        assert supervisor_of(name) == first.pid
+        stream = Stream(left, pair.right.namespace)
+        stack.callback(stream.end)
+        second = stack.enter_context(supervisor(left, name, state))
+        assert second.stderr is not None
+        assert "waiting for its end" in second.stderr.readline()
+        wait_until(lambda: stream.taken > 1 << 20, "nothing flows")
+
+        process = process_of(name)
+        first.kill()
+        os.kill(process, signal.SIGKILL)
+        wait_until(lambda: is_replaced(name, process), "nobody takes over")
+        flowed = stream.taken
+        machine.agree(wanted)
+        wait_until(lambda: stream.taken > flowed + (1 << 20), "nothing flows any more")
+        stream.end()
+        assert stream.taken_hash == stream.sent_hash
+        record_property("seconds without a byte", stream.longest_pause)
+
+        # With no supervisor there the agent waits for the next container, instead of taking its place.
+        process = process_of(name)
+        second.kill()
+        second.wait()
+        os.kill(process, signal.SIGKILL)
+        run(device.keep(wanted))
+        assert supervisor_of(name) is None
+        third = stack.enter_context(supervisor(left, name, state))
+        machine.agree(wanted)
+        assert supervisor_of(name) == third.pid
+        run(device.delete())
+        assert third.wait(timeout=60) == 0
 
 
 def agree(machine: Machine, wanted: DesiredDevice) -> None:

@@ -94,16 +94,19 @@ class Device:
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
 
-def choose_device(name: str, *, run_dir: Path = RUN_DIR, only: DeviceKind | None = None) -> Device:
+def choose_device(
+    name: str, *, run_dir: Path = RUN_DIR, only: DeviceKind | None = None, beside: bool = False
+) -> Device:
     """The device of that name, carried by what the machine offers: the kernel, else a user-space process.
 
     A WireGuard device that is there is kept, whoever made it. On a kernel with WireGuard one that is missing
-    is made. `only` narrows the choice. Raises ConfigError: no WireGuard (names the packages), a missing
-    capability, or an interface of that name that is not WireGuard.
+    is made. `only` narrows the choice; `beside`: a user-space process is somebody else's to run. Raises
+    ConfigError: no WireGuard (names the packages), a missing capability, or an interface of that name that is
+    not WireGuard.
     """
     links = Links(name)
     try:
-        return Device(name, _choose_driver(name, links, run_dir, only))
+        return Device(name, _choose_driver(name, links, run_dir, only=only, beside=beside))
     except BaseException:
         links.close()
         raise
@@ -139,7 +142,9 @@ def _existing_driver(name: str, links: Links, run_dir: Path) -> Driver:
     return ForeignUserSpaceDevice(name, links, run_dir)
 
 
-def _choose_driver(name: str, links: Links, run_dir: Path, only: DeviceKind | None) -> Driver:
+def _choose_driver(
+    name: str, links: Links, run_dir: Path, *, only: DeviceKind | None, beside: bool
+) -> Driver:
     link = links.find()
     if link is not None:
         kind = _kind_of_existing(name, link.kind, run_dir)
@@ -149,14 +154,15 @@ def _choose_driver(name: str, links: Links, run_dir: Path, only: DeviceKind | No
         kind = DeviceKind.USER_SPACE
         if only is DeviceKind.KERNEL:
             raise ConfigError("This kernel has no WireGuard: load the module `wireguard`")
-        require_program(run_dir, name)
+        if not beside:
+            require_program(run_dir, name)
     else:
         kind = DeviceKind.KERNEL
     if kind is DeviceKind.KERNEL:
         from scope_agent.wireguard.shell.kernel import KernelDevice  # loads pyroute2, of no use elsewhere
 
         return KernelDevice(name, links)
-    return UserSpaceDevice(name, links, run_dir)
+    return UserSpaceDevice(name, links, run_dir, beside=beside)
 
 
 def _kind_of_existing(name: str, link_kind: str, run_dir: Path) -> DeviceKind:

@@ -4,7 +4,8 @@ The process belongs to `scope-wireguard`, which outlives the agent and restarts 
 `keep` writes. That the supervisor runs shows by the lock it holds, and that the process is configured by the
 word `ready` in the locked file: until then the device does not exist for us, or both would configure it at
 once. The supervisor ends, with the process, once the state file is gone. A service manager may have started
-it (it waits for the file); otherwise the agent does.
+it (it waits for the file); otherwise the agent does, unless it is told that one runs beside it: what an agent
+starts in a container ends with that, and would keep the supervisor of the other container away.
 """
 
 from __future__ import annotations
@@ -60,9 +61,10 @@ class UserSpaceDevice:
 
     kind = DeviceKind.USER_SPACE
 
-    def __init__(self, name: str, links: Links, run_dir: Path) -> None:
+    def __init__(self, name: str, links: Links, run_dir: Path, *, beside: bool = False) -> None:
         self._name = name
         self._links = links
+        self._beside = beside
         self._control = control_socket(name)
         state = state_path(run_dir, name)
         self._process = DataplaneProcess("wireguard", state, name, "--state", str(state))
@@ -128,7 +130,7 @@ class UserSpaceDevice:
         """
         self._to_keep = desired
         self._keep_due(at_once=self._kept is None or _is_urgent(self._kept, desired))
-        if self._links.find() is not None:
+        if self._links.find() is not None and not self._beside:
             self._process.ensure_running()
 
     def _keep_due(self, *, at_once: bool = False) -> None:
@@ -164,11 +166,11 @@ class UserSpaceDevice:
             self._process.write(uapi.BLANK_STATE)
         deadline = time.monotonic() + START_TIMEOUT
         while not self._is_ready() or self._ask_if_running(uapi.GET) is None:
-            self._process.ensure_running()
+            if not self._beside:
+                self._process.ensure_running()
             if time.monotonic() > deadline:
-                raise ApplyError(
-                    f"{self._name} did not start in {START_TIMEOUT:.0f} s; see {self._process.log}"
-                )
+                log = "the log of scope-wireguard, which runs beside" if self._beside else self._process.log
+                raise ApplyError(f"{self._name} did not start in {START_TIMEOUT:.0f} s; see {log}")
             time.sleep(_POLL_INTERVAL)
 
     def _is_ready(self) -> bool:
