@@ -142,6 +142,7 @@ def _refuse_what_needs_a_device(fields: Fields, spec: MeshSpec) -> None:
         ("listenPort", spec.listen_port != 0),
         ("mtu", spec.mtu is not None),
         ("birthday", spec.birthday),
+        ("podNetworking", spec.pod_networking is not PodNetworking.OFF),
         ("hubs", "hubs" in fields.present()),
     ):
         if is_asked and not fields.refused(name):
