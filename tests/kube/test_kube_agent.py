@@ -32,6 +32,8 @@ API = "/apis/scope.ltgc.cc/v1alpha1"
 PEERS, MESHES = f"{API}/scopepeers", f"{API}/scopemeshes"
 LEASES = f"/apis/coordination.k8s.io/v1/namespaces/{NAMESPACE}/leases"
 
+OFFICE_PORT = 51999  # of an interface that no agent made
+
 # Who agents are, what they may do, and to whose objects: as users install it.
 MANIFESTS = ("00-namespace", "10-cluster", "20-accounts", "31-agent-rights", "40-policies")
 
@@ -111,12 +113,16 @@ class Cluster:
         return asyncio.run(self.plane.request(method, path, body, **options))
 
     def make_mesh(self, name: str, prefix: str) -> None:
+        """A ScopeMesh of its own addresses."""
+        self.declare_mesh(name, {"addressing": {"ipv4": prefix}})
+
+    def declare_mesh(self, name: str, spec: Mapping[str, object]) -> None:
         """A ScopeMesh."""
         document = {
             "apiVersion": "scope.ltgc.cc/v1alpha1",
             "kind": "ScopeMesh",
             "metadata": {"name": name},
-            "spec": {"addressing": {"ipv4": prefix}},
+            "spec": spec,
         }
         self.ask("POST", MESHES, document)
 
@@ -423,6 +429,83 @@ def test_nodes_that_are_told_to_leave_are_waited_for_and_who_has_not_left_is_nam
         status = cluster.await_report("home", node, is_whole)
         assert status["addresses"] == before[node.name]["addresses"]
         assert status["keys"] != before[node.name]["keys"]
+
+
+@pytest.fixture
+def interfaces(cluster: Cluster) -> Iterator[list[Interface]]:
+    """An interface of wg-quick's on each Node, with one pre-shared key, and nothing that sends."""
+    made = [Interface(node, number) for number, node in enumerate(cluster.nodes, start=1)]
+    psk = cluster.nodes[0].machine.run(["wg", "genpsk"]).stdout.strip()
+    first, second = made
+    try:
+        first.bring_up(second, psk, endpoint="")  # the other one is behind a NAT
+        address = next(each for each in first.node.machine.addresses() if each.version == 4)
+        second.bring_up(first, psk, endpoint=f"Endpoint = {address}:{OFFICE_PORT}\n")
+        yield made
+    finally:
+        for interface in made:
+            interface.quick("down")
+
+
+class Interface:
+    """`wg0` of a Node, which is wg-quick's."""
+
+    def __init__(self, node: Node, number: int) -> None:
+        self.node, self.number = node, number
+        self.config = node.machine.directory / "wg0.conf"
+        self.private = node.machine.run(["wg", "genkey"]).stdout.strip()
+        self.public = node.machine.run(["wg", "pubkey"], input=self.private).stdout.strip()
+
+    def bring_up(self, other: Interface, psk: str, *, endpoint: str) -> None:
+        self.config.touch(0o600)
+        self.config.write_text(
+            f"[Interface]\nPrivateKey = {self.private}\nListenPort = {OFFICE_PORT}\n"
+            f"Address = 10.77.0.{self.number}/24\nMTU = 1380\n"
+            f"[Peer]\nPublicKey = {other.public}\nPresharedKey = {psk}\n"
+            f"AllowedIPs = 10.77.0.{other.number}/32\n{endpoint}"
+        )
+        self.quick("up")
+
+    def quick(self, action: str) -> None:
+        go = "WG_QUICK_USERSPACE_IMPLEMENTATION=wireguard-go"
+        self.node.machine.run(["env", go, "wg-quick", action, str(self.config)], check=action == "up")
+
+    def psk(self) -> str:
+        return self.node.machine.run(["wg", "show", "wg0", "preshared-keys"]).stdout.split()[1]
+
+
+def test_a_mesh_on_an_interface_of_its_nodes_keys_that_and_leaves_it_as_it_was_when_deleted(
+    cluster: Cluster, joined: list[Flow], interfaces: list[Interface]
+) -> None:
+    managers = interfaces[0].psk()
+    cluster.declare_mesh("office", {"existingInterface": "wg0", "postQuantum": {"mode": "Preferred"}})
+    for interface in interfaces:
+        cluster.make_peer("office", interface.node)
+    for interface in interfaces:
+        assert cluster.await_keys("office", interface.node)["wireGuard"] == interface.public
+
+    def shown() -> str:
+        return "\n".join(f"{each.psk()}\n{tail(each.node.log)}" for each in interfaces)
+
+    def is_keyed() -> bool:
+        psks = {interface.psk() for interface in interfaces}
+        return len(psks) == 1 and managers not in psks
+
+    until(is_keyed, within_s=400.0, missing=shown)
+    for interface in interfaces:  # as the garbage collector does for a ScopeMesh that is deleted
+        cluster.ask("DELETE", f"{PEERS}/{peer_name('office', interface.node)}")
+    cluster.ask("DELETE", f"{MESHES}/office")
+
+    def is_left() -> bool:
+        return all(
+            interface.psk() == managers and not (interface.node.state / "office").exists()
+            for interface in interfaces
+        )
+
+    until(is_left, within_s=400.0, missing=shown)
+    for interface in interfaces:
+        assert "wg0" in interface.node.devices()
+    cluster.await_pings(joined)
 
 
 def test_a_cluster_or_node_that_is_not_named_is_asked_for(cluster: Cluster) -> None:
