@@ -34,9 +34,16 @@ from scope_agent.inputs import (
 from scope_agent.mesh_loop import Connect, MeshLoop, RemovedFromMesh, RunConfig, read_records
 from scope_agent.mesh_psk_agent import MeshPskAgent, MeshPskConfig
 from scope_agent.psk_agent import ForeignDevice
-from scope_agent.psk_run import LEAVE_PATIENCE, ask_agent, await_managers_keys, find_device
+from scope_agent.psk_run import (
+    LEAVE_PATIENCE,
+    NoAgent,
+    ask_agent,
+    await_managers_keys,
+    find_device,
+    take_back_alone,
+)
 from scope_agent.run import Runner
-from scope_agent.state import Enrolment
+from scope_agent.state import Enrolment, sole_agent
 from scope_agent.wireguard.shell import Device, existing_device, open_probe_socket
 
 log = logging.getLogger(__name__)
@@ -168,9 +175,9 @@ async def device_key(interface: str, run_dir: Path) -> PublicKey:
 
 
 def give_back(config: RunConfig, enrolment: Enrolment, *, is_forced: bool) -> str:
-    """Have the running agent of a mesh give its manager's keys back: with whom only this side did.
+    """Have the agent of a mesh give its manager's keys back: with whom only this side did.
 
-    Raises ConfigError.
+    By force it is done without an agent, too. Raises ConfigError, ApplyError.
     """
     mesh = enrolment.mesh
 
@@ -182,4 +189,10 @@ def give_back(config: RunConfig, enrolment: Enrolment, *, is_forced: bool) -> st
     if not config.state.load_psk()[0]:
         return ""
     command = "give-back-forced" if is_forced else "give-back"
-    return await_managers_keys(ask, command=command, state=config.state)
+    try:
+        return await_managers_keys(ask, command=command, state=config.state)
+    except NoAgent:
+        if not is_forced:
+            raise
+    with sole_agent(config.state, config.run_dir, interface=enrolment.device):
+        return take_back_alone(enrolment.device, config.state, config.run_dir)

@@ -15,7 +15,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import assert_never
 
 from scope.channel import Channel, Confirmed, Hello, NotACorrespondent, Received
-from scope.model import Endpoint, IPAddress, IPNetwork, PublicKey
+from scope.model import Endpoint, IPAddress, IPNetwork, PathKind, PublicKey
 from scope.wire import KeyPart, Message, Ping, Pong, WireError
 from scope_agent.inputs import (
     Applied,
@@ -38,7 +38,7 @@ from scope_agent.peers_file import ForeignPeer, PeersFile
 from scope_agent.psk.core import NudgePeer, Psk, SayPart, WriteRecord
 from scope_agent.psk.identity import KeyMaker
 from scope_agent.psk.pair_values import SESSION_VALID, Reading
-from scope_agent.psk.proved import IN_FLIGHT, OLDEST, QUIET, REVERT_AT
+from scope_agent.psk.proved import NUDGE_FROM, QUIET, WAY_BACK
 from scope_agent.psk.slots import Record
 from scope_agent.status import psk_status
 from scope_agent.wireguard.device import NO_PSK, ObservedDevice, ObservedPeer, SetPsk
@@ -51,9 +51,7 @@ RETRY_MIN, RETRY_MAX = 1.0, 30.0  # after a device that could not be read or wri
 ASK_FIRST, ASK_LONGEST = 1.0, 60.0  # a peer without an agent gets one probe a minute
 ASK_REACHED = 20.0  # one that answers: often enough for NATs on the way
 REACHED_FOR = 50.0  # two probes may be lost
-# Without a session nothing proves the way back before somebody sends: a handshake that begins when both sides
-# have had the key for a while, and another one where that was lost.
-PROVE_AFTER, PROVE_EVERY = IN_FLIGHT + 1.0, 6.0
+GOING_BACK = 3 * OBSERVE_KEYS + 4.0  # what it takes beside a young session: looks at both devices, and words
 # A prefix of everything has no first address that can be sent to: these are for documentation alone.
 _SOMEWHERE: Mapping[int, IPAddress] = {4: IPv4Address("192.0.2.1"), 6: IPv6Address("2001:db8::1")}
 
@@ -144,7 +142,6 @@ class PskAgent:
         self._plan_after = now
         self._error = self._disk_error = ""
         self._is_leaving = False
-        self._prove_at: dict[PublicKey, float] = {}  # on the way back, laid in, and without a session
         self._led_back: frozenset[PublicKey] = frozenset()
         self._is_changed = False
         self._unwritten = 0  # records on their way to the disk
@@ -189,7 +186,6 @@ class PskAgent:
                 self._ask(key, contact, now)
             self._stand(key, contact, now)
         self._psk.handle_timer(now)
-        self._prove_way_back(now)
         self._collect(now)
 
     def get_timer(self) -> float | None:
@@ -201,7 +197,6 @@ class PskAgent:
             times.append(due)
         if self._observe_at is not None and not self._is_observing and not self._is_busy:
             times.append(self._observe_at)
-        times += self._prove_at.values()
         return min(times, default=None)
 
     def outputs(self) -> list[Output]:
@@ -402,18 +397,6 @@ class PskAgent:
             return stamp, now - max(age, 0.0)
         return (stamp, now) if stamp != known[0] and stamp > 0.0 else known
 
-    def _note_unproved(self, now: float) -> None:
-        """Pairs on their way back whose handshake would wait for somebody to send."""
-        view, leaving = self._psk.view(), self._members if self._is_leaving else self._led_back
-        waiting = {key for key in leaving if key in view and view[key].laid and not self._seen(key, now)[1]}
-        self._prove_at = {key: self._prove_at.get(key, now + PROVE_AFTER) for key in waiting}
-
-    def _prove_way_back(self, now: float) -> None:
-        for key, at in self._prove_at.items():
-            if now >= at:
-                self._prove_at[key] = now + PROVE_EVERY
-                self._nudge(key)
-
     def _nudge(self, key: PublicKey) -> None:
         address = self._address_of(key)
         if address is not None:
@@ -481,7 +464,6 @@ class PskAgent:
                     self._nudge(key)
                 case _:
                     assert_never(output)
-        self._note_unproved(now)
         self._is_changed |= bool(self._psk.take_changes())
         if self._is_busy or self._is_observing or self.replaced:
             return
@@ -556,21 +538,21 @@ class PskAgent:
         ]
 
     def _within(self, key: PublicKey, now: float) -> float:
-        """After how many seconds the next handshake proves the way back, if nothing is lost, at most."""
+        """After how many seconds the pair is back at its manager's key, if nothing is lost, at most."""
         stamp, since = self._sessions.get(key, (0.0, 0.0))
         age = now - since if stamp > 0.0 else SESSION_VALID
         if age >= SESSION_VALID:
-            return QUIET + PROVE_AFTER + PROVE_EVERY
-        is_in_time = self._psk.view()[key].laid > 0 or age <= OLDEST
-        return REVERT_AT - age if is_in_time else SESSION_VALID - age + REVERT_AT
+            return QUIET + GOING_BACK
+        is_young = self._psk.view()[key].laid > 0 or age <= WAY_BACK.oldest
+        return GOING_BACK if is_young else max(NUDGE_FROM - age, 0.0) + GOING_BACK
 
     def status(self, now: float) -> dict[str, object]:
-        """What `scope-agent psk status` shows: plain JSON values, and no key but public ones."""
+        """What `scope-agent psk status` and `scopectl` show: plain JSON values, no key but public ones."""
         errors = {"Device": self._error, "Disk": self._disk_error}
         return {
-            "device": self._device.name,
+            "mesh": f"@{self._device.name}",
             "publicKey": str(self._device.key),
-            "listenPort": self._listen_port,
+            "device": {"name": self._device.name, "listenPort": self._listen_port},
             "leaving": self._is_leaving,
             "awaited": [asdict(each) for each in self.awaited(now)],
             "peers": [self._peer_status(key, contact, now) for key, contact in self._contacts.items()],
@@ -585,6 +567,7 @@ class PskAgent:
             "name": contact.peer.name,
             "publicKey": str(key),
             "endpoint": str(endpoint) if endpoint is not None else None,
+            "path": PathKind.DIRECT if contact.is_reached else PathKind.NONE,
             "reached": contact.is_reached,
             "lastHandshakeSeconds": round(now - since, 1) if stamp > 0.0 else None,
             "psk": psk_status(self._psk.view().get(key), now + self._offset),
@@ -604,6 +587,17 @@ class PskAgent:
         if self._endpoint_of(key) is None:
             return "the device knows no endpoint of it yet"
         return "no agent answers there: it does not run, or probeKey in one of the two peers files is wrong"
+
+
+def plan_alone(device: ObservedDevice, records: Mapping[PublicKey, Record]) -> tuple[SetPsk, ...]:
+    """Where no agent runs: the manager's key for each peer that has one of ours."""
+    return tuple(
+        SetPsk(key, record.manager)
+        for key, record in sorted(records.items())
+        if record.manager is not None
+        and (peer := device.peers.get(key)) is not None
+        and peer.psk in [keys.psk for keys in (record.current, record.next) if keys is not None]
+    )
 
 
 def _address_in(prefix: IPNetwork) -> IPAddress:

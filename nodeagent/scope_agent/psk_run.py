@@ -29,16 +29,21 @@ from scope_agent.mesh_loop import RunConfig, read_records, set_up_keys
 from scope_agent.peers_file import ForeignPeer, PeersFile, parse_peers, render_line
 from scope_agent.psk.choice import KeyChoice
 from scope_agent.psk.identity import KeyMaker
-from scope_agent.psk_agent import ForeignDevice, PskAgent
+from scope_agent.psk_agent import ForeignDevice, PskAgent, plan_alone
 from scope_agent.state import StateDir, sole_agent
+from scope_agent.wireguard.device import SetPsk
 from scope_agent.wireguard.shell import Device, existing_device, open_probe_socket
 
 log = logging.getLogger(__name__)
 
-LEAVE_PATIENCE = 900.0  # seconds: a key is laid into a young session and proved by the next one, tried twice
+LEAVE_PATIENCE = 900.0  # seconds: a rotation that is under way ends first, and what is lost is tried again
 POLL = 1.0
 ANSWER_SECONDS = 10.0
 MAX_ANSWER = 16 << 20
+
+
+class NoAgent(ConfigError):
+    """None answers: none runs, or it hangs."""
 
 
 class Left(ConfigError):
@@ -181,7 +186,7 @@ def status_psk(config: PskConfig) -> str:
             peer["name"],
             "answers" if peer["reached"] else "silent",
             peer["endpoint"] or "-",
-            f"#{peer['psk']['epoch']} for {_age(peer['psk']['ageSeconds'])}" if peer["psk"]["epoch"] else "-",
+            _shown_key(peer["psk"]),
             peer["reason"],
         )
         for peer in status["peers"]
@@ -200,11 +205,17 @@ def rotate_psk(config: PskConfig) -> str:
 
 def leave_psk(config: PskConfig, *, is_forced: bool) -> str:
     """Have every pair go back to its manager's key; ends the agent. Raises ConfigError."""
-    away = await_managers_keys(
-        lambda command: _ask(config, command),
-        command="leave-forced" if is_forced else "leave",
-        state=config.state,
-    )
+    try:
+        away = await_managers_keys(
+            lambda command: _ask(config, command),
+            command="leave-forced" if is_forced else "leave",
+            state=config.state,
+        )
+    except NoAgent:
+        if not is_forced:
+            raise
+        with sole_agent(config.state, config.run_dir, keys=config.state.probe_file):
+            away = take_back_alone(config.interface, config.state, config.run_dir)
     alone = f" On this side alone, their links end within minutes: {away}." if away else ""
     return f"{config.interface} has its manager's pre-shared keys again, and its agent has ended.{alone}"
 
@@ -234,8 +245,29 @@ def await_managers_keys(ask: Callable[[str], Mapping[str, Any]], *, command: str
         if awaited and names != said:
             said, longest = names, max(each["seconds"] for each in awaited)
             within = f"{longest:.0f} s at most if nothing is lost"
-            print(f"Waiting for WireGuard's next handshake, {within}, with {names}", file=sys.stderr)
+            print(f"Going back to the manager's key, {within}, with {names}", file=sys.stderr)
     return away
+
+
+def take_back_alone(interface: str, state: StateDir, run_dir: Path) -> str:
+    """Give the manager's keys back where no agent runs: the public keys of the peers that this was for.
+
+    For who holds the lock of `sole_agent`. Raises ConfigError, ApplyError.
+    """
+
+    async def take_back() -> tuple[SetPsk, ...]:
+        device = existing_device(interface, run_dir=run_dir)
+        try:
+            planned = plan_alone(await device.observe(), read_records(state))
+            for action in planned:
+                await device.apply(action)
+        finally:
+            await device.close()
+        return planned
+
+    alone = asyncio.run(take_back())
+    state.forget_psk()
+    return ", ".join(str(action.key) for action in alone)
 
 
 def read_peers(path: Path) -> PeersFile:
@@ -277,7 +309,10 @@ def _ask(config: PskConfig, command: str) -> Mapping[str, Any]:
 
 
 def ask_agent(path: Path, command: str, *, of: str, start: str) -> Mapping[str, Any]:
-    """A command to the agent of a device or mesh, and its answer; `start` starts one. Raises ConfigError."""
+    """A command to the agent of a device or mesh, and its answer; `start` starts one.
+
+    Raises NoAgent, ConfigError.
+    """
     answer = bytearray()
     try:
         with socket.socket(socket.AF_UNIX) as agent:
@@ -292,10 +327,16 @@ def ask_agent(path: Path, command: str, *, of: str, start: str) -> Mapping[str, 
         said = json.loads(answer)
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it ended"
-        raise ConfigError(f"no agent answers for {of} at {path} ({reason}): is {start} running?") from None
+        raise NoAgent(f"no agent answers for {of} at {path} ({reason}): is {start} running?") from None
     if not said.get("ok"):
         raise ConfigError(str(said.get("error")))
     return dict(said)
+
+
+def _shown_key(psk: Mapping[str, Any]) -> str:
+    if not psk["epoch"]:
+        return "-"
+    return f"#{psk['epoch']} for {_age(psk['ageSeconds'])}, suite {psk['suite']}, trust {psk['trust'] or '-'}"
 
 
 def _age(seconds: float) -> str:

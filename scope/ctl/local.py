@@ -111,7 +111,10 @@ class AgentStatus:
 
 
 def find_socket(named: Path | None, directory: Path = SOCKETS) -> Path:
-    """The socket to ask: the one named, or the only one there is. Raises CommandError."""
+    """The socket to ask: the one named, or the only one there is. Raises CommandError.
+
+    Those of agents that belong to no mesh begin with @, and are in the way of no mesh.
+    """
     if named is not None:
         return named
     try:
@@ -125,6 +128,7 @@ def find_socket(named: Path | None, directory: Path = SOCKETS) -> Path:
             f"no agent runs on this machine (there is no socket in {directory}): start it with "
             "`systemctl start scope-agent@MESH`, or join a mesh with `scope-agent join -`"
         )
+    found = [path for path in found if not path.name.startswith("@")] or found
     if len(found) > 1:
         raise CommandError(
             f"this machine is in {len(found)} meshes: choose one with --socket "
@@ -293,8 +297,8 @@ def _parse_answer(line: bytes, path: Path) -> Mapping[str, object]:
 
 
 def _unit(path: Path) -> str:
-    """The systemd unit behind a socket, which is named after its mesh."""
-    return f"scope-agent@{path.stem}"
+    """The systemd unit behind a socket, which is named after its mesh, or after its interface."""
+    return f"scope-psk{path.stem}" if path.stem.startswith("@") else f"scope-agent@{path.stem}"
 
 
 def _clean(text: str) -> str:

@@ -17,6 +17,7 @@ import pytest
 from scope_agent.__main__ import main
 
 from tests.netns.device_fixture import Namespace, connect, unused_name
+from tests.netns.secrets_fixture import forms, secrets_in
 
 pytestmark = pytest.mark.timeout(1200)
 # Half a minute is enough where the machine keeps up. Where it does not, a handshake may come too early to
@@ -108,6 +109,10 @@ class Machine:
             self.agent.kill()
             self.agent.wait()
 
+    def files(self) -> list[Path]:
+        """What the agent keeps."""
+        return [path for path in (self.directory / "state").rglob("*") if path.is_file()]
+
     def close(self) -> None:
         self.kill()
         with contextlib.suppress(AssertionError):
@@ -198,6 +203,34 @@ def test_keys_are_laid_and_rotated_on_a_network_of_wg_quick(pair: tuple[Machine,
         machine.start()
     _until(lambda: first.psk() == second.psk() != managers, pair)
     _until(lambda: _reaches(first), pair)
+
+    known = {secret for machine in pair for secret in secrets_in(machine.files())}
+    assert len(known) >= 9
+    told = [form for secret in known for form in forms(secret)]
+    assert [name for name, text in _said(pair).items() if any(form in text for form in told)] == []
+
+    # Where no agent runs, and by force alone, this side gets its manager's key back.
+    first.kill()
+    key = first.psk()
+    assert "no agent answers" in first.scope("leave", check=False) and first.psk() == key
+    assert f"On this side alone, their links end within minutes: {second.public}" in first.scope(
+        "leave", "--force"
+    )
+    assert first.psk() == managers and second.psk() == key
+    assert not [path for path in first.files() if path.parent.name == "psk"]
+
+
+def _said(machines: tuple[Machine, Machine]) -> dict[str, str]:
+    """All that others may read of the agents: logs, answers, arguments and environment."""
+    said = {}
+    for machine in machines:
+        assert machine.agent is not None
+        said[f"log of {machine.number}"] = machine.log.read_text()
+        said[f"answers of {machine.number}"] = machine.scope("status") + machine.scope("show")
+        for name in ("cmdline", "environ"):
+            raw = Path("/proc", str(machine.agent.pid), name).read_bytes()
+            said[f"{name} of {machine.number}"] = raw.decode(errors="replace")
+    return said
 
 
 def test_what_cannot_be_is_said(pair: tuple[Machine, Machine]) -> None:

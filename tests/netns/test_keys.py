@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import re
@@ -14,6 +13,8 @@ from lab import Lab, Nat
 from lab.netns import processes_in
 from meshlab import PRIVATE, Member, Pinger, Registry, Watch, mesh_document
 from meshlab.programs import program
+
+from tests.netns.secrets_fixture import forms, secrets_in
 
 MESH = "keys"
 CONVERGED_S = 180.0
@@ -47,27 +48,6 @@ def _await(member: Member, command: list[str], expected: str) -> str:
         time.sleep(0.2)
 
 
-def _secrets(member: Member) -> set[bytes]:
-    """Every private key and pre-shared key that lies on the member's disk."""
-    found: set[bytes] = set()
-    holders: list[tuple[dict[str, str], tuple[str, ...]]]
-    for path in _files(member):
-        if path.name == "enrolment.json":
-            holders = [(json.loads(path.read_text())["keys"], ("wireGuard", "probe", "signing"))]
-        elif path.name == "identity.json":
-            holders = [(json.loads(path.read_text()), ("ed448", "mldsa"))]
-        elif path.parent.name == "psk":
-            record = json.loads(path.read_text())
-            slots = [keys for keys in (record["current"], record["next"]) if keys is not None]
-            holders = [(keys, ("psk", "chain", "confirm_d", "confirm_e")) for keys in slots]
-        else:
-            holders = []
-        found |= {
-            base64.b64decode(holder[name], validate=True) for holder, names in holders for name in names
-        }
-    return found
-
-
 def _said(members: list[Member], registry: Registry) -> dict[str, str]:
     """All that others may read: logs, answers, resources, each process's arguments and environment."""
     said = {"the registry's log": registry.log.read_text()}
@@ -99,15 +79,6 @@ def _may_dump(members: list[Member]) -> list[str]:
             if is_ours and not re.search(r"^Max core file size +[01] ", limits, re.MULTILINE):
                 found.append(arguments)
     return found
-
-
-def _forms(secret: bytes) -> tuple[str, ...]:
-    return (
-        base64.b64encode(secret).decode().rstrip("="),
-        base64.urlsafe_b64encode(secret).decode().rstrip("="),
-        secret.hex(),
-        repr(secret)[2:-1],
-    )
 
 
 def _rotate_identity(member: Member, other: Member) -> str:
@@ -146,16 +117,15 @@ def test_a_pair_that_requires_a_key_talks_once_a_handshake_has_proved_it() -> No
         for member in members:
             assert all(path.stat().st_mode & 0o077 == 0 for path in _files(member))
             assert not re.search(r"Secret\((?!\.\.\.)", member.log.read_text())
-        secrets = [_secrets(member) for member in members]
+        secrets = [secrets_in(_files(member)) for member in members]
         assert all(len(found) >= 9 for found in secrets) and len(secrets[0] & secrets[1]) >= 4
-        forms = [token, *(form for secret in set().union(*secrets) for form in _forms(secret))]
-        said = _said(members, registry)
-        assert sum(name.startswith("cmdline") for name in said) >= 3
-        assert [name for name, text in said.items() if any(form in text for form in forms)] == []
+        known = {secret for found in secrets for secret in found}
         assert _may_dump(members) == []
         answer = members[0].machine.run([program("scopectl"), "rotate", "--all"], timeout=LAID_S).stdout
         assert answer.startswith(("1 laid in; confirmed at the next rekey", "1 confirmed"))
+        known |= secrets_in(path for member in members for path in _files(member))
         fingerprint = _rotate_identity(*members)
+        known |= secrets_in(path for member in members for path in _files(member))
         members[0].kill()
         (identity,) = [path for path in _files(members[0]) if path.name == "identity.json"]
         assert identity.stat().st_mode & 0o777 == 0o600
@@ -168,6 +138,11 @@ def test_a_pair_that_requires_a_key_talks_once_a_handshake_has_proved_it() -> No
         members[0].kill()
         members[0].run_again()
         _await(members[0], ["identity", "show"], fingerprint)
+        said = _said(members, registry)  # of all that happened: logs go back to the start
+        assert sum(name.startswith("cmdline") for name in said) >= 3
+        assert len(known) >= 20
+        told = [token, *(form for secret in known for form in forms(secret))]
+        assert [name for name, text in said.items() if any(form in text for form in told)] == []
         for member in members:
             member.leave()
             assert not [path for path in _files(member) if path.suffix == ".json"]

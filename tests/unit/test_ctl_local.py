@@ -181,6 +181,8 @@ def test_the_only_socket_is_taken_and_of_several_one_must_be_named(tmp_path: Pat
     with pytest.raises(CommandError, match="no agent runs on this machine"):
         find_socket(None, tmp_path / "missing")
     (tmp_path / "notes.sock").write_text("not a socket")
+    with agent_at(tmp_path / "@wg0.sock"):
+        assert find_socket(None, tmp_path) == tmp_path / "@wg0.sock"
     with agent_at(tmp_path / "home.sock"):
         assert find_socket(None, tmp_path) == tmp_path / "home.sock"
         with agent_at(tmp_path / "work.sock"), pytest.raises(CommandError, match="in 2 meshes: choose one"):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import yaml
 from scope_agent.peers_file import parse_peers, render_line
-from scope_agent.wireguard.device import NO_PSK
+from scope_agent.psk_agent import plan_alone
+from scope_agent.wireguard.device import NO_PSK, SetPsk
 
+from scope.ctl.local import parse_status
+from scope.ctl.metrics import metrics_text
 from scope.model import Fingerprint, PostQuantum, PostQuantumMode, PublicKey
 from scope.resources import InvalidResource
 from tests.unit.foreign_pair import MANAGER, Side, World
@@ -155,6 +159,34 @@ def test_leaving_names_who_is_out_of_reach_and_changes_nothing_unless_forced() -
     assert agent is not None
     world.until(lambda: agent.has_left, within=30.0)
     assert first.psk == MANAGER and second.psk == key
+
+
+def test_scopectl_reads_what_the_agent_says_of_its_keys() -> None:
+    world, first, _ = _keyed()
+    world.run(60.0)
+    said = json.loads(json.dumps(first.ask("status")["status"]))
+    status = parse_status(said)
+    (peer,) = status.peers
+    assert (status.mesh, status.device, peer.name, peer.path) == ("@wg0", "wg0", "m2", "Direct")
+    assert (peer.psk_epoch, peer.psk_suite, peer.psk_trust, peer.psk_reason) == (1, 1, "Pinned", "")
+    assert peer.psk_age is not None and 0.0 < peer.psk_age < 600.0
+    assert 'scope_peer_key_epoch{mesh="@wg0",peer="m2"} 1.0' in metrics_text(status)
+
+
+def test_without_an_agent_only_keys_of_ours_give_way_to_the_managers() -> None:
+    world, first, second = _keyed()
+    agent = first.agent
+    assert agent is not None
+    world.run(1.0)
+    (record,) = first.disk.values()
+    observed = agent.observed  # type: ignore[union-attr]
+    assert observed is not None and observed.peers[second.key].psk == first.psk
+    assert plan_alone(observed, first.disk) == (SetPsk(second.key, MANAGER),)
+    unproved = replace(record, current=None, next=record.current, active=True)
+    assert plan_alone(observed, {second.key: unproved}) == (SetPsk(second.key, MANAGER),)
+    assert plan_alone(observed, {second.key: replace(record, manager=None)}) == ()
+    for peers in ({}, {second.key: replace(observed.peers[second.key], psk=MANAGER)}):
+        assert plan_alone(replace(observed, peers=peers), first.disk) == ()
 
 
 def test_a_nudge_goes_to_an_address_that_is_the_peers_alone() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from scope_agent.psk.core import PskOutput, SayPart
 from scope_agent.psk.exchange import manager_keys
 from scope_agent.wireguard.device import NO_PSK
 
@@ -76,6 +77,74 @@ def test_leaving_survives_a_crash_of_the_other_side_at_every_step(which: str) ->
         other.crash_after = step
         leaving.leave()
         duo.until(lambda duo=duo: _is_back(duo), within=3000.0)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("which", ["D", "E"])
+@pytest.mark.parametrize(
+    ("age", "within"), [(2.0, 10.0), (90.0, 10.0), (101.0, 35.0), (150.0, 20.0), (None, 25.0)]
+)
+def test_leaving_waits_for_no_rekey_of_an_idle_pair(which: str, age: float | None, within: float) -> None:
+    duo = _agreed(12)
+    duo.keepalive = (False, False)
+    duo.session = None if age is None else duo.now - age
+    for side in duo.sides:
+        side.look()
+    _leaving(duo, which)[0].leave()
+    duo.until(lambda: _is_back(duo), within=within)
+    if age is not None:
+        assert duo.deaths == []
+        duo.e.nudges = duo.d.nudges = 0
+        duo.run(600.0)
+        assert _is_back(duo) and duo.e.nudges == duo.d.nudges == 0
+
+
+@pytest.mark.parametrize("which", ["D", "E"])
+@pytest.mark.parametrize("seconds", [0.0, 180.0], ids=["one word", "all words for three minutes"])
+def test_leaving_loses_no_session_where_words_are_lost(which: str, seconds: float) -> None:
+    for number in range(14):
+        duo = _Deaf(13, number, seconds)
+        duo.start()
+        duo.until(duo.is_agreed, within=200.0)
+        duo.count = 0
+        _leaving(duo, which)[0].leave()
+        duo.until(lambda duo=duo: _is_back(duo), within=900.0)  # type: ignore[misc]
+        duo.run(200.0)
+        assert duo.deaths == [], number
+
+
+class _Deaf(Duo):
+    """Of what is said from `count` 0 on the part of this number is lost, and all for so many seconds."""
+
+    def __init__(self, seed: int, number: int, seconds: float) -> None:
+        super().__init__(seed, manager=MANAGER)
+        self.number, self.seconds = number, seconds
+        self.count: int | None = None
+
+    def spoils(self, side: Side, output: PskOutput) -> bool:
+        if self.count is None or not isinstance(output, SayPart):
+            return False
+        self.count += 1
+        if self.count - 1 != self.number:
+            return False
+        if self.seconds:
+            self.mute = set(self.sides)
+            self.at(self.now + self.seconds, self.mute.clear)
+        return True
+
+
+@pytest.mark.parametrize("is_used", [True, False], ids=["used", "idle"])
+def test_a_side_that_left_and_ended_before_its_last_word_arrived_is_followed_by_a_handshake(
+    is_used: bool,
+) -> None:
+    duo = _agreed(14)
+    duo.keepalive = (is_used, is_used)
+    duo.e.leave()
+    duo.until(lambda: duo.d.view.laid > 0, within=20.0)
+    duo.mute = {duo.e}
+    duo.until(lambda: duo.e.disk.current is None, within=20.0)
+    duo.e.crash()
+    duo.until(lambda: _is_back(duo), within=400.0)
+    assert not is_used or duo.deaths == []
 
 
 def test_leaving_gets_through_a_network_that_loses_and_doubles() -> None:

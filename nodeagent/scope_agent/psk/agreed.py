@@ -9,8 +9,16 @@ from typing import assert_never
 from scope.model import PostQuantumMode, PskFailure, PublicKey
 from scope_agent.psk.exchange import ExchangeError, is_genuine, make_answer, make_offer, take_answer
 from scope_agent.psk.messages import NO_ID, Answer, Control, Offer, Refusal, RefusedFor, What, encode
-from scope_agent.psk.pair_values import ACTIVATE_EVERY, ANSWER_EVERY, AT_ONCE, ATTEMPT, DISK_AGAIN, Tools
-from scope_agent.psk.proved import Proved
+from scope_agent.psk.pair_values import (
+    ACTIVATE_EVERY,
+    ANSWER_EVERY,
+    AT_ONCE,
+    ATTEMPT,
+    DISK_AGAIN,
+    Nudge,
+    Tools,
+)
+from scope_agent.psk.proved import NUDGE_EVERY, NUDGE_FROM, WAY_BACK, Proved
 from scope_agent.psk.slots import Keys, Record, find
 from scope_agent.psk.states import Move, State
 
@@ -179,6 +187,8 @@ class Agreed(Proved):
     def _take_refusal(self, reason: RefusedFor, epoch: int, now: float) -> None:
         if not self.is_decapsulator:
             return
+        if self._is_bound:
+            return
         if self._is_active and reason is RefusedFor.EPOCH and self._age(now) is None:
             self._revert("the peer holds the key no longer", now, tell=False)
             self._give_up(now + AT_ONCE)
@@ -245,7 +255,9 @@ class Agreed(Proved):
                     self._revert("the other side could not follow in time", now, tell=False)
                 self._say_of(What.READY, keys)
             case What.REVERTED:
-                if self._is_active:
+                if self._is_bound:
+                    self._say_of(What.CONFIRM, keys)
+                elif self._is_active:
                     self._revert("no handshake proved the key in time", now, tell=False)
             case What.CONFIRM | What.CONFIRMED:
                 if keys is self._record.next:
@@ -340,6 +352,23 @@ class Agreed(Proved):
 
     def _look_for_activation(self, now: float) -> None:
         self._look_until = now + WAIT_READY
+
+    def _have_rekeyed(self, now: float) -> None:
+        """Where nobody sends, have WireGuard begin a session young enough for the way back."""
+        at = self._rekeys_at(now)
+        if at is not None and now >= at:
+            self._nudge_at = now + NUDGE_EVERY
+            self._out.append(Nudge())
+
+    def _rekeys_at(self, now: float) -> float | None:
+        """When to have WireGuard rekey for the way back; None where nothing waits for that."""
+        is_awaited = self._state is State.READY if self.is_decapsulator else now < self._look_until
+        since, age = self._reading.since if self._reading is not None else None, self._age(now)
+        if not is_awaited or since is None or age is None or age <= WAY_BACK.oldest:
+            return None
+        if self._is_active or not self._is_going_back:
+            return None
+        return max(self._nudge_at, since + NUDGE_FROM)
 
     def _lead_times(self, now: float) -> list[float]:
         match self._state:

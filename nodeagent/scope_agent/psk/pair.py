@@ -33,7 +33,8 @@ What keeps the two together, whatever is lost and whoever dies:
 
 Where something else manages the device, the key that it gave the pair is remembered: the first exchange
 builds on it, and whoever leaves has the pair go back to it in the same steps, from COMMIT on. D begins by
-COMMIT, E by READY; both need the key in use to say it.
+COMMIT, E by READY; both need the key in use to say it. When both devices have it, D says CONFIRM, and reverts
+no more: what E answers is proof enough, and a handshake is where E has gone without an answer.
 
 Sans-IO. Time is monotonic seconds; `offset` makes it the wall clock, which is for people.
 """
@@ -264,6 +265,7 @@ class Pair(Agreed):
             self._lead(now)
         if not self._is_reached:
             return
+        self._have_rekeyed(now)
         if self._asks_back:
             self._ask_back(now)
         elif self._needs_identity:
@@ -338,6 +340,8 @@ class Pair(Agreed):
         if now < self._look_until:
             times.append(self._look_until)
         if self._is_reached:
+            if (rekeys_at := self._rekeys_at(now)) is not None:
+                times.append(rekeys_at)
             if self._asks_back:
                 times.append(self._ask.at if self._is_way_back(self._record.next) else self._schedule.at)
             elif self._needs_identity or self._needs_succession or self._wants_offer():
