@@ -32,7 +32,21 @@ from scope.channel import Channel, Confirmed, Opened, Received
 from scope.credentials import AdminCredential, PeerCredential, base64url, pin_of, read_base64url
 from scope.enrolment import Enrolment, enrolment_to_dict, sign_enrolment
 from scope.join import JoinString
-from scope.model import ConfigError, GatewayOrigin, Kind, Mesh, Peer, PeerKeys, PublicKey, Secret
+from scope.model import (
+    Addressing,
+    ConfigError,
+    GatewayOrigin,
+    Kind,
+    Mesh,
+    MeshSpec,
+    Peer,
+    PeerKeys,
+    PostQuantum,
+    PostQuantumMode,
+    PublicKey,
+    Role,
+    Secret,
+)
 from scope.registry.http import HttpRegistry, Joined
 from scope.registry.port import Conflict, NotFound, PeerRemoved, Refused, Unavailable
 from scope.resources import tombstone_to_dict
@@ -179,6 +193,18 @@ def test_a_token_for_no_mesh_is_not_made(tmp_path: Path) -> None:
     async def body(running: Serving, admin: HttpRegistry) -> None:
         with pytest.raises(NotFound, match="home"):
             await admin.create_token("home")
+
+    serve(body, config_in(tmp_path))
+
+
+def test_a_mesh_on_an_existing_interface_has_no_token_for_hubs(tmp_path: Path) -> None:
+    async def body(running: Serving, admin: HttpRegistry) -> None:
+        policy = PostQuantum(PostQuantumMode.PREFERRED)
+        spec = MeshSpec(Addressing(), existing_interface="wg0", post_quantum=policy)
+        await admin.create(replace(MESH, spec=spec))
+        with pytest.raises(Refused, match="home on wg0 has no hubs"):
+            await admin.create_token("home", role=Role.HUB)
+        assert "/home/wg0#" in await admin.create_token("home")
 
     serve(body, config_in(tmp_path))
 

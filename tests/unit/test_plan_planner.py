@@ -24,7 +24,18 @@ from scope_operator.plan.planner import (
 )
 from scope_operator.plan.status import ALIVE
 
-from scope.model import Addressing, Assignment, Condition, Kind, Mesh, Peer, PublicKey, Resource, Tombstone
+from scope.model import (
+    Addressing,
+    Assignment,
+    Condition,
+    Kind,
+    Mesh,
+    Peer,
+    PublicKey,
+    Resource,
+    Role,
+    Tombstone,
+)
 from scope.registry.memory import Create, Delete, Store, Update, UpdateStatus
 from scope.registry.port import Conflict, NotFound, Put
 from tests.unit.registry_conformance import MESH, peer, report
@@ -219,6 +230,19 @@ def test_a_failed_write_frees_what_it_had_reserved_and_is_tried_again() -> None:
     world.now += 1.0
     world.settle()
     assert len(set(addresses(world))) == 2
+
+
+def test_a_peer_of_an_existing_interface_is_no_hub_and_is_told_so() -> None:
+    world = World()
+    world.store.write(Delete(Kind.MESH, "home", world.mesh().meta.uid))
+    spec = replace(MESH.spec, addressing=Addressing(), existing_interface="wg0")
+    world.store.write(Create(replace(MESH, spec=spec)))
+    hub = peer(1)
+    world.store.write(Create(replace(hub, spec=replace(hub.spec, role=Role.HUB))))
+    world.start()
+    assert world.peer(1).assignment.role is Role.EDGE
+    assert world.condition(world.peer(1), "Ready").reason == "ManagedElsewhere"
+    assert not [each for each in world.mesh().status.conditions if each.type == "HubsAvailable"]
 
 
 def test_exhaustion_is_said_on_mesh_and_peer_and_ends_when_the_prefix_is_widened() -> None:

@@ -90,6 +90,11 @@ def test_the_first_failing_check_gives_the_reason() -> None:
     assert ready(member(1), lacks=True, online=False) == "NoAddressLeft"
     assert ready(member(1), online=False) == "Offline"
     assert ready(member(1)) == "Ready"
+    managed = replace(HOME, spec=replace(HOME.spec, existing_interface="wg0"))
+    assert ready(member(1), mesh=managed) == "Ready"
+    assert ready(member(1, routes=("10.1.0.0/16",)), mesh=managed) == "ManagedElsewhere"
+    hub = replace(member(1), spec=PeerSpec("home", role=Role.HUB))
+    assert (ready(hub), ready(hub, mesh=managed)) == ("Ready", "ManagedElsewhere")
 
 
 def test_a_mesh_says_who_has_no_address_and_whom_it_overlaps() -> None:

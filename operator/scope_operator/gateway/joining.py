@@ -139,6 +139,11 @@ class Joining:
         found = await self._registry.get(Kind.MESH, mesh)
         if not isinstance(found, Mesh):
             raise NotFound(f"there is no ScopeMesh {mesh!r}")
+        interface = found.spec.existing_interface
+        if interface and role is Role.HUB:
+            raise _invalid(
+                f"role: Hub, and {mesh} on {interface} has no hubs; allowed: {Role.AUTO}, {Role.EDGE}"
+            )
         secret = Secret(self._entropy(tokens.SECRET_BYTES))
         token_id = base64.b32encode(self._entropy(TOKEN_ID_BYTES)).decode().lower()
         token = tokens.make_token(
@@ -154,7 +159,6 @@ class Joining:
         if not isinstance(stored, JoinToken):
             raise TypeError("a registry stores what it is given")
         log.info("token.created id=%s mesh=%s single_use=%s", token_id, mesh, single_use)
-        interface = found.spec.existing_interface
         join_string = JoinString(self._url, mesh, token_id, secret, self._pin, self._key, interface)
         return {**_shown(stored), "joinString": join_string.format()}
 

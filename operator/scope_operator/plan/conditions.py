@@ -169,6 +169,7 @@ def peer_conditions(
     """
     chain = (
         None if mesh else _no_mesh(peer),
+        _asks_of_manager(peer) if mesh is not None and mesh.spec.existing_interface else None,
         _displaces(displaced) if displaced else None,
         Failure("NoKeys", "its agent has not reported keys: start scope-agent there")
         if not peer.report
@@ -194,6 +195,22 @@ def peer_conditions(
     if mesh is not None and online and (failed := keys_failed(mesh, (peer,))):
         told.append(_problem(earlier, POST_QUANTUM_FAILED, _keys_failed(mesh, failed), wall))
     return tuple(told)
+
+
+def _asks_of_manager(peer: Peer) -> Failure | None:
+    """What the mesh of an existing interface does nothing about, and its manager may."""
+    asked = {
+        "role Hub": peer.spec.role is Role.HUB,
+        "routes": bool(peer.spec.routes),
+        "endpoints": bool(peer.spec.endpoints),
+    }
+    named = " and ".join(f"spec.{name}" for name, is_asked in asked.items() if is_asked)
+    if not named:
+        return None
+    return Failure(
+        "ManagedElsewhere",
+        f"{named}: not with existingInterface, whose own manager sees to that: leave it out",
+    )
 
 
 def _routes_overlap(peer: Peer, conflict: RouteConflict) -> Failure:

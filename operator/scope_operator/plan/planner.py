@@ -519,6 +519,8 @@ class Planner:
         return members.asked
 
     def _ask(self, peer: Peer, mesh: Mesh) -> Asked | None:
+        if mesh.spec.existing_interface:
+            return None  # it has no hubs, whatever a peer says
         labels = self._nodes.labels(peer) if self._nodes is not None else None
         return asked_of(peer, hubs=mesh.spec.hubs, labels=labels)
 
