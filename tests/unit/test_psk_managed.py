@@ -9,7 +9,7 @@ from scope_agent.psk.core import PskOutput, SayPart
 from scope_agent.psk.exchange import manager_keys
 from scope_agent.wireguard.device import NO_PSK
 
-from scope.model import Secret
+from scope.model import PskFailure, Secret
 from tests.unit.psk_duo import Duo, Side
 
 MANAGER = Secret(bytes([9] * 32))
@@ -145,6 +145,49 @@ def test_a_side_that_left_and_ended_before_its_last_word_arrived_is_followed_by_
     duo.e.crash()
     duo.until(lambda: _is_back(duo), within=400.0)
     assert not is_used or duo.deaths == []
+
+
+@pytest.mark.parametrize("which", ["D", "E"])
+def test_who_leaves_and_dies_at_any_step_may_leave_again(which: str) -> None:
+    for step in range(0, 24, 2):
+        duo = _agreed(80 + step)
+        leaving, other = _leaving(duo, which)
+        leaving.crash_after = step
+        leaving.leave()
+        duo.run(300.0)
+        leaving.crash_after = None
+        leaving.leave()
+        duo.until(lambda duo=duo: _is_back(duo), within=3000.0)  # type: ignore[misc]
+        assert duo.deaths == [], (step, other.view)
+
+
+def test_a_way_back_that_was_given_up_is_begun_again_when_the_other_side_asks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    duo = _agreed(15)
+    assert duo.d.room is not None
+    duo.d.room.forget_device()
+    with monkeypatch.context() as unreadable:
+        unreadable.setattr(duo.d, "look", lambda: None)
+        duo.e.leave()
+        duo.until(lambda: duo.d.view.failed is PskFailure.NO_SESSION, within=600.0)
+    duo.d.look()
+    duo.until(lambda: _is_back(duo), within=60.0)
+
+
+def test_a_side_that_reverted_unheard_gets_the_managers_key_into_its_device_all_the_same() -> None:
+    duo = _agreed(16)
+    duo.e.leave()
+    duo.until(lambda: duo.e.view.laid > 0, within=20.0)
+    duo.mute = {duo.d}  # it hears that E's device has the key, and cannot say that its own has it
+    duo.until(lambda: duo.d.view.laid > 0, within=5.0)
+    duo.is_cut = True
+    duo.until(lambda: not duo.e.disk.active and duo.e.psk != MANAGER, within=200.0)
+    assert duo.d.disk.active and duo.d.psk == MANAGER
+    duo.is_cut, duo.mute = False, set()
+    duo.until(lambda: _is_back(duo), within=60.0)
+    duo.run(300.0)
+    assert _is_back(duo)
 
 
 def test_leaving_gets_through_a_network_that_loses_and_doubles() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 from scope_agent.psk.core import WriteRecord
+from scope_agent.psk.exchange import make_offer
 from scope_agent.psk.messages import Offer, PskMessage, Refusal, RefusedFor, StrangeOffer, decode, encode
 from scope_agent.psk.parts import MAX_OPEN, Joining, cut
 from scope_agent.psk.provider import SUITES
@@ -352,6 +353,29 @@ def test_a_recorded_offer_is_answered_once() -> None:
     assert [part.count for sender, part in duo.heard if sender is duo.e] == [1]  # a refusal
     duo.run(60.0)
     assert duo.e.disk == before and duo.is_agreed(1)
+
+
+def test_a_thousand_exchanges_that_a_peer_leaves_half_open_hold_one_and_cost_an_answer_a_second() -> None:
+    duo = _agreed(21)
+    assert duo.d.room is not None and duo.e.room is not None
+    pair, kept = duo.d.room._pairs[duo.e.key], duo.e.disk
+    parties, maker = pair._parties, duo.d.room.maker
+    assert parties is not None and maker is not None
+    duo.heard.clear()
+    began, numbers = duo.now, range(10_000, 11_000)
+    for number in numbers:
+        offered = make_offer(parties, maker, epoch=number, base=kept.current)
+        for part in cut(number, encode(offered.offer)):
+            duo.e.receive(part)
+        duo.run(0.1)
+    answers = [part for sender, part in duo.heard if sender is duo.e and part.count > 2 and part.index == 0]
+    assert 90 <= len(answers) <= duo.now - began + 2.0
+    theirs = duo.e.room._pairs[duo.d.key]
+    assert theirs._answered is not None and theirs._record.next is None
+    assert len(duo.e.room._joining[duo.d.key]._open) <= MAX_OPEN
+    assert duo.e.disk == kept and duo.is_agreed(1)
+    duo.d.rotate()
+    duo.until(lambda: duo.is_agreed(2), within=300.0)
 
 
 def test_parts_of_a_thousand_messages_hold_a_bounded_memory() -> None:

@@ -242,7 +242,7 @@ class Agreed(Proved):
             case What.COMMIT:
                 self._committed(keys, now)
             case What.READY:
-                if keys is not self._record.next:
+                if keys is not self._record.next or (self._state is State.IDLE and self._is_going_back):
                     self._begin_back(keys)
                 elif self._standing.allows(Move.HEAR_READY):
                     self._enter(Move.HEAR_READY, now, within=WAIT_READY)
@@ -261,12 +261,21 @@ class Agreed(Proved):
                     self._revert("no handshake proved the key in time", now, tell=False)
             case What.CONFIRM | What.CONFIRMED:
                 if keys is self._record.next:
-                    self._promote(now)
-                    if word.what is What.CONFIRM:
-                        self._say_of(What.CONFIRMED, keys)
-                    self._confirm = None
+                    self._take_confirmed(word.what, keys, now)
             case _:
                 assert_never(word.what)
+
+    def _take_confirmed(self, what: What, keys: Keys, now: float) -> None:
+        """The other side has `next` for good."""
+        if self._is_going_back and self._state is not State.SET:
+            self._is_assured = True
+            if not self._is_active:
+                self._lay_in(now)  # or the device would be left with a key that nobody knows any more
+            return
+        self._promote(now)
+        if what is What.CONFIRM:
+            self._say_of(What.CONFIRMED, keys)
+        self._confirm = None
 
     def _about_current(self, what: What, keys: Keys) -> None:
         """The other side speaks of a key that is proved here: it is to know."""
@@ -312,6 +321,8 @@ class Agreed(Proved):
 
     def _follow(self, keys: Keys, now: float) -> None:
         """E's device has the key: ours gets it, too, or E's gives it back."""
+        if self._is_bound:
+            self._say_of(What.CONFIRM, keys)
         if keys is not self._record.next or self._is_active:
             return
         if self._is_young_enough(now):

@@ -46,6 +46,7 @@ class Proved(Acquainted):
         super().__init__(own=own, peer=peer, tools=tools, record=record, now=now)
         self._set_at: float | None = None  # since when the device has `next`
         self._is_speaking = False  # the first key: whether our device may start a handshake with it
+        self._is_assured = False  # the other side is back at the manager's key, and will not leave it
         self._base_stamp = 0.0
         self._is_fresh = False  # there was no handshake before the key: the first one is its proof
         self._nudge_at = now
@@ -122,7 +123,9 @@ class Proved(Acquainted):
                 if not self._is_fresh:
                     self._base_stamp = reading.stamp
                 self._speak(now)
-            elif since is not None and now >= since + self._window.unset:
+                if self._is_assured:
+                    self._promote(now)
+            elif since is not None and now >= since + self._window.unset and not self._is_assured:
                 self._revert("the key did not get into the device in time", now, tell=True)
             return
         self._speak(now)
@@ -177,7 +180,7 @@ class Proved(Acquainted):
         self._note(
             replace(record, current=current, next=None, active=False, confirmed=now + self._tools.offset)
         )
-        self._set_at, self._is_fresh = None, False
+        self._set_at, self._is_fresh, self._is_assured = None, False, False
         self._failure, self._builds_on_none = None, False
         self._standing.go(Move.PROVE)
         self._offered = self._offered_base = None
@@ -199,7 +202,7 @@ class Proved(Acquainted):
 
     def _take_back(self) -> None:
         self._note(replace(self._record, active=False))
-        self._set_at, self._is_fresh, self._is_speaking = None, False, False
+        self._set_at, self._is_fresh, self._is_speaking, self._is_assured = None, False, False, False
         if self._is_active:
             self._standing.go(Move.REVERT)
 
@@ -211,7 +214,9 @@ class Proved(Acquainted):
         since = self._reading.since if self._reading is not None else None
         is_alone = since is None or self._age(now) is None
         if self._set_at is None:
-            return [since + self._window.unset] if since is not None and not is_alone else []
+            if since is None or is_alone or self._is_assured:
+                return []
+            return [since + self._window.unset]
         times = [self._set_at + HOLD_BACK] if self._is_withheld and not self._is_speaking else []
         if self._is_reached and self.is_decapsulator and (is_alone or self._is_bound):
             times.append(self._repeat.at)
