@@ -17,8 +17,8 @@ lint: ## check style, types and import contracts
 bench: ## run the benchmarks, or one of them: make bench BENCH=name
 	@hack/bench.sh $(BENCH)
 
-e2e: ## try the built image and the chart on a cluster that really runs; KEEP=1 leaves it up
-	@KEEP=$(KEEP) hack/e2e.sh
+e2e: ## try the built image and the chart on clusters that really run; KEEP=1, KUBECONFIGS=a,b, CLUSTERS=kind
+	@KEEP=$(KEEP) KUBECONFIGS='$(KUBECONFIGS)' CLUSTERS='$(CLUSTERS)' OUTAGE='$(OUTAGE)' hack/e2e.sh
 
 image: ## build the container images, try them, and write them to build/image
 	@hack/image.sh

@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
 # Tries Scope on clusters that really run: hack/e2e.sh, as root. KEEP=1 leaves them up and says how to reach them.
+# KUBECONFIGS=FILE,FILE takes clusters that are there, CLUSTERS=kind has kind make them; otherwise they are the lab's,
+# in which an API server is away for OUTAGE seconds (120).
 #
 # The images are those of this tree, built once for what they are made of and kept in the cache for a day.
 set -euo pipefail
@@ -20,4 +22,11 @@ touch "$images"
 find "$CACHE" -maxdepth 1 -name 'images-*' -mtime +0 -exec rm -rf {} +
 
 if [[ ${KEEP:-0} != 0 ]]; then set -- --keep "$@"; fi
+if [[ -n ${OUTAGE:-} ]]; then set -- --outage "$OUTAGE" "$@"; fi
+if [[ -n ${KUBECONFIGS:-} ]]; then set -- --kubeconfigs "$KUBECONFIGS" "$@"; fi
+case ${CLUSTERS:-} in
+'') ;;
+kind) set -- --kind "$@" ;;
+*) echo "e2e: CLUSTERS is kind, or left out: it is $CLUSTERS" >&2 && exit 2 ;;
+esac
 exec hack/as-root.sh .venv/bin/python -m e2e --images "$images" "$@"

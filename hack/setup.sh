@@ -4,7 +4,7 @@
 # Installs the system packages that the purpose needs and that are missing (Debian and Ubuntu; elsewhere it says
 # what to install and stops), gets uv (build/uv points to it), and brings .venv to exactly what uv.lock names. For
 # what shows or tests Scope on Kubernetes it builds the programs of a real one, once (build/kube points to them), for
-# tests Helm (build/helm), and for tests on whole clusters what runs on a Node (build/node).
+# tests Helm (build/helm), and for tests on whole clusters what runs on a Node (build/node) and CoreDNS (build/dns).
 # When nothing is missing it only looks, and needs no network.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -239,3 +239,4 @@ sync_environment
 case $purpose in demo-kubernetes | test | bench | e2e) provide_go_programs hack/kube ;; esac
 case $purpose in test | e2e) provide_go_programs hack/kube/helm ;; esac
 case $purpose in e2e) provide_go_programs hack/kube/node ;; esac
+case $purpose in e2e) provide_go_programs hack/kube/dns ;; esac

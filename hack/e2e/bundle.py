@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 from kubelab import KubeLabError
 
 from e2e.cluster import NAMESPACE, Cluster
+from e2e.landscape import LabCluster
 
 _ASKED = {
     "nodes": ("get", "nodes", "-o", "wide"),
@@ -29,7 +33,19 @@ _LOOKED_AT = {
 }
 
 
-async def gather(target: Path, clusters: list[Cluster]) -> None:
+@contextlib.asynccontextmanager
+async def of_failure(target: Path, clusters: Sequence[Cluster]) -> AsyncIterator[None]:
+    """What fails inside leaves a bundle in `target`, and says so."""
+    try:
+        yield
+    except Exception as error:
+        print(f"e2e: {error}\ne2e: gathering logs and state", file=sys.stderr)
+        await gather(target, clusters)
+        print(f"e2e: logs and state are in {target}", file=sys.stderr)
+        raise
+
+
+async def gather(target: Path, clusters: Sequence[Cluster]) -> None:
     """Write it all below `target`, which is made anew; what cannot be asked any more says why."""
     shutil.rmtree(target, ignore_errors=True)
     for cluster in clusters:
@@ -38,9 +54,11 @@ async def gather(target: Path, clusters: list[Cluster]) -> None:
         for name, arguments in _ASKED.items():
             try:
                 said = await cluster.kubectl(*arguments)
-            except (KubeLabError, OSError) as error:
+            except (KubeLabError, OSError, subprocess.SubprocessError) as error:
                 said = f"{error}\n"
             (folder / f"{name}.txt").write_text(said)
+        if not isinstance(cluster, LabCluster):
+            continue
         _copy(cluster.plane.logs, folder / "control-plane")
         for node in cluster.nodes.values():
             _copy(node.logs, folder / node.name)

@@ -2,7 +2,7 @@
 # Builds the programs that a go.mod names as tools: hack/kube/build.sh GO MODULE DIRECTORY.
 #
 # GO is a Go toolchain, used with the settings this machine has for it; MODULE is the folder of the go.mod, hack/kube or
-# hack/kube/helm; DIRECTORY appears whole or not at all. Two builds of the same directory wait for each other, and the
+# one in it; DIRECTORY appears whole or not at all. Two builds of the same directory wait for each other, and the
 # second finds the work done.
 set -euo pipefail
 go=$1 module=$2 directory=$3
@@ -31,6 +31,8 @@ if [[ ${programs[0]} == helm.sh/* ]]; then
     minor=$(version_of k8s.io/client-go | cut -d. -f2)
     flags+=$(stamp 1 helm.sh/helm/v3/pkg/{chartutil,lint/rules}.k8sVersionMajor)
     flags+=$(stamp "$minor" helm.sh/helm/v3/pkg/{chartutil,lint/rules}.k8sVersionMinor)
+elif [[ ${programs[0]} == */coredns ]]; then
+    what="CoreDNS $(version_of github.com/coredns/coredns)" cost='a minute or two'
 else
     what="Kubernetes $(version_of k8s.io/kubernetes)" cost='some minutes and 2 GB of memory'
     version=${what#* }

@@ -55,6 +55,7 @@ MERGE = "application/merge-patch+json"
 
 _LOOPBACK = "127.0.0.1"
 _SERVICES = "10.96.0.0/16"
+_SERVICES_OF_BOTH_FAMILIES = f"{_SERVICES},fd00:96::/112"
 _FIRST_SERVICE = "10.96.0.1"  # the API server's own, in the certificate as in every cluster
 # Below what the kernel gives to outgoing connections (32768 on): a free port stays so across a restart.
 _PORTS = range(20_000, 32_000)
@@ -84,10 +85,10 @@ class ControlPlane:
 
     With a `host` of the lab it runs there, on the host's own address; otherwise on loopback. With
     `controllers` the controller manager runs as well: ServiceAccounts appear in namespaces, and what belongs
-    to a deleted object is deleted. `pods` is the CIDR from which it gives each Node its own. With `kubelets`
-    it is ready for Nodes that run: controllers with those for Nodes' health, a scheduler, and the API server
-    allowed to ask kubelets. With `kept`, which needs a host, it stays as long as the lab, also after this
-    process, with its files in the host's directory.
+    to a deleted object is deleted. `pods` is the CIDR from which it gives each Node its own; two, with a
+    comma between them, are one of each family. With `kubelets` it is ready for Nodes that run: controllers
+    with those for Nodes' health, a scheduler, and the API server allowed to ask kubelets. With `kept`, which
+    needs a host, it stays as long as the lab, also after this process, its files in the host's directory.
 
     `etcd`, `api_server`, `controllers` and `scheduler` are programs to stop, kill, freeze and start again, on
     the same data and ports.
@@ -431,7 +432,7 @@ class ControlPlane:
             f"--service-account-issuer={ISSUER}",
             f"--service-account-key-file={public}",
             f"--service-account-signing-key-file={self._token_key}",
-            f"--service-cluster-ip-range={_SERVICES}",
+            f"--service-cluster-ip-range={_SERVICES_OF_BOTH_FAMILIES if self._kubelets else _SERVICES}",
             "--kubelet-preferred-address-types=InternalIP",
             f"--audit-policy-file={policy}",
             f"--audit-log-path={self.audit.path}",

@@ -36,7 +36,11 @@ from kubelab.control_plane import ApiError, ControlPlane
 from kubelab.programs import KubeLabError, Program, node_program, system_program, tail
 
 CGROUPS = Path("/sys/fs/cgroup")
-PAUSE = "local.test/pause:1"
+# Images of one program each, made here of what is built here.
+PAUSE, COREDNS = "local.test/pause:1", "local.test/coredns:1"
+_MADE = {PAUSE: "pause", COREDNS: "coredns"}
+# Where a cluster's DNS is, in every lab.
+DNS_ADDRESS, DNS_DOMAIN = "10.96.0.10", "cluster.local"
 POD_NETWORKS = "/etc/cni/net.d"
 # Where the CNI's programs of Debian are.
 _PLUGINS = "/usr/lib/cni"
@@ -66,6 +70,10 @@ cd /
 echo booted
 exec "$2" >/dev/null
 """
+# A kubelet is told its address, which may be another one at its next start.
+_KUBELET = 'exec "$0" "$@" --node-ip="$(cat /etc/kubernetes/address)"'
+# What a host of the lab has of itself.
+_OWN_LINKS = ("lo", "eth0", "wan")
 
 
 class KubeNode:
@@ -99,10 +107,15 @@ class KubeNode:
             "kubelet": (self._kubelet_arguments(), self._kubelet_is_ready),
             "kube-proxy": (["--config=/etc/kubernetes/proxy.json"], self._proxy_is_ready),
         }
+        starts = {
+            "containerd": [system_program("containerd")],
+            "kubelet": ["sh", "-c", _KUBELET, node_program("kubelet")],
+            "kube-proxy": [node_program("kube-proxy")],
+        }
         self.containerd, self.kubelet, self.proxy = (
             Program(
                 program,
-                [system_program(program) if program == "containerd" else node_program(program), *arguments],
+                [*starts[program], *arguments],
                 where=self,
                 log=self.logs / f"{program}.log",
                 is_ready=is_ready,
@@ -136,6 +149,23 @@ class KubeNode:
             self._first = None
         for program in (self.containerd, self.kubelet, self.proxy):
             program.kill()
+
+    async def reboot(self) -> None:
+        """End everything at once and start again, with nothing but what is on the disk."""
+        await asyncio.to_thread(self.power_off)
+        await asyncio.to_thread(self._forget)
+        await self.boot()
+
+    async def readdress(self) -> None:
+        """Tell the kubelet which address its host has now."""
+        # Through the Node's own view, as in `_join_pods`.
+        target = Path(f"/proc/{self.first_pid}/root/etc/kubernetes/address")
+        await asyncio.to_thread(target.write_text, f"{self.host.ipv4}")
+        # What was started is nsenter, and the kubelet its child.
+        for child in _children(self.kubelet.pid):
+            os.kill(child, signal.SIGKILL)
+        self.kubelet.kill()
+        await self.kubelet.start(within_s=_START_S)
 
     def remove(self) -> None:
         """Take away what it left on this machine, once its processes have ended: disk and cgroups."""
@@ -190,10 +220,10 @@ class KubeNode:
         """The process that is its first, as this machine numbers it; KubeLabError when it is off."""
         if self._first is None or self._first.poll() is not None:
             raise KubeLabError(f"{self.name} is off")
-        children = Path(f"/proc/{self._first.pid}/task/{self._first.pid}/children").read_text().split()
+        children = _children(self._first.pid)
         if not children:
             raise KubeLabError(f"{self.name} is off")
-        return int(children[0])
+        return children[0]
 
     def _begin(self) -> None:
         if self._first is not None:
@@ -211,6 +241,27 @@ class KubeNode:
         for hierarchy in CGROUPS.iterdir():
             if (hierarchy / "tasks").exists():
                 _make_cgroup(hierarchy, self.cgroup)
+
+    def _forget(self) -> None:
+        """Take away what a machine has in memory: its network, but for what it is plugged into, and /run."""
+        for each in (self.disk / "run").iterdir():
+            shutil.rmtree(each) if each.is_dir() and not each.is_symlink() else each.unlink()
+        for link in json.loads(self.host.run(["ip", "-j", "link", "show"]).stdout):
+            if link["ifname"] not in _OWN_LINKS:
+                # With a bridge or a peer its other end is gone already.
+                self.host.run(["ip", "link", "delete", link["ifname"]], check=False)
+        self.host.run(["nft", "flush", "ruleset"])
+        for family in ("-4", "-6"):
+            self.host.run(["ip", family, "rule", "flush"])
+            for priority, table in (("32766", "main"), ("32767", "default")):
+                # The second table is one of IPv4's.
+                lookup = ["rule", "add", "priority", priority, "lookup", table]
+                if family == "-4" or table == "main":
+                    self.host.run(["ip", family, *lookup])
+            listing = ["ip", "-j", family, "route", "show", "table", "all", "type", "blackhole"]
+            for route in json.loads(self.host.run(listing, check=False).stdout or "[]"):
+                where = ["table", str(route.get("table", "main")), "metric", str(route.get("metric", 0))]
+                self.host.run(["ip", family, "route", "delete", "blackhole", route["dst"], *where])
 
     def _write_disk(self) -> None:
         """All that an administrator puts on a Node: programs' settings, and who it is."""
@@ -238,6 +289,7 @@ class KubeNode:
         self._write("etc/kubernetes/kubelet.json", json.dumps(self._kubelet_settings()))
         self._write("etc/kubernetes/proxy.json", json.dumps(self._proxy_settings()))
         self._write("etc/kubernetes/resolv.conf", "")
+        self._write("etc/kubernetes/address", f"{self.host.ipv4}")
         self._write("etc/containerd/config.toml", _containerd_settings())
         (self.disk / f"etc/{POD_NETWORKS.removeprefix('/etc/')}").mkdir(parents=True)
 
@@ -252,7 +304,6 @@ class KubeNode:
             "--config=/etc/kubernetes/kubelet.json",
             "--kubeconfig=/etc/kubernetes/kubelet.kubeconfig",
             f"--hostname-override={self.name}",
-            f"--node-ip={self.host.ipv4}",
         ]
 
     def _kubelet_settings(self) -> dict[str, object]:
@@ -273,6 +324,8 @@ class KubeNode:
             # It reads the quotas of a disk, which is not always one that has them.
             "localStorageCapacityIsolation": False,
             "resolvConf": "/etc/kubernetes/resolv.conf",
+            "clusterDNS": [DNS_ADDRESS],
+            "clusterDomain": DNS_DOMAIN,
             # The disk is the machine's, and as full as it is.
             "evictionHard": {
                 "memory.available": "50Mi",
@@ -365,14 +418,21 @@ class KubeNode:
         return subprocess.CompletedProcess(list(argv), child.returncode, out, err)
 
 
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def unpack_images(archives: Sequence[Path], target: Path) -> None:
-    """Make a folder, whole or not at all: what containerd keeps once it has these images and the pause image.
+    """Make a folder, whole or not at all: what containerd keeps once it has these images and those made here.
 
     Every Node shares its files. KubeLabError with containerd's reason when it does not work.
     """
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as made:
-        work = Path(made)
-        _make_pause_image(work / "pause.tar")
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{target.name}.") as folder:
+        work = Path(folder)
+        made = []
+        for image, program in _MADE.items():
+            made.append(work / f"{program}.tar")
+            _make_image(image, program, made[-1])
         (work / "config.toml").write_text('version = 2\ndisabled_plugins = ["io.containerd.grpc.v1.cri"]\n')
         address = f"--address={work}/containerd.sock"
         folders = [f"--root={work}/root", f"--state={work}/state", f"--config={work}/config.toml"]
@@ -389,7 +449,7 @@ def unpack_images(archives: Sequence[Path], target: Path) -> None:
                 if containerd.poll() is not None or time.monotonic() > deadline:
                     raise KubeLabError(f"containerd does not answer:\n{tail(work / 'log')}")
                 time.sleep(_POLL_S)
-            for archive in (work / "pause.tar", *archives):
+            for archive in (*made, *archives):
                 importing = [*ctr, "images", "import", str(archive)]
                 done = subprocess.run(
                     importing, capture_output=True, text=True, check=False, timeout=_IMPORT_S
@@ -417,16 +477,22 @@ def _link_tree(source: Path, target: Path) -> None:
         shutil.copy2(source / database.relative_to(target), database)
 
 
-def _make_pause_image(target: Path) -> None:
-    """Write the image that holds each pod's namespaces, as an archive for `ctr images import`."""
+def images_stamp() -> str:
+    """A name for what is in the images that are made here."""
+    digests = (_digest(Path(node_program(program))) for program in _MADE.values())
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:12]
+
+
+def _make_image(image: str, program: str, target: Path) -> None:
+    """Write an image with one program of Nodes, as an archive for `ctr images import`."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         with tarfile.open(folder / "layer.tar", "w") as layer:
-            layer.add(node_program("pause"), "pause")
-        config = {"architecture": _architecture(), "os": "linux", "config": {"Entrypoint": ["/pause"]}}
+            layer.add(node_program(program), program)
+        config = {"architecture": _architecture(), "os": "linux", "config": {"Entrypoint": [f"/{program}"]}}
         config["rootfs"] = {"type": "layers", "diff_ids": [f"sha256:{_digest(folder / 'layer.tar')}"]}
         (folder / "config.json").write_text(json.dumps(config))
-        manifest = [{"Config": "config.json", "RepoTags": [PAUSE], "Layers": ["layer.tar"]}]
+        manifest = [{"Config": "config.json", "RepoTags": [image], "Layers": ["layer.tar"]}]
         (folder / "manifest.json").write_text(json.dumps(manifest))
         with tarfile.open(target, "w") as archive:
             for name in ("manifest.json", "config.json", "layer.tar"):

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 BUILT = ROOT / "build" / "kube"
 _HELM = ROOT / "build" / "helm"
 _NODE = ROOT / "build" / "node"
+_DNS = ROOT / "build" / "dns"
 _POLL_S = 0.02  # how often a start or an end is looked at: far below what either takes
 _LOG_TAIL = 15  # lines of a program's log in an error
 
@@ -76,7 +77,7 @@ def kubernetes_program(name: str) -> str:
 
 def node_program(name: str) -> str:
     """The path of a program of Nodes that hack/setup.sh builds; KubeLabError where it is not built."""
-    return _built(_NODE / name, purpose="e2e")
+    return _built((_DNS if name == "coredns" else _NODE) / name, purpose="e2e")
 
 
 def _built(path: Path, *, purpose: str) -> str:
