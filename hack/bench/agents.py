@@ -196,11 +196,19 @@ def prepare_programs(modules: str = AGENT_MODULES) -> None:
 
 
 def spawn(
-    host: Host, module: str, *arguments: str, log: Path, path: Sequence[Path] = ()
+    host: Host,
+    module: str,
+    *arguments: str,
+    log: Path,
+    path: Sequence[Path] = (),
+    inside: Sequence[str] = (),
 ) -> subprocess.Popen[str]:
-    """Start one of the project's modules in a host; `path` goes before the installed packages."""
+    """Start one of the project's modules in a host; `path` goes before the installed packages.
+
+    `inside`: the words of a command that starts another one elsewhere, as in a pod.
+    """
     environment = {**os.environ, "PYTHONPATH": ":".join(map(str, path))}
     with log.open("a") as output:
         return host.popen(
-            [sys.executable, "-m", module, *arguments], env=environment, stdout=output, stderr=output
+            [*inside, sys.executable, "-m", module, *arguments], env=environment, stdout=output, stderr=output
         )

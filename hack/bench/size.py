@@ -52,7 +52,7 @@ def _memory(peers: int, attempts: int) -> Iterator[Sample]:
     with _one_among(peers) as pid:
         for _ in range(attempts):
             time.sleep(MEMORY_S)
-            yield _resident_mib(pid)
+            yield resident_mib(pid)
 
 
 def _processor(peers: int, attempts: int) -> Iterator[Sample]:
@@ -141,7 +141,8 @@ def _await_direct(member: Member, peers: int) -> None:
         direct = sum(reach.is_direct for reach in status.peers.values()) if status is not None else direct
 
 
-def _resident_mib(pid: int) -> float:
+def resident_mib(pid: int | str) -> float:
+    """What a process holds in memory: its id, or `self`."""
     for line in Path("/proc", str(pid), "smaps_rollup").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == "Rss":

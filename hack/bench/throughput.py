@@ -42,13 +42,13 @@ def _ratios(attempts: int) -> Iterator[Sample]:
             raise BenchError("the pair is direct, but no ping comes back")
         here.pinger.stop(flow)
         hosts = (first.machine, second.machine)
-        mtu = _mtu(hosts[0])
-        _bare_pair(*hosts, mtu=mtu)
+        mtu = mtu_of(hosts[0])
+        bare_pair(*hosts, mtu=mtu)
         agents = [member.process for member in (first, second) if member.process is not None]
         target = here.addresses[second.name]
         before = _frozen_rate(agents, *hosts)
         for _ in range(attempts):
-            through = _rate(*hosts, target)
+            through = rate(*hosts, target)
             after = _frozen_rate(agents, *hosts)
             # The bare device before and after: what drifts with the machine drifts out.
             yield through / ((before + after) / 2)
@@ -60,25 +60,27 @@ def _frozen_rate(agents: Sequence[subprocess.Popen[str]], sender: Host, receiver
     for agent in agents:
         agent.send_signal(signal.SIGSTOP)
     try:
-        return _rate(sender, receiver, BARE_ADDRESSES[1])
+        return rate(sender, receiver, BARE_ADDRESSES[1])
     finally:
         for agent in agents:
             agent.send_signal(signal.SIGCONT)
 
 
-def _mtu(host: Host) -> int:
+def mtu_of(host: Host) -> int:
+    """The MTU of the mesh's device."""
     (link,) = json.loads(host.run(["ip", "-json", "link", "show", "dev", DEVICE]).stdout)
     return int(link["mtu"])
 
 
-def _rate(sender: Host, receiver: Host, address: str) -> float:
-    """Bytes a second of one TCP connection, once it is warm."""
+def rate(sender: Host, receiver: Host, address: str, *, inside: Sequence[Sequence[str]] = ((), ())) -> float:
+    """Bytes a second of one TCP connection, once it is warm; `inside` as `spawn` has it, of both ends."""
     log = receiver.directory / "transfer.log"
     log.unlink(missing_ok=True)
     arguments = (address, str(PORT), str(WARM_S), str(SECONDS))
     here = (Path(__file__).parents[1],)
-    sink = spawn(receiver, "bench.transfer", "receive", *arguments, log=log, path=here)
-    source = spawn(sender, "bench.transfer", "send", *arguments, log=sender.directory / "send.log", path=here)
+    sink = spawn(receiver, "bench.transfer", "receive", *arguments, log=log, path=here, inside=inside[1])
+    sent = sender.directory / "send.log"
+    source = spawn(sender, "bench.transfer", "send", *arguments, log=sent, path=here, inside=inside[0])
     for child in (sink, source):
         try:
             child.wait(WARM_S + SECONDS + 20.0)
@@ -90,7 +92,7 @@ def _rate(sender: Host, receiver: Host, address: str) -> float:
         raise BenchError(f"the transfer to {address} gave no rate:\n{log.read_text()}") from None
 
 
-def _bare_pair(first: Host, second: Host, *, mtu: int) -> None:
+def bare_pair(first: Host, second: Host, *, mtu: int) -> None:
     """The mesh's WireGuard program on a device of its own in each host, configured once, with no agent."""
     program = shutil.which("wireguard-go")
     if program is None:
