@@ -534,27 +534,29 @@ def _leave(options: argparse.Namespace) -> None:
     mesh = _mesh_of(options)
     state = StateDir(mesh, options.state)
     enrolment = state.load_enrolment()
-    if not enrolment.url:
+    if not enrolment.url and not options.force:
         raise ConfigError(
-            f"this machine is in {mesh} as a Kubernetes Node: exclude the Node by the nodeSelector of the "
-            "ScopeMesh, and its agent leaves by itself"
+            f"this machine is in {mesh} as a Kubernetes Node: its agent leaves when its ScopePeer is told to "
+            f'(kubectl patch speer {enrolment.peer_name} --type=merge -p \'{{"spec":{{"leaving":true}}}}\'). '
+            "Where no agent runs here any more, --force takes down what it left"
         )
     stored, _ = state.load()
     if enrolment.is_foreign:
         away = give_back(RunConfig(state, options.run_dir), enrolment, is_forced=options.force)
         if away:
             print(f"scope-agent: on this side alone, their links end soon: {away}", file=sys.stderr)
-    try:
-        asyncio.run(_tell(enrolment, stored))
-    except ConfigError as error:
-        if not options.force:
-            raise ConfigError(
-                f"{error}. With --force it leaves unheard, and peers forget it in time"
-            ) from None
-        print(f"scope-agent: {error}; leaving all the same", file=sys.stderr)
-    if stored.snapshot.mesh is not None:
-        tombstone = _own_tombstone(enrolment, stored.snapshot.mesh)
-        _dismiss(options.run_dir / f"{mesh}.sock", tombstone)
+    if enrolment.url:  # a Node's peer is its cluster's to take back
+        try:
+            asyncio.run(_tell(enrolment, stored))
+        except ConfigError as error:
+            if not options.force:
+                raise ConfigError(
+                    f"{error}. With --force it leaves unheard, and peers forget it in time"
+                ) from None
+            print(f"scope-agent: {error}; leaving all the same", file=sys.stderr)
+        if stored.snapshot.mesh is not None:
+            tombstone = _own_tombstone(enrolment, stored.snapshot.mesh)
+            _dismiss(options.run_dir / f"{mesh}.sock", tombstone)
     with _sole(state, options.run_dir):
         if enrolment.is_foreign:
             state.remove()

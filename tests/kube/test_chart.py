@@ -248,6 +248,79 @@ def test_the_api_server_takes_every_object_of_the_chart(
     assert taken.count("serverside-applied") == len(re.findall(r"^kind: ", text, re.MULTILINE)) > 3
 
 
+def _certificates() -> dict[str, Any]:
+    """What the definition of cert-manager's Certificate says of the fields that the chart may use."""
+    text: dict[str, Any] = {"type": "string"}
+    texts = {"type": "array", "items": text}
+    key = {
+        "algorithm": {"type": "string", "enum": ["RSA", "ECDSA", "Ed25519"]},
+        "size": {"type": "integer"},
+        "encoding": {"type": "string", "enum": ["PKCS1", "PKCS8"]},
+        "rotationPolicy": {"type": "string", "enum": ["Never", "Always"]},
+    }
+    issuer = {
+        "type": "object",
+        "properties": dict.fromkeys(("name", "kind", "group"), text),
+        "required": ["name"],
+    }
+    spec = {
+        "type": "object",
+        "required": ["issuerRef", "secretName"],
+        "properties": {
+            "secretName": text,
+            "dnsNames": texts,
+            "ipAddresses": texts,
+            "issuerRef": issuer,
+            "privateKey": {"type": "object", "properties": key},
+        },
+    }
+    schema = {"openAPIV3Schema": {"type": "object", "properties": {"spec": spec}}}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": "certificates.cert-manager.io"},
+        "spec": {
+            "group": "cert-manager.io",
+            "scope": "Namespaced",
+            "names": {"kind": "Certificate", "plural": "certificates", "singular": "certificate"},
+            "versions": [{"name": "v1", "served": True, "storage": True, "schema": schema}],
+        },
+    }
+
+
+def test_the_certificate_of_cert_manager_fits_its_definition(plane: ControlPlane, helm: Helm) -> None:
+    tls = {"source": "CertManager", "issuer": {"name": "ours"}}
+    gateway = {"advertise": ["scope.example.net", "192.0.2.7:443"], "tls": tls}
+    text = json.dumps(only(rendered(helm, {"gateway": gateway}), "Certificate", "scope-gateway"))
+    path = f"{DEFINITIONS}/certificates.cert-manager.io"
+    how = ("--server-side", "--dry-run=server", "--validate=strict")
+
+    async def body() -> None:
+        async def taken() -> bool:
+            try:
+                return "serverside-applied" in await plane.kubectl("apply", *how, "-f", "-", document=text)
+            except KubeLabError as error:
+                if "no matches for kind" not in str(error):  # it is not served yet
+                    raise
+                return False
+
+        async def is_gone() -> bool:
+            try:
+                await plane.request("GET", path)
+            except ApiError as error:
+                return error.status == 404
+            return False
+
+        await plane.apply(_certificates())
+        try:
+            await eventually(taken, within=PATIENCE_S)
+        finally:
+            await plane.request("DELETE", path)
+            await eventually(is_gone, within=PATIENCE_S)
+
+    asyncio.run(body())
+
+
 def test_services_and_endpoints_are_the_operators_to_write_only_where_they_are_exported(helm: Helm) -> None:
     for export in (False, True):
         documents = rendered(helm, {"services": {"export": export}})

@@ -9,6 +9,7 @@ import socket
 import stat
 from base64 import b64decode
 from dataclasses import replace
+from functools import partial
 from ipaddress import IPv4Interface, IPv4Network
 from pathlib import Path
 
@@ -251,6 +252,40 @@ def test_leaving_waits_for_the_running_agent_and_then_says_how_to_stop_it(
         assert main(["leave", "--force", *options]) == 1
     assert "`systemctl stop scope-agent@home` stops it; then leave again" in capsys.readouterr().err
     assert state.is_enrolled()
+
+
+def test_a_node_is_left_by_its_scopepeer_and_by_hand_where_no_agent_runs_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = enrol(tmp_path / "state", "home", "scope0")
+    state.save_enrolment(replace(state.load_enrolment(), url="", peer_name="home.fra.n1"))
+    undone: list[str] = []
+
+    class Device:
+        def __init__(self, name: str, **_: object) -> None:
+            self.name = name
+
+        async def delete(self) -> None:
+            undone.append(self.name)
+
+        async def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("scope_agent.__main__.choose_device", Device)
+
+    def undo(name: str, *_: object) -> list[str]:
+        undone.append(name)
+        return []
+
+    for name in ("be_no_hub", "lead_to_no_pods", "close_ports", "carry_nobody"):
+        monkeypatch.setattr(f"scope_agent.__main__.{name}", partial(undo, name))
+    options = ["--state", str(tmp_path / "state"), "--run-dir", str(tmp_path / "run")]
+    assert main(["leave", *options]) == 1
+    assert "kubectl patch speer home.fra.n1 --type=merge" in capsys.readouterr().err
+    assert undone == []
+    assert main(["leave", "--force", *options]) == 0
+    assert undone == ["scope0", "be_no_hub", "lead_to_no_pods", "close_ports", "carry_nobody"]
+    assert not state.is_enrolled()
 
 
 def test_a_port_that_somebody_has_is_not_picked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,7 +178,9 @@ def peer_conditions(
         if lacks_address
         else None,
         _leaving(peer) if peer.spec.leaving else None,
-        None if online else Failure("Offline", "nothing heard for 180 s: is scope-agent running there?"),
+        None
+        if online
+        else Failure("Offline", "nothing heard for 180 s: does scope-agent run there, and what does it log?"),
     )
     earlier = peer.assignment.conditions
     is_addressed = mesh is None or not mesh.spec.existing_interface
