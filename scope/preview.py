@@ -116,9 +116,8 @@ def state(mesh: Mesh, peers: Iterable[Peer]) -> State:
 def changed(now: State, *, mesh: Mesh, peers: Iterable[Peer]) -> State:
     """The mesh as it is to be: hubs are whom specs name, and those that are ones and stay it."""
     members = _members(mesh, peers)
-    return State(
-        mesh, members, frozenset(peer.meta.name for peer in members if _would_be_hub(peer, now, mesh))
-    )
+    hubs = frozenset(peer.meta.name for peer in members if _would_be_hub(peer, now, mesh))
+    return State(mesh, members, hubs or _kept(members, now, mesh))
 
 
 def preview(now: State, then: State, *, others: Sequence[Mesh] = ()) -> Preview:
@@ -163,6 +162,14 @@ def _would_be_hub(peer: Peer, now: State, mesh: Mesh) -> bool:
         return False
     is_selected = bool(peer.spec.node_name) and hubs.selector is not None and hubs.selector == before.selector
     return is_selected or hubs.mode is HubMode.AUTO
+
+
+def _kept(members: Iterable[Peer], now: State, mesh: Mesh) -> frozenset[str]:
+    """Who stays a hub because nobody else would be one, in a mesh that needs some."""
+    hubs = mesh.spec.hubs
+    if mesh.spec.topology is not TopologyMode.TREE and not hubs.names and hubs.selector is None:
+        return frozenset()
+    return frozenset(peer.meta.name for peer in members if peer.spec.role is not Role.EDGE) & now.hubs
 
 
 # --- links --------------------------------------------------------------------------------------------------
@@ -290,12 +297,7 @@ def _loads(now: State, then: State, places: Mapping[str, str]) -> Iterator[HubLo
     attached_now = [peer.report.hub for peer in now.edges if peer.report is not None] if now.is_tree else []
     attached_then = list(places.values())
     relayed_now = [link.hub for link in now.links.values() if link.path is PathKind.RELAYED]
-    apart = {peer.meta.name for peer in then.edges if then.is_tree}
-    relayed_then = [
-        link.hub
-        for pair, link in now.links.items()
-        if link.path is PathKind.RELAYED and link.hub in then.hubs and not apart.issuperset(pair)
-    ]
+    relayed_then = [next(iter(open_to), "") for open_to in _relays_then(now, then) if len(open_to) == 1]
     for hub in sorted(now.hubs | then.hubs):
         yield HubLoad(
             hub,
@@ -306,6 +308,15 @@ def _loads(now: State, then: State, places: Mapping[str, str]) -> Iterator[HubLo
             is_new=hub not in now.hubs,
             goes=hub not in then.hubs,
         )
+
+
+def _relays_then(now: State, then: State) -> Iterator[frozenset[str]]:
+    """Of each pair that is relayed now and then: by whom it may be, as now where that hub stays."""
+    apart = {peer.meta.name for peer in then.edges if then.is_tree}
+    alive = frozenset(hub for hub in then.hubs if then.by_name[hub].assignment.online)
+    for pair, link in now.links.items():
+        if link.path is PathKind.RELAYED and link.hub and not apart.issuperset(pair):
+            yield frozenset((link.hub,)) if link.hub in then.hubs else alive.difference(pair)
 
 
 # --- addresses and routes -----------------------------------------------------------------------------------
@@ -401,6 +412,11 @@ def _notes(now: State, then: State) -> Iterator[str]:
             "hubs that the new spec.hubs.selector makes are not counted here: the operator alone knows "
             "the labels of Nodes"
         )
+    if then.hubs and not any(_would_be_hub(peer, now, then.mesh) for peer in then.peers):
+        yield f"nobody that spec.hubs asks for is a hub, so {', '.join(sorted(then.hubs)[:3])} would stay"
+    moving = sum(len(open_to) > 1 for open_to in _relays_then(now, then))
+    if moving:
+        yield f"relayed pairs that would change to the nearest of other hubs, and count for none: {moving}"
     if now.is_tree and not then.is_tree:
         hidden = sum(_is_hidden(peer) for peer in then.edges)
         if hidden > 1 and then.hubs:

@@ -183,12 +183,13 @@ def by_hub(
     if home in allowed:
         space = frozenset(prefix for prefix in (addressing.ipv4, addressing.ipv6) if prefix is not None)
         routes = settled.routes | settled.pods
-        allowed[home] = space | (frozenset(map(_wider, routes)) if beside else routes)
+        held = (allowed[edge] for edge in allowed.keys() - hubs)
+        allowed[home] = space | (frozenset(map(_wider, routes)).difference(*held) if beside else routes)
     return replace(settled, allowed_ips=allowed)
 
 
 def _wider(route: IPNetwork) -> IPNetwork:
-    """Twice the prefix. No peer holds just that one: it would overlap."""
+    """Twice the prefix. Nobody holds just that one but, beside the prefix, the same peer."""
     return route.supernet() if route.prefixlen else route
 
 

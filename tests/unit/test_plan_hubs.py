@@ -35,6 +35,7 @@ from scope.model import (
     PeerReport,
     RelayReport,
     Role,
+    TopologyMode,
 )
 from scope.registry.memory import Create, Delete, Update, UpdateStatus
 from tests.unit import test_plan_nodes, test_plan_planner
@@ -238,6 +239,71 @@ def test_a_label_makes_a_nodes_peer_a_hub_and_an_edge_again() -> None:
     world.settle()
     assert hubs_of(world) == [other]
     world.restart()
+    assert hubs_of(world) == [other]
+
+
+def test_the_last_hub_stays_one_where_a_typing_error_names_nobody(world: Machines | Cluster) -> None:
+    name, other = world.add(1), world.add(2)
+    ask(world, Hubs(names=(name,)))
+    report(world, name)
+    ask(world, Hubs(names=("home.external.typo",)))
+    for _ in range(2):
+        world.pass_time(MESH_INTERVAL)
+        assert hubs_of(world) == [name]
+        assert told(world)[name] == (True, "nobody asks for it any more; kept while nobody else is a hub")
+        available = said(world)
+        assert (available.status, available.reason) == ("False", "NobodyElse")
+        assert f"so {name} stays one: the mesh has no ScopePeer home.external.typo" in available.message
+        world.restart()
+    ask(world, Hubs(names=(other,)))
+    world.pass_time(MESH_INTERVAL)
+    assert hubs_of(world) == [other]
+
+
+def test_the_hubs_of_a_tree_stay_until_there_are_others_or_it_is_one_no_more(
+    world: Machines | Cluster,
+) -> None:
+    names = open_peers(world, 2)
+    mesh = world.home()
+    world.store.write(Update(replace(mesh, spec=replace(mesh.spec, topology=TopologyMode.TREE))))
+    ask(world, Hubs(names=tuple(names)))
+    ask(world, Hubs())
+    world.pass_time(MESH_INTERVAL)
+    assert hubs_of(world) == names
+    assert "stay hubs: name some in spec.hubs.names" in said(world).message
+    mesh = world.home()
+    world.store.write(Update(replace(mesh, spec=replace(mesh.spec, topology=TopologyMode.FULL))))
+    world.settle()
+    assert hubs_of(world) == []
+
+
+def test_who_says_edge_is_not_kept_as_a_hub(world: Machines | Cluster) -> None:
+    name = world.add(1)
+    ask(world, Hubs(names=(name,)))
+    stored = find(world, name)
+    world.store.write(Update(replace(stored, spec=replace(stored.spec, role=Role.EDGE))))
+    world.settle()
+    assert hubs_of(world) == []
+
+
+def test_the_last_hub_whose_node_lost_the_label_stays_until_another_has_it() -> None:
+    world = Cluster()
+    world.start()
+    ask(world, Hubs(selector=LABELS))
+    name, other = world.add(1, hub="yes"), world.add(2)
+    report(world, name)
+
+    def label(node: str, **labels: str) -> None:
+        world.number += 1
+        world.nodes[node] = replace(world.nodes[node], labels=labels, revision=world.number)
+        world.planner.take(NodePut(world.nodes[node]))
+        world.settle()
+        world.pass_time(MESH_INTERVAL)
+
+    label("n1")
+    assert hubs_of(world) == [name]
+    assert said(world).reason == "NobodyElse"
+    label("n2", hub="yes")
     assert hubs_of(world) == [other]
 
 

@@ -146,14 +146,23 @@ def test_hubs_that_the_registry_chose_stay_while_it_chooses() -> None:
     assert foretold(auto, FULL, chosen).hubs[0].goes
 
 
-def test_a_node_stays_a_hub_while_the_selector_stays_and_a_new_one_is_not_guessed() -> None:
+def test_a_node_stays_a_hub_while_the_selector_stays_and_what_a_new_one_makes_is_not_guessed() -> None:
     selector, another = (LabelSelector(((label, "yes"),)) for label in ("hub", "router"))
     now = replace(FULL, hubs=Hubs(selector=selector))
     node = a_peer(1, role=Role.HUB, node="n1")
     assert not foretold(now, replace(now, mtu=1400), node).hubs[0].goes
     told = foretold(now, replace(now, hubs=Hubs(selector=another)), node)
-    assert told.hubs[0].goes
+    assert not told.hubs[0].goes
     assert any("labels of Nodes" in note for note in told.notes)
+
+
+def test_the_last_hubs_stay_where_nobody_else_would_be_one() -> None:
+    hub, edge = a_peer(1, role=Role.HUB), a_peer(2, far("p1", 1), hub="p1")
+    told = foretold(named(TREE, "p1"), named(TREE, "typo"), hub, edge)
+    assert [(load.goes, load.edges_then) for load in told.hubs] == [(False, 1)]
+    assert "nobody that spec.hubs asks for is a hub, so p1 would stay" in told.notes
+    assert foretold(named(FULL, "p1"), FULL, hub, edge).hubs[0].goes
+    assert foretold(named(TREE, "p1"), named(TREE, "p2"), hub, edge).hubs[0].goes
 
 
 def test_the_file_may_change_a_peer_too() -> None:
@@ -202,6 +211,16 @@ def test_a_relayed_pair_counts_once_and_is_routed_in_a_tree() -> None:
     )
     told = foretold(named(FULL, "p1"), named(TREE, "p1"), *peers)
     assert told.hubs == (HubLoad("p1", 0, 2, 1, 0),)
+
+
+def test_pairs_of_a_hub_that_goes_are_counted_where_one_other_is_left_and_else_are_told() -> None:
+    hubs = [a_peer(number, role=Role.HUB) for number in (1, 2, 3)]
+    pair = a_peer(4, Link("p5", PathKind.RELAYED, hub="p1")), a_peer(5)
+    told = foretold(named(FULL, "p1", "p2"), named(FULL, "p2"), *hubs[:2], *pair)
+    assert told.hubs == (HubLoad("p1", 0, 0, 1, 0, goes=True), HubLoad("p2", 0, 0, 0, 1))
+    told = foretold(named(FULL, "p1", "p2", "p3"), named(FULL, "p2", "p3"), *hubs, *pair)
+    assert [load.pairs_then for load in told.hubs] == [0, 0, 0]
+    assert any("nearest of other hubs, and count for none: 1" in note for note in told.notes)
 
 
 # --- who loses a path ---------------------------------------------------------------------------------------

@@ -227,6 +227,13 @@ def test_beside_its_hub_an_edge_gives_other_edges_what_is_theirs_and_the_hub_wid
     assert _prefixes(topology, "h2") == {"100.64.0.0/16", "fd00:1::/64", "10.8.0.0/15", "10.0.0.0/15"}
 
 
+def test_beside_its_hub_an_edge_has_no_prefix_at_two_peers() -> None:
+    edge = _peer("a", created=1, addresses=["100.64.0.3"], routes=["10.1.0.0/16", "10.0.0.0/15"])
+    topology = by_hub(_settle(edge, _peer("h2", created=2)), SPACE, hubs={H2}, home=H2, beside=True)
+    assert _prefixes(topology, "a") == {"100.64.0.3/32", "10.1.0.0/16", "10.0.0.0/15"}
+    assert _prefixes(topology, "h2") == {"100.64.0.0/16", "fd00:1::/64", "10.0.0.0/14"}
+
+
 def test_a_hub_reaches_an_edge_by_the_hub_it_moved_to_and_back_again() -> None:
     settled = _settled()
     tree = rehomed(settled, settled, {A: (None, H1), B: (None, H1)})

@@ -80,6 +80,7 @@ class HubsState:
     """How it stands with the hubs of a mesh that asks for some, or is a tree; names of ScopePeers, sorted."""
 
     hubs: tuple[str, ...]
+    kept: tuple[str, ...]  # of these, whom nobody asks for: all of them, where nobody else is a hub
     is_auto: bool
     is_tree: bool
     ports: tuple[int, int]
@@ -263,6 +264,7 @@ def _hubs_available(earlier: Iterable[Condition], hubs: HubsState, wall: float) 
     chain = (
         _all_offline(hubs) if hubs.hubs and hubs.offline == hubs.hubs else None,
         _tree_without_hubs(hubs) if hubs.is_tree and not hubs.hubs else None,
+        _nobody_else(hubs) if hubs.kept else None,
         _no_such_peer(hubs.missing) if hubs.missing else None,
         _says_edge(hubs.excluded) if hubs.excluded else None,
         _no_such_node() if hubs.selects_nobody else None,
@@ -345,21 +347,31 @@ def _all_offline(hubs: HubsState) -> Failure:
 
 
 def _tree_without_hubs(hubs: HubsState) -> Failure:
-    """What keeps those from being hubs that are asked for stands behind it: one condition has one message."""
+    return Failure(
+        "TreeWithoutHubs",
+        "spec.topology is Tree, and the mesh has no hub, so peers keep the links they have: "
+        f"{_why_nobody(hubs)}; or set spec.topology to Full",
+    )
+
+
+def _nobody_else(hubs: HubsState) -> Failure:
+    stays = "stays one" if len(hubs.kept) == 1 else "stay hubs"
+    return Failure(
+        "NobodyElse",
+        f"nobody that spec.hubs asks for is a hub, so {_some(hubs.kept)} {stays}: {_why_nobody(hubs)}",
+    )
+
+
+def _why_nobody(hubs: HubsState) -> str:
+    """What keeps those from being hubs that are asked for, and what to do: one condition has one message."""
     asked = (
         _no_such_peer(hubs.missing) if hubs.missing else None,
         _says_edge(hubs.excluded) if hubs.excluded else None,
         _no_such_node() if hubs.selects_nobody else None,
         _nobody_reachable() if hubs.is_auto else None,
     )
-    mend = next((failure.message for failure in asked if failure is not None), None)
-    if mend is None:
-        mend = "name some in spec.hubs.names, or set spec.hubs.mode to Auto"
-    return Failure(
-        "TreeWithoutHubs",
-        f"spec.topology is Tree, and the mesh has no hub, so peers keep the links they have: {mend}; "
-        "or set spec.topology to Full",
-    )
+    why = next((failure.message for failure in asked if failure is not None), None)
+    return why or "name some in spec.hubs.names, or set spec.hubs.mode to Auto"
 
 
 def _no_such_peer(names: tuple[str, ...]) -> Failure:

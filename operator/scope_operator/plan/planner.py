@@ -46,7 +46,16 @@ from scope.model import (
 from scope.registry.port import Deleted, Listed, Put
 from scope_operator.plan.conditions import RouteConflict, keys_failed, mesh_conditions
 from scope_operator.plan.nodes import NodeFact, NodePeers
-from scope_operator.plan.roles import Asked, HubPlan, asked_of, assign_role, hubs_state, plan_hubs
+from scope_operator.plan.roles import (
+    Asked,
+    HubPlan,
+    are_kept,
+    asked_of,
+    assign_role,
+    hubs_state,
+    may_stay,
+    plan_hubs,
+)
 from scope_operator.plan.routes import route_conflicts
 from scope_operator.plan.status import ALIVE, is_expired, plan_assignment, plan_mesh_status
 
@@ -487,7 +496,8 @@ class Planner:
         asked = self._note_asked(peer, mesh, members)
         chosen = peer.assignment.role is Role.HUB
         if mesh.spec.hubs.mode is HubMode.DECLARED:
-            chosen = False
+            known = self._asked(mesh, members)
+            chosen = may_stay(peer) and are_kept(mesh, peers=members.peers, asked=known)
         elif members.hubs is not None:
             chosen = peer.meta.name in members.hubs.chosen
         return assign_role(peer, asked=asked, chosen=chosen)

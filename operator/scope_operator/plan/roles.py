@@ -7,6 +7,9 @@
 A peer is asked for where its own spec says Hub, its name stands in spec.hubs.names, or its Node is selected
 by spec.hubs.selector. One whose spec says Edge never is a hub. That is judged of each peer by itself; in the
 mode Auto `hubs` chooses others besides.
+
+A mesh that needs hubs does not lose the last one by a typing error: where nobody is one any more by what is
+asked, those stay that are (`are_kept`), until somebody else is, or nobody asks for any.
 """
 
 from __future__ import annotations
@@ -28,6 +31,9 @@ class Asked(enum.StrEnum):
     SPEC = "its spec says Hub"
     NAME = "named in spec.hubs"
     SELECTOR = "its Node is selected by spec.hubs"
+
+
+KEPT = "nobody asks for it any more; kept while nobody else is a hub"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +64,37 @@ def assign_role(peer: Peer, *, asked: Asked | None, chosen: bool) -> Role:
     return Role.HUB if asked is not None or chosen else Role.EDGE
 
 
+def may_stay(peer: Peer) -> bool:
+    """Whether it is a hub, and one that may be kept."""
+    assignment = peer.assignment
+    return assignment.role is Role.HUB and peer.spec.role is not Role.EDGE and assignment.tombstone is None
+
+
+def are_kept(mesh: Mesh, *, peers: Mapping[str, Peer], asked: Collection[str]) -> bool:
+    """Whether those who are hubs stay it, though nobody asks for them; in the mode Auto `hubs` sees to that.
+
+    So it is where nobody else is asked for who can be one, and the mesh is a tree or asks for some: edges of
+    a tree without a hub reach nobody, and relayed pairs have no path.
+    """
+    hubs = mesh.spec.hubs
+    if hubs.mode is not HubMode.DECLARED or any(peers[name].spec.role is not Role.EDGE for name in asked):
+        return False
+    return mesh.spec.topology is TopologyMode.TREE or bool(hubs.names) or hubs.selector is not None
+
+
 def plan_hubs(
     mesh: Mesh, *, peers: Mapping[str, Peer], asked: Mapping[str, Asked], chosen: Collection[str], wall: float
 ) -> HubPlan:
-    """Whom the registry chooses now, and what is told.
+    """Whom the registry chooses now, or keeps, and what is told.
 
     `peers` are all of the mesh, `asked` those that somebody asks for, `chosen` whom the registry chose last.
     """
     choice = Choice()
     if mesh.spec.hubs.mode is HubMode.AUTO:
         choice = choose(mesh, peers=peers, asked=asked, before=chosen, wall=wall)
+    elif are_kept(mesh, peers=peers, asked=asked):
+        kept = sorted(name for name, peer in peers.items() if may_stay(peer))
+        choice = Choice(tuple(HubChoice(name, True, KEPT) for name in kept))
     named = [name for name in sorted(asked) if peers[name].spec.role is not Role.EDGE]
     room = MAX_HUBS - MAX_OTHERS - len(choice.hubs)
     hubs = [*(_tell_asked(peers[name], asked[name]) for name in named[:room]), *choice.hubs]
@@ -75,7 +102,7 @@ def plan_hubs(
     others.sort(key=lambda each: not each.contested_since)  # these are to be remembered
     return HubPlan(
         frozenset(each.peer for each in choice.hubs),
-        (*sorted(hubs, key=_by_name), *sorted(others[:MAX_OTHERS], key=_by_name)),
+        (*sorted(hubs[: MAX_HUBS - MAX_OTHERS], key=_by_name), *sorted(others[:MAX_OTHERS], key=_by_name)),
     )
 
 
@@ -89,6 +116,7 @@ def hubs_state(
         return None
     excluded = {name for name in asked if peers[name].spec.role is Role.EDGE}
     serving = sorted((asked.keys() | set(chosen)) - excluded)
+    kept = serving if is_declared and are_kept(mesh, peers=peers, asked=asked) else []
     troubles = {name: trouble_of(peers[name]) for name in serving}
 
     def those(trouble: Trouble) -> tuple[str, ...]:
@@ -96,6 +124,7 @@ def hubs_state(
 
     return HubsState(
         hubs=tuple(serving),
+        kept=tuple(kept),
         is_auto=not is_declared,
         is_tree=is_tree,
         ports=hubs.ports,
