@@ -81,7 +81,7 @@ class Host:
         argv: Sequence[str],
         *,
         check: bool = True,
-        timeout: float = 30.0,
+        timeout: float = 120.0,  # of what hangs: a start of Python takes long where many wait for a processor
         env: Mapping[str, str] | None = None,
         cwd: str | Path | None = None,
         input: str | None = None,

@@ -15,7 +15,7 @@ from meshlab.programs import await_line, program
 # What programs of the mesh share machine-wide: each host of the lab needs its own.
 PRIVATE = ("/var/run/wireguard", "/run/scope", "/var/lib/scope", "/var/lib/scope-registry")
 # Imports, keys and a certificate, on a machine that does ten other things; an end is noticed at once.
-_START_S = 60.0
+_START_S = 180.0
 
 
 class Registry:

@@ -242,6 +242,13 @@ def test_what_cannot_be_is_said(pair: tuple[Machine, Machine]) -> None:
     first.peers.write_text(second.peers.read_text())
     assert "the lines of the other machines" in first.scope("run", "--peers", str(first.peers), check=False)
     assert "no agent answers" in first.scope("leave", check=False)
+    (identity,) = [path for path in first.files() if path.name == "identity.json"]
+    identity.chmod(0o644)
+    first.peers.write_text(line)
+    assert "identity.json can be read by others: chmod 600" in first.scope(
+        "run", "--peers", str(first.peers), check=False
+    )
+    identity.chmod(0o600)
     managers = first.psk()
     stranger = first.run("wg", "pubkey", stdin=first.run("wg", "genkey")).strip()
     first.peers.write_text(line.replace(second.public, stranger))
