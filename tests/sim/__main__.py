@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 for folder in ("hack", "operator", "nodeagent", "."):
     sys.path.insert(0, str(ROOT / folder))
 
-from tests.sim.scenario import Life, TreeLife  # noqa: E402
+from tests.sim.scenario import HubLife, Life, TreeLife  # noqa: E402
 
 
 def say(line: str) -> None:
@@ -23,14 +23,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
     parser.add_argument("--seed", type=int, default=1, help="the first life's number")
     parser.add_argument("--count", type=int, default=1, help="how many lives")
-    parser.add_argument("--tree", action="store_true", help="of meshes that are trees")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--tree", action="store_true", help="of meshes that are trees")
+    kinds.add_argument("--hubs", action="store_true", help="of meshes whose hubs come and go")
     parser.add_argument("--verbose", action="store_true", help="tell the story and the end of each")
     arguments = parser.parse_args()
     failed = []
     started = time.monotonic()
     slowest: list[tuple[float, int]] = []
     for seed in range(arguments.seed, arguments.seed + arguments.count):
-        life = TreeLife(seed) if arguments.tree else Life(seed)
+        life = (TreeLife if arguments.tree else HubLife if arguments.hubs else Life)(seed)
         begun = time.monotonic()
         try:
             outcome = life.live()

@@ -75,19 +75,22 @@ class Life:
             self._join()
             world.run(random.choice((0.0, 0.05, 1.0)))
         world.run(random.uniform(0.0, 3.0))
-        for _ in range(random.randint(1, 5)):
-            choices = (
-                self._join, self._leave, self._roam, self._partition, self._reboot_nat, self._rebind_nat,
-                self._restart, self._crash, self._registry_away, self._talk, self._remove,
-                self._hub_joins, self._hub_is_off, self._hub_is_one_no_more, self._become_hub,
-            )  # fmt: skip
-            random.choice(choices)()
+        for number in range(random.randint(1, 5)):
+            random.choice(self._disturbances(number))()
             world.run(random.choice((0.0, 0.01, 0.3, 1.0, 3.0, 8.0, 20.0)))
         for heal in self._heal:
             heal()
         world.network.links.clear()
         self._note("calm")
         return self._calm()
+
+    def _disturbances(self, number: int) -> tuple[Callable[[], None], ...]:
+        """What may happen next, after so many other things."""
+        return (
+            self._join, self._leave, self._roam, self._partition, self._reboot_nat, self._rebind_nat,
+            self._restart, self._crash, self._registry_away, self._talk, self._remove,
+            self._hub_joins, self._hub_is_off, self._hub_is_one_no_more, self._become_hub,
+        )  # fmt: skip
 
     def _calm(self) -> Outcome:
         world = self.world
@@ -315,6 +318,19 @@ class Life:
             a.stream(b, rate=rate, seconds=10.0, answer=answer)
 
 
+class HubLife(Life):
+    """The life of a mesh with hubs from its start: one goes first of all, and others come and go."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        for _ in range(self.random.choice((1, 2, 2, 3))):
+            self._hub_joins()
+
+    def _disturbances(self, number: int) -> tuple[Callable[[], None], ...]:
+        going = (self._hub_is_off, self._hub_is_one_no_more)
+        return going if number == 0 else (*super()._disturbances(number), *going, self._hub_joins)
+
+
 class TreeLife(Life):
     """The life of a mesh that is a tree in the end, and mostly before.
 
@@ -375,6 +391,11 @@ class TreeLife(Life):
 def live(seed: int) -> Outcome:
     """One life. Raises DidNotConverge, Livelock."""
     return Life(seed).live()
+
+
+def live_with_hubs(seed: int) -> Outcome:
+    """One life of hubs that come and go. Raises DidNotConverge, Livelock."""
+    return HubLife(seed).live()
 
 
 def live_in_a_tree(seed: int) -> Outcome:

@@ -1,7 +1,8 @@
 """A thousand meshes, each drawn from its number: join, leave, roam, partition, reboot, crash, and then calm.
 
-Another fifty of meshes that are trees. A life that does not converge prints its number; `python -m
-tests.sim --seed NUMBER --verbose` replays it, with `--tree` that of a tree.
+Fifty more are of meshes that are trees, and twenty of meshes whose hubs come and go. A life that does not
+converge prints its number; `python -m tests.sim --seed NUMBER --verbose` replays it, with `--tree` or
+`--hubs` one of those.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.sim.scenario import live, live_in_a_tree
+from tests.sim.scenario import live, live_in_a_tree, live_with_hubs
 
 LIVES = 1000
 TREES = 50
+HUBS = 20  # in half of the thousand there are some too
 CHUNK = 50
 
 
@@ -33,6 +35,12 @@ def test_fifty_lives_end_converged(first: int) -> None:
 def test_fifty_lives_of_trees_end_converged(first: int) -> None:
     for seed in range(first, first + CHUNK):
         live_in_a_tree(seed)
+
+
+@pytest.mark.timeout(900)
+def test_twenty_lives_of_hubs_that_come_and_go_end_converged() -> None:
+    for seed in range(HUBS):
+        live_with_hubs(seed)
 
 
 def test_a_life_is_decided_by_its_number_alone() -> None:

@@ -181,7 +181,7 @@ def test_a_live_mesh_becomes_a_tree_and_full_again_without_a_gap_of_3_s(seed: in
     world = World(seed)
     hubs = [world.hub(delay=0.005 + 0.02 * number) for number in range(2)]
     world.run(5.0)
-    kinds = (Nat.PORT_RESTRICTED, Nat.SYMMETRIC, Nat.FULL_CONE)
+    kinds = (Nat.PORT_RESTRICTED, Nat.SYMMETRIC, Nat.FULL_CONE, Nat.UDP_BLOCKED)
     machines = hubs + [world.peer(kind) for kind in kinds]
     world.run(30.0)
     gaps = _Gaps(world, machines)
