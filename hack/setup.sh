@@ -48,6 +48,7 @@ qemu-system-x86_64|qemu-system-x86|runs the virtual machine of the kernel tests
 kernel_with_wireguard|linux-image-KERNEL|is the kernel, with WireGuard, of that virtual machine
 busybox|busybox-static|is the small user space of that virtual machine
 modprobe|kmod|loads the kernel's modules there
+wg-quick|wireguard-tools|makes a network for the tests of keys on networks that something else manages
 TABLE
 }
 kubernetes_needs() {
