@@ -21,6 +21,7 @@ from lab.netns import call_in
 STREAM_PORT = 9999
 DRAIN_S = 1.0  # for the last packets of a stream to arrive: many times the round trip
 BUFFER_BYTES = 8 << 20  # a receiver that waits for the processor loses nothing by it
+RECEIVE_EVERY_S = 0.02  # so long a stream's packets lie in that buffer
 
 _SO_RCVBUFFORCE = 33
 _PACKET_OUTGOING = 4  # linux/if_packet.h
@@ -48,25 +49,25 @@ class Stream:
         self._interval = 1.0 / rate
         self._sent = 0
         self._seen: tuple[set[int], set[int]] = (set(), set())
-        self._stopping = self._closing = False
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._send, self._receive)]
-        for thread in self._threads:
-            thread.start()
+        self._stopping = False
+        # One thread for all: two would take the interpreter from each other with each packet.
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def finish(self) -> tuple[int, int]:
         """Stop, wait for what is on its way, and say how many were sent and how many did not arrive."""
         self._stopping = True
-        self._threads[0].join()
+        self._thread.join()
         time.sleep(DRAIN_S)
-        self._closing = True
-        self._threads[1].join()
+        self._receive()
         for each in self._sockets:
             each.close()
         arrived = sum(len(seen) for seen in self._seen)
         return 2 * self._sent, 2 * self._sent - arrived
 
-    def _send(self) -> None:
+    def _run(self) -> None:
         due = time.monotonic()
+        received = due
         while not self._stopping:
             for each, target in zip(self._sockets, self._targets, strict=True):
                 # What the device refuses is as lost as what it drops.
@@ -74,16 +75,17 @@ class Stream:
                     each.sendto(struct.pack("!Q", self._sent) + bytes(92), (target, STREAM_PORT))
             self._sent += 1
             due += self._interval
+            now = time.monotonic()
+            if now - received > RECEIVE_EVERY_S:
+                received = now
+                self._receive()
             time.sleep(max(0.0, due - time.monotonic()))
 
     def _receive(self) -> None:
-        while not self._closing:
-            ready, _, _ = select.select(self._sockets, [], [], 0.1)
-            for each in ready:
-                with contextlib.suppress(BlockingIOError):
-                    while True:
-                        (number,) = struct.unpack_from("!Q", each.recv(256))
-                        self._seen[self._sockets.index(each)].add(number)
+        for each, seen in zip(self._sockets, self._seen, strict=True):
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    seen.add(struct.unpack_from("!Q", each.recv(256))[0])
 
 
 class Wire(Enum):

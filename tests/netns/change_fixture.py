@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 
-from bench.packets import Inside
+from bench.packets import BUFFER_BYTES, Inside
 from lab import Machine
 from lab.netns import call_in
 from meshlab import Member
@@ -21,8 +23,22 @@ from scope.model import IPAddress
 # leads back once or twice more. Ends that chase each other change twenty times a second.
 MOST_CHANGES = 12
 CHANGED_S = 120.0  # far above what is seen
-_PACKET_OUTGOING, _ETH_P_ALL = 4, 3  # linux/if_packet.h, linux/if_ether.h
-_BUFFER_BYTES = 1 << 22
+_ETH_P_ALL = 3  # linux/if_ether.h
+_SO_ATTACH_FILTER, _SO_RCVBUFFORCE = 26, 33
+_READ_EVERY_S = 0.02  # so long packets wait in the tap's buffer
+_HEADERS_BYTES = 96
+# Of what leaves the first bytes, and of all else nothing: linux/filter.h, linux/if_packet.h.
+_OUTGOING = ctypes.create_string_buffer(
+    b"".join(
+        struct.pack("=HBBI", *instruction)
+        for instruction in (
+            (0x30, 0, 0, 0xFFFF_F004),  # load the direction
+            (0x15, 0, 1, 4),  # is it PACKET_OUTGOING?
+            (0x06, 0, 0, _HEADERS_BYTES),
+            (0x06, 0, 0, 0),
+        )
+    )
+)
 _DATA, _KEEPALIVE_BYTES = b"\4\0\0\0", 8 + 32  # of WireGuard; the length with UDP's header
 # By Ethernet type: where the destination stands, and where the payload of UDP begins, without options.
 _LAYOUT = {0x0800: (slice(16, 20), 28), 0x86DD: (slice(24, 40), 48)}
@@ -34,11 +50,13 @@ class Trace:
 
     ways: list[IPAddress] = field(default_factory=list)
     last: int = 0  # how many packets since the last change
+    _packed: bytes = b""  # the way that is the last one
 
-    def note(self, way: IPAddress) -> None:
+    def note(self, way: bytes) -> None:
         """One more packet."""
-        if not self.ways or self.ways[-1] != way:
-            self.ways.append(way)
+        if way != self._packed:
+            self._packed = way
+            self.ways.append(ip_address(way))
             self.last = 0
         self.last += 1
 
@@ -47,21 +65,27 @@ class Trace:
 def traced(host: Inside) -> Iterator[Trace]:
     """Watch what leaves a machine's interface for as long as the context lasts."""
     tap = call_in(host.namespace, lambda: socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0))
-    tap.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
-    tap.settimeout(0.1)
+    tap.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, BUFFER_BYTES)
+    tap.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HL", 4, ctypes.addressof(_OUTGOING)))
+    tap.setblocking(False)
     tap.bind(("eth0", _ETH_P_ALL))
     trace, closing = Trace(), threading.Event()
 
-    def watch() -> None:
-        while not closing.is_set():
-            with contextlib.suppress(TimeoutError):
-                packet, (_, protocol, direction, *_) = tap.recvfrom(96)
-                if direction != _PACKET_OUTGOING or protocol not in _LAYOUT:
+    def read() -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                packet, (_, protocol, *_) = tap.recvfrom(_HEADERS_BYTES)
+                if protocol not in _LAYOUT:
                     continue
                 destination, payload = _LAYOUT[protocol]
                 length = int.from_bytes(packet[payload - 4 : payload - 2], "big")
                 if packet[payload : payload + 4] == _DATA and length > _KEEPALIVE_BYTES:
-                    trace.note(ip_address(packet[destination]))
+                    trace.note(packet[destination])
+
+    def watch() -> None:
+        # At times: a thread that wakes up for each packet takes the interpreter from the one that sends them.
+        while not closing.wait(_READ_EVERY_S):
+            read()
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
