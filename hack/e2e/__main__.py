@@ -71,7 +71,7 @@ def main() -> int:
                 with kind_clusters(options.images, home=work, keep=options.keep) as files:
                     asyncio.run(_try_existing(existing(files, home=work), work))
             else:
-                asyncio.run(_try_lab(options.images, work, keep=options.keep, outage_s=options.outage))
+                asyncio.run(_try_lab(work, options))
     except _ERRORS as error:
         print(f"e2e: {error}", file=sys.stderr)
         return FAILED
@@ -82,18 +82,19 @@ def main() -> int:
     return DONE
 
 
-async def _try_lab(images: Path, work: Path, *, keep: bool, outage_s: float) -> None:
-    unpacked = _unpacked(images)
+async def _try_lab(work: Path, options: argparse.Namespace) -> None:
+    keep = options.keep
+    unpacked = _unpacked(options.images)
     with contextlib.ExitStack() as stack:
         lab = Lab()
         disks = OUTPUT / lab.prefix
         landscape = Landscape(lab, disks=disks, images=unpacked, kept=keep)
         stack.callback(_clean, landscape, disks, keep=keep)
         async with bundle.of_failure(OUTPUT / "failed", landscape.clusters):
-            await _tell_lab_story(landscape, work, outage_s=outage_s)
+            await _tell_lab_story(landscape, work, options)
 
 
-async def _tell_lab_story(landscape: Landscape, work: Path, *, outage_s: float) -> None:
+async def _tell_lab_story(landscape: Landscape, work: Path, options: argparse.Namespace) -> None:
     teller = Teller()
     west = landscape.west
     story = Story(
@@ -106,11 +107,14 @@ async def _tell_lab_story(landscape: Landscape, work: Path, *, outage_s: float) 
     )
     machines = Machines(landscape, teller=teller)
     await machines.start()
+    await story.start_answering()
+    machines.note_holdings()
+    await landscape.answer_names()
     await story.install()
     await machines.ping()
     await story.call_pods()
     await story.call_much()
-    await Faults(landscape, story, outage_s=outage_s, teller=teller).perform()
+    await Faults(landscape, story, outage_s=options.outage, teller=teller).perform()
     await story.uninstall()
     await machines.await_clean()
 
@@ -121,6 +125,7 @@ async def _try_existing(clusters: Sequence[Cluster], work: Path) -> None:
     async with bundle.of_failure(OUTPUT / "failed", clusters):
         hub, public = await public_node(clusters[0])
         story = Story(clusters, hub=hub, public=public, work=work, image=IMAGE, teller=teller)
+        await story.start_answering()
         await story.install()
         await story.call_pods()
         await story.call_much()

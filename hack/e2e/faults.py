@@ -14,7 +14,7 @@ from kubelab import KubeLabError
 from kubelab.node import KubeNode
 from lab import Nat
 
-from e2e.cluster import NAMESPACE, Cluster, Teller, Waiting, is_ready
+from e2e.cluster import NAMESPACE, PATIENCE_S, Cluster, Teller, Waiting, is_ready
 from e2e.landscape import LabCluster, Landscape
 from e2e.story import Story
 from e2e.traffic import Streamed
@@ -75,7 +75,7 @@ class Faults:
             await self._start_streams()
             cluster.plane.api_server.kill()
             await asyncio.sleep(self._outage_s)
-            await cluster.plane.api_server.start(within_s=120.0)
+            await cluster.plane.api_server.start(within_s=PATIENCE_S)
             self._tell_streams(streams := await self._end_streams())
         _check_lossless(streams)
 

@@ -26,14 +26,22 @@ UPLINK = "eth0"
 class LabCluster(Cluster):
     """A cluster of the lab: its control plane runs on the first of `hosts`, and all of them are its Nodes.
 
-    `disks` is where its Nodes keep theirs; `images` is what they run.
+    `pods` is what its Nodes' prefixes are taken from, `disks` where they keep their files, `images` what they
+    run.
     """
 
     def __init__(
-        self, name: str, *, hosts: Sequence[Server | Machine], disks: Path, images: Path, kept: bool
+        self,
+        name: str,
+        *,
+        pods: str,
+        hosts: Sequence[Server | Machine],
+        disks: Path,
+        images: Path,
+        kept: bool,
     ) -> None:
         self.server = hosts[0]
-        self.plane = ControlPlane(host=self.server, kubelets=True, kept=True, pods=_PODS[name])
+        self.plane = ControlPlane(host=self.server, kubelets=True, kept=True, pods=pods)
         super().__init__(
             name, kubeconfig=self.plane.kubeconfig(), home=self.plane.directory, run=self.server.run
         )
@@ -50,7 +58,6 @@ class LabCluster(Cluster):
             for task in starting:
                 task.cancel()
             await asyncio.gather(*starting, return_exceptions=True)
-        await self.apply(*dns())
 
     async def add(self, host: Machine) -> KubeNode:
         """Make one more machine a Node, which is Ready when this returns."""
@@ -92,9 +99,10 @@ class Landscape:
         self.lab = lab
         home = lab.site("home", nat=Nat.PORT_RESTRICTED)
         office = lab.site("office", nat=Nat.SYMMETRIC)
-        self.branch = lab.site("branch", nat=Nat.PORT_RESTRICTED)
+        branch = lab.site("branch", nat=Nat.PORT_RESTRICTED)
         self.west = LabCluster(
             "west",
+            pods=_PODS["west"],
             hosts=[lab.server("west-1"), home.machine("west-2"), office.machine("west-3")],
             disks=disks,
             images=images,
@@ -102,7 +110,8 @@ class Landscape:
         )
         self.east = LabCluster(
             "east",
-            hosts=[self.branch.machine("east-1"), self.branch.machine("east-2")],
+            pods=_PODS["east"],
+            hosts=[branch.machine("east-1"), branch.machine("east-2")],
             disks=disks,
             images=images,
             kept=kept,
@@ -112,6 +121,10 @@ class Landscape:
     async def start(self) -> None:
         """Start both; all Nodes are Ready when this returns."""
         await asyncio.gather(*(cluster.start() for cluster in self.clusters))
+
+    async def answer_names(self) -> None:
+        """Give both a DNS."""
+        await asyncio.gather(*(cluster.apply(*dns()) for cluster in self.clusters))
 
     def nodes(self) -> list[KubeNode]:
         """Every Node of both."""

@@ -21,12 +21,15 @@ class Machines:
         self._addresses: dict[str, object] = {}
 
     async def start(self) -> None:
-        """Start every cluster, and note what its Nodes hold."""
+        """Start every cluster."""
         with self._teller.step("start the clusters"):
             await self._landscape.start()
         for cluster in self._landscape.clusters:
             for line in (await cluster.kubectl("get", "nodes", "-o", "wide")).splitlines():
                 self._teller.tell(line)
+
+    def note_holdings(self) -> None:
+        """Note what Nodes hold, once each has had a pod: with the first one its kernel begins to forward."""
         self._before = self._holdings()
         self._addresses = {node.name: node.host.ipv4 for node in self._landscape.nodes()}
 

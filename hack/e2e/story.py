@@ -31,8 +31,8 @@ _VALUES: dict[str, object] = {
     "cleanup": {"onUninstall": True},
     "services": {"export": True},
 }
-# Of the datagrams of a gigabyte: 80 Mbit/s.
-_MUCH_RATE = 10_000_000.0
+# Of the datagrams of a gigabyte, in bytes a second: 80 Mbit/s.
+_MUCH, _MUCH_RATE = 1_000_000_000, 10_000_000.0
 _CHART = ROOT / "charts" / "scope"
 _SCOPECTL = ROOT / ".venv" / "bin" / "scopectl"
 
@@ -45,7 +45,14 @@ class Story:
     """
 
     def __init__(
-        self, clusters: Sequence[Cluster], *, hub: str, public: str, work: Path, image: str, teller: Teller
+        self,
+        clusters: Sequence[Cluster],
+        *,
+        hub: str,
+        public: str,
+        work: Path,
+        image: str,
+        teller: Teller,
     ) -> None:
         self.clusters = list(clusters)
         self.registry = clusters[0]
@@ -57,10 +64,15 @@ class Story:
         self._nodes: dict[str, list[str]] = {}
         self._joined = [self.registry]
 
+    async def start_answering(self) -> None:
+        """A pod on every Node that answers."""
+        await self.refresh()
+        with self._teller.step("a pod on every Node answers"):
+            await asyncio.gather(*(traffic.start() for traffic in self.traffic.values()))
+            await asyncio.gather(*(self.answering(name) for name in self.traffic))
+
     async def install(self) -> None:
         """The chart in every cluster, one ScopeMesh, and a cluster after the other that joins it."""
-        for cluster in self.clusters:
-            self._nodes[cluster.name] = await cluster.node_names()
         with self._teller.step(f"package the chart and install it in {self.registry.name}"):
             await self.registry.helm("package", str(_CHART), "--destination", str(self._work))
             await self._install_chart(self.registry, self._gateway_values())
@@ -141,10 +153,7 @@ class Story:
 
     async def call_pods(self) -> None:
         """Pods of each cluster call those of the others, and so do Nodes; nobody's address is changed."""
-        with self._teller.step("a pod on every Node answers"):
-            for traffic in self.traffic.values():
-                await traffic.start()
-            answering = {name: await self.answering(name) for name in self.traffic}
+        answering = {name: await self.answering(name) for name in self.traffic}
         sizes = f"{len(SIZES)} sizes up to {max(SIZES) // 1_000_000} MB"
         for source, target in permutations(self.traffic, 2):
             addresses = [address for pod in answering[target] for address in pod.addresses]
@@ -171,7 +180,7 @@ class Story:
                     source,
                     here.node,
                     there.addresses[:1],
-                    sizes=[1_000_000_000],
+                    sizes=[_MUCH],
                     protocols=[protocol],
                     rate=_MUCH_RATE,
                 )

@@ -14,13 +14,15 @@ from typing import Any
 
 from kubelab import KubeLabError
 
-from e2e.cluster import Cluster, Waiting
+from e2e.cluster import PATIENCE_S, Cluster, Waiting
 from e2e.pod import PORT
 
 NAMESPACE = "e2e"
 ANSWER = "answer"
 PROTOCOLS = ("tcp", "udp")
 _SOURCE = Path(__file__).with_name("pod.py").read_text()
+# In bytes a second: what a busy machine still does.
+_SLOWEST = 500_000.0
 _FINALIZER = "e2e.scope.ltgc.cc/read"
 
 
@@ -124,9 +126,10 @@ class Traffic:
         `rate` bounds the datagrams, in bytes a second. KubeLabError when a call failed, with the reasons of
         the first ones.
         """
-        plan = {"targets": list(targets), "sizes": sizes, "protocols": protocols, "rate": rate}
+        called = list(targets)
+        plan = {"targets": called, "sizes": sizes, "protocols": protocols, "rate": rate}
         await self._run_pod(name, node, self._container("call", json.dumps(plan)), host=host)
-        waiting = Waiting(within_s=420.0)
+        waiting = Waiting(within_s=PATIENCE_S + sum(sizes) * len(called) / _SLOWEST)
         while (pod := await self._pod(name))["status"]["phase"] not in ("Succeeded", "Failed"):
             await waiting.pause(f"the pod {name} on {node} has called")
         found = _last_words(pod)
