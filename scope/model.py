@@ -344,6 +344,7 @@ class PodNetworking(enum.StrEnum):
 
     OFF = "Off"
     CROSS_CLUSTER = "CrossCluster"  # those of different clusters; an external peer is a cluster of its own
+    ALL = "All"  # those of one cluster too, but where its own network leads there
 
 
 class PodSource(enum.StrEnum):
@@ -663,6 +664,7 @@ class PeerReport:
     identity: Fingerprint | None = None  # for post-quantum keys; None: the agent makes none
     post_quantum: KeyCounts | None = None  # None: as `identity`
     left: bool = False  # the agent was told to leave, and nothing of the mesh is on its Node any more
+    pods_trouble: str = ""  # what stands against packets of pods there
 
 
 @dataclass(frozen=True, slots=True)

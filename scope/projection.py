@@ -3,9 +3,9 @@
 A mesh of N agents hears of every change N times over, so what no agent acts on is neither sent nor read
 there: how a peer reaches the others (but for where it saw them, which is one more endpoint to try), its
 counts, why an address was refused, when it was last seen, what it relays (but for where it carries peers over
-TCP), by which hub it is reached, and a mesh's totals, clusters and choice of hubs (the role of a peer says it
-all). Fields are taken away by name, so what is new to a resource reaches agents unless this file says
-otherwise.
+TCP), by which hub it is reached, what its pods lack, and a mesh's totals, clusters and choice of hubs (the
+role of a peer says it all). Fields are taken away by name, so what is new to a resource reaches agents unless
+this file says otherwise.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def _projected_report(report: PeerReport) -> PeerReport:
         relay=RelayReport(Forwarding.NONE, carrier=carrier) if listens else None,
         hub="",
         post_quantum=None,
+        pods_trouble="",
     )
 
 

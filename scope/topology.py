@@ -10,7 +10,8 @@ routed off its own network.
 
 Prefixes of pods are settled along with the rest where the mesh's pod networking asks for them; those that
 Nodes of the viewer's cluster claim are theirs for the viewer, whoever was first: its own cluster's network
-leads there. Which of them lead into the mesh (`Topology.pods`) is another question than whose they are.
+leads there, or the mesh where it is asked for `All` and that network does not. Which of them lead into the
+mesh (`Topology.pods`) is another question than whose they are.
 
 In a tree what was settled is reached by others than those who hold it. A hub reaches an edge that is attached
 to another hub by that hub (`rehomed`), an edge reaches everything by the hub that it is attached to
@@ -65,13 +66,14 @@ class Topology:
     """Allowed IPs by WireGuard key, for every peer that the device is to know (perhaps none).
 
     `routes` are the prefixes beyond addresses that are reached through the mesh, whoever leads there now, and
-    `pods` those of other clusters' pods.
+    `pods` those of pods; of these `beside` are the ones of the viewer's own cluster.
     """
 
     allowed_ips: Mapping[PublicKey, frozenset[IPNetwork]]
     refused: tuple[RefusedClaim, ...] = ()
     routes: frozenset[IPNetwork] = frozenset()
     pods: frozenset[IPNetwork] = frozenset()
+    beside: frozenset[IPNetwork] = frozenset()
 
 
 def peers_for(snapshot: Snapshot) -> Topology:
@@ -113,6 +115,7 @@ def settle(
     refused: list[RefusedClaim] = []
     routes: set[IPNetwork] = set()
     far: set[IPNetwork] = set()
+    near: set[IPNetwork] = set()
     for key in in_order:
         peer = peers[key]
         is_beside = viewer is not None and _are_of_one_cluster(peer, viewer)
@@ -126,11 +129,12 @@ def settle(
                 continue
             taken.append(claim.prefix)
             if claim.is_pods:
-                far.update(() if is_beside else (claim.prefix,))
+                (near if is_beside else far).add(claim.prefix)
             elif claim.is_route:
                 routes.add(claim.prefix)
         allowed[key] = frozenset(taken)
-    return Topology(allowed, tuple(refused), frozenset(routes), frozenset(far))
+    ours = frozenset(near) if pods is PodNetworking.ALL else frozenset()
+    return Topology(allowed, tuple(refused), frozenset(routes), ours.union(far), ours)
 
 
 def _are_of_one_cluster(one: Peer, other: Peer) -> bool:

@@ -229,7 +229,7 @@ def everything_of_a_mesh() -> Document:
         postQuantum={"mode": "Required", "rotationInterval": "30m"},
         nodeSelector={"matchLabels": {"scope": "on"}, "matchExpressions": [requirement]},
         birthday=True,
-        podNetworking="CrossCluster",
+        podNetworking="All",
         hubs={
             "mode": "Auto",
             "names": ["home.external.nas"],
@@ -297,6 +297,7 @@ def everything_of_a_peer() -> Document:
             "identity": "0f" * 32,
             "postQuantum": {"keyed": 2, "unkeyed": 1, "failed": 1},
             "left": True,
+            "podsTrouble": "pods are cut off: net.ipv4.ip_forward = 0",
             "addresses": ["100.80.0.7/16", "fd5c::7/64"],
             "role": "Edge",
             "online": True,

@@ -181,6 +181,19 @@ def _parser() -> argparse.ArgumentParser:
         help="where `token` and `ca.crt` are",
     )
     on_node.add_argument(
+        "--cni",
+        type=Path,
+        metavar="DIR",
+        help="give the Node's pods their network, by a CNI configuration in this directory",
+    )
+    on_node.add_argument(
+        "--cni-plugins",
+        type=Path,
+        default=Path("/opt/cni/bin"),
+        metavar="DIR",
+        help="where the CNI's plugins must be for that (default: %(default)s)",
+    )
+    on_node.add_argument(
         "--gateway",
         type=Path,
         metavar="DIR",
@@ -379,6 +392,7 @@ def _run_mesh(options: argparse.Namespace, state: StateDir, enrolment: Enrolment
 def _run_node(options: argparse.Namespace) -> None:
     from scope.registry.kube.objects import node_lease
     from scope_agent.node import NodeAgent, NodeConfig
+    from scope_agent.pods.shell.cni import CniDirectories
 
     for name, variable in (
         ("node", "NODE_NAME"),
@@ -403,6 +417,7 @@ def _run_node(options: argparse.Namespace) -> None:
         fwmark=options.fwmark,
         keys=parse_choice(suite=options.key_suite, provider=options.key_provider),
         trust=_trust_of(options),
+        cni=CniDirectories(options.cni, options.cni_plugins) if options.cni is not None else None,
     )
 
     async def run() -> None:

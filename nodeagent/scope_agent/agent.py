@@ -319,8 +319,9 @@ class Agent:
                 self._serving.relaying(by, reason, forgot=forgot, answers=answers, taken=taken, now=now)
             case ForwardingSeen(lost):
                 self._lost = lost
-            case PodsSeen(trouble):
-                self._pods.seen(trouble)
+            case PodsSeen(trouble, unplugged):
+                self._pods.seen(trouble, unplugged=unplugged)
+                self._reporting.expect()
             case PortsApplied(error):
                 self._paths.port_rules_applied(error, now)
             case CarrierSeen():
@@ -923,6 +924,7 @@ class Agent:
                 self._forwarding_busy, self._forwarding_error = False, ""
             case Target.PODS:
                 self._pods.applied()
+                self._reporting.expect()
             case _:
                 assert_never(target)
 
@@ -954,6 +956,7 @@ class Agent:
                 self._forwarding_after = now + FORWARDING_AGAIN
             case Target.PODS:
                 self._pods.failed(failed.error, now)
+                self._reporting.expect()
             case _:
                 assert_never(failed.target)
 
@@ -1017,6 +1020,7 @@ class Agent:
             hub=self._home_name(),
             fingerprint=self._keying.fingerprint,
             keyed=self._keying.pairs(),
+            pods_trouble=as_reason(self._pods.trouble),
         )
         if self._reporting.take(wanted):
             self._out.append(WriteReport(own.meta.name, own.meta.uid, wanted))

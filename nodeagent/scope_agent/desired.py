@@ -133,6 +133,7 @@ def report(
     hub: str = "",
     fingerprint: Fingerprint | None = None,
     keyed: Mapping[PublicKey, PskPair] = NOBODY_KEYED,
+    pods_trouble: str = "",
 ) -> PeerReport:
     """Our part of our own ScopePeer's status. `keyed`: how each pair is, by its post-quantum key."""
     linked = (_link(snapshot, key, pair, keyed.get(key, _UNKEYED)) for key, pair in paths.pairs.items())
@@ -157,6 +158,7 @@ def report(
         hub=hub,
         identity=fingerprint,
         post_quantum=_key_counts(snapshot, paths, keyed) if fingerprint is not None else None,
+        pods_trouble=pods_trouble,
     )
     return fit_report(whole)
 

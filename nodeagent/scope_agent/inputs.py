@@ -174,9 +174,10 @@ class ForwardingSeen:
 
 @dataclass(frozen=True, slots=True)
 class PodsSeen:
-    """What stands against packets of pods: in words, or ""."""
+    """What stands against packets of pods, and why they have no network of ours: in words, or ""."""
 
     trouble: str
+    unplugged: str = ""
 
 
 @dataclass(frozen=True, slots=True)

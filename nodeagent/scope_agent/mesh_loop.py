@@ -71,6 +71,7 @@ class RunConfig:
     only: DeviceKind | None = None
     beside: bool = False  # user-space WireGuard is run by something else
     fwmark: int = 0
+    unplugged: Callable[[], str] = lambda: ""  # why pods of this Node have no network of ours, in words
     keys: KeyChoice = DEFAULT
     trust: TrustPolicy | None = None  # in identities; None: the registry's word at first contact
     upstream: GatewayOrigin | None = None  # to which a hub leads, where its enrolment names none

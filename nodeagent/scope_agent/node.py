@@ -17,6 +17,9 @@ the registry went back in time, as a restored one does, neither is believed for 
 One whose ScopePeer is told to leave is left at once, and the ScopePeer then says so: whoever told it waits
 for that. It stays away for as long as that stands there.
 
+Where it is asked to, it gives the Node's pods their network, by a CNI configuration that is made of what the
+Node says of itself, before it is a peer of any mesh. That goes once every mesh was told to leave.
+
 In a cluster whose registry is elsewhere the gateway there takes the API server's place. This asks it for the
 one ScopePeer that is its own, at intervals: the event stream is the Runner's, since a second one of the same
 peer would end it. A gateway that knows no such ScopePeer tells nothing of its revision, so it is believed
@@ -41,6 +44,7 @@ from scope.model import (
     DeviceKind,
     GatewayOrigin,
     IPAddress,
+    IPNetwork,
     Kind,
     Mesh,
     Peer,
@@ -62,8 +66,10 @@ from scope.registry.port import (
     RegistryError,
     Unavailable,
 )
+from scope.resources import parse_route
 from scope_agent.mesh_loop import LATE_AFTER, AgentRegistry, RemovedFromMesh, RunConfig, import_http
 from scope_agent.mesh_psk_run import AnyRunner, MeshPskRunner, device_key, open_runner
+from scope_agent.pods.shell.cni import CniDirectories, keep_cni, remove_cni
 from scope_agent.psk.choice import DEFAULT, KeyChoice
 from scope_agent.run import be_no_hub, carry_nobody, close_ports, lead_to_no_pods
 from scope_agent.state import Enrolment, StateDir, enrolled_meshes, identity_on, sole_agent
@@ -88,6 +94,8 @@ MESH_LOOKS = (0.0, 1.0, 4.0)
 RESTORE_PATIENCE = 600.0  # as for other peers: an operator has made the missing ones again by then
 RETRY = 5.0  # seconds between two attempts at what a mesh needs; few, since a Node has few meshes
 ASK_AGAIN = 30.0  # between two questions to a gateway, which hears a thousand Nodes from one address
+CNI_CHECK = 10.0  # seconds between two looks at the CNI's directory
+CNI_ASK = 300.0  # between two questions for the Node's prefixes, which stay while it is the same one
 RESTART = 30.0  # a Runner that stopped for what a person must mend is looked at again then
 
 
@@ -112,6 +120,7 @@ class NodeConfig:
     gateway: Path | None = None
     upstream: GatewayOrigin | None = None  # to which hubs lead, in place of what the ScopeMesh says
     trust: TrustPolicy | None = None  # in identities; None: the registry's word at first contact
+    cni: CniDirectories | None = None  # where to give the Node's pods their network; None: another does
 
 
 @dataclass(slots=True, eq=False)
@@ -143,6 +152,13 @@ class NodeAgent:
         self._asked = asyncio.Event()  # a Runner's first pings are on their way
         self._stopped = asyncio.Event()
         self._failure: ConfigError | None = None
+        self._cni_lock = asyncio.Lock()
+        self._unplugged = ""  # why the Node's pods have no network of ours
+
+    @property
+    def unplugged(self) -> str:
+        """Why the Node's pods have no network of ours, in words; "": they have, or another's."""
+        return self._unplugged
 
     def stop(self) -> None:
         """End `run`, soon; devices stay as they are."""
@@ -157,13 +173,16 @@ class NodeAgent:
                 self._serve(mesh)
         following = asyncio.ensure_future(self._follow())
         following.add_done_callback(self._note_end)
+        plugging = asyncio.ensure_future(self._plug())
+        plugging.add_done_callback(self._note_end)
         try:
             await self._stopped.wait()
         finally:
             following.cancel()
+            plugging.cancel()
             for served in self._served.values():
                 await self._end(served)
-            await asyncio.gather(following, *self._leaving.values(), return_exceptions=True)
+            await asyncio.gather(following, plugging, *self._leaving.values(), return_exceptions=True)
             if self._opening is not None:
                 with suppress(ConfigError):
                     _, client, _ = await self._opening
@@ -183,14 +202,61 @@ class NodeAgent:
         self._failure = error
         self._stopped.set()
 
+    # --- the network of the Node's pods -------------------------------------------------------------------
+
+    async def _plug(self) -> None:
+        """Keep the CNI configuration as the Node's prefixes ask for it."""
+        where = self._config.cni
+        if where is None:
+            return
+        await self._let_pings_out()
+        pods: tuple[IPNetwork, ...] = ()
+        asked_at: float | None = None
+        while True:
+            if not pods or asked_at is None or time.monotonic() - asked_at > CNI_ASK:
+                try:
+                    pods, asked_at = await self._own_pods(), time.monotonic()
+                except RegistryError as error:
+                    log.warning("cni.unasked error=%s", error)
+            async with self._cni_lock:
+                if self._is_told_to_leave():
+                    self._note_plug("; ".join(await asyncio.to_thread(remove_cni, where)))
+                elif asked_at is not None:
+                    self._note_plug(await asyncio.to_thread(keep_cni, where, pods))
+            await asyncio.sleep(CNI_CHECK if pods else RETRY)
+
+    async def _own_pods(self) -> tuple[IPNetwork, ...]:
+        """The prefixes that the cluster gave this Node. Raises RegistryError, ConfigError."""
+        _, client, _ = await self._api()
+        node = await client.ask("GET", f"/api/v1/nodes/{self._config.node}")
+        texts = (node.get("spec") or {}).get("podCIDRs") or ()
+        return tuple(prefix for text in texts if (prefix := parse_route(text)) is not None)
+
+    def _note_plug(self, trouble: str) -> None:
+        if trouble != self._unplugged:
+            log.warning("cni.changed trouble=%s", trouble)
+        self._unplugged = trouble
+
+    async def _unplug(self) -> bool:
+        """Take our configuration away once no mesh is to stay here. False where something of it stays."""
+        where = self._config.cni
+        if where is None or not self._is_told_to_leave():
+            return True
+        async with self._cni_lock:
+            failed = await asyncio.to_thread(remove_cni, where)
+        for each in failed:
+            log.error("cni.stays error=%s", each)
+        return not failed
+
+    def _is_told_to_leave(self) -> bool:
+        """Whether every mesh of this Node is."""
+        return bool(self._peers) and all(peer.spec.leaving for peer in self._peers.values())
+
     # --- our own ScopePeers -------------------------------------------------------------------------------
 
     async def _follow(self) -> None:
         """Keep our own ScopePeers, and what is to be done for them."""
-        if self._served:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LATE_AFTER):
-                    await self._asked.wait()
+        await self._let_pings_out()
         if self._elsewhere is not None:
             async for peer in self._elsewhere.own_peers():
                 self._take_own(peer)
@@ -209,6 +275,13 @@ class NodeAgent:
         finally:
             for task in looking:
                 task.cancel()
+
+    async def _let_pings_out(self) -> None:
+        """What meshes on disk do first is not to wait for what the API server needs."""
+        if self._served:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LATE_AFTER):
+                    await self._asked.wait()
 
     async def _list_absent(self, registry: KubeRegistry) -> None:
         """List once more while the ScopePeer of a mesh that we serve is missing."""
@@ -421,6 +494,7 @@ class NodeAgent:
             keys=config.keys,
             trust=config.trust,
             upstream=config.upstream,
+            unplugged=lambda: self.unplugged,
         )
 
         async def connect() -> AgentRegistry:
@@ -447,7 +521,8 @@ class NodeAgent:
 
     async def _leave_and_tell(self, mesh: str, served: _Served | None) -> None:
         """Leave, and say so where nothing stays; who waits for that names the Node otherwise."""
-        if served is not None and not await self._leave(mesh, served):
+        is_clean = served is None or await self._leave(mesh, served)
+        if not await self._unplug() or not is_clean:
             return
         while (peer := self._peers.get(mesh)) is not None and peer.spec.leaving:
             if peer.report is None or peer.report.left:
@@ -522,12 +597,16 @@ class NodeAgent:
         self, *, mesh: str | None = None, own: str | None = None, node: str | None = None
     ) -> KubeRegistry:
         """The registry as one mesh, or the Node, needs it; all share one client. Raises ConfigError."""
-        if self._opening is None:
-            self._opening = asyncio.ensure_future(self._open())
-        kube, client, leases = await asyncio.shield(self._opening)
+        kube, client, leases = await self._api()
         return kube.KubeRegistry(
             client, namespace=self._config.namespace, mesh=mesh, own=own, node=node, leases=leases
         )
+
+    async def _api(self) -> tuple[KubeModule, KubeClient, Leases]:
+        """What speaks to the API server, one for all. Raises ConfigError."""
+        if self._opening is None:
+            self._opening = asyncio.ensure_future(self._open())
+        return await asyncio.shield(self._opening)
 
     async def _open(self) -> tuple[KubeModule, KubeClient, Leases]:
         kube = await asyncio.to_thread(_import_kube)

@@ -296,22 +296,22 @@ class Runner(MeshLoop[Agent]):
 
     async def _watch_pods(self) -> None:
         """Put right what other programs do to what leads to pods."""
-        told, delay = "", PODS_CHECK
+        told, delay = PodsSeen(""), PODS_CHECK
         while True:
             await asyncio.sleep(delay)
-            if self._pods is None:
-                continue
-            started = time.monotonic()
+            started, trouble = time.monotonic(), ""
             try:
                 async with self._pods_lock:
-                    trouble = await asyncio.to_thread(self._pods.check)
+                    if self._pods is not None:
+                        trouble = await asyncio.to_thread(self._pods.check)
             except (ApplyError, ConfigError) as error:
                 trouble = str(error)
             delay = max(PODS_CHECK, PODS_CHECK_SHARE * (time.monotonic() - started))
-            if trouble != told:
-                log.warning("pods.changed trouble=%s", trouble)
-                told = trouble
-                self._post(PodsSeen(trouble))
+            seen = PodsSeen(trouble, self._config.unplugged())
+            if seen != told:
+                log.warning("pods.changed trouble=%s", seen.trouble or seen.unplugged)
+                told = seen
+                self._post(seen)
 
     # --- relaying for others -------------------------------------------------------------------------------
 

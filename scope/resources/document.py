@@ -121,11 +121,13 @@ def status_to_dict(part: StatusPart) -> dict[str, object]:
 def fit_report(report: PeerReport, limit: int = MAX_STATUS_BYTES) -> PeerReport:
     """The report with as many of its first links as `limit` bytes of compact JSON hold; counts stay whole.
 
-    A hub that has no room for any says less of why it relays as it does.
+    One that has no room for any says less of its pods, a hub of why it relays as it does.
     """
     fitted = replace(report, links=report.links[:MAX_LINKS])
     while fitted.links and status_bytes(fitted) > limit:
         fitted = replace(fitted, links=fitted.links[:-1])
+    while fitted.pods_trouble and status_bytes(fitted) > limit:
+        fitted = replace(fitted, pods_trouble=fitted.pods_trouble[:-1])
     while fitted.relay and fitted.relay.reason and status_bytes(fitted) > limit:
         fitted = replace(fitted, relay=replace(fitted.relay, reason=fitted.relay.reason[:-1]))
     while fitted.relay and len(fitted.relay.unrouted) > 1 and status_bytes(fitted) > limit:

@@ -144,6 +144,7 @@ REPORT_FIELDS = frozenset(
     {
         *("keys", "endpoints", "mapping", "device", "links", "direct", "relayed", "unreachable"),
         *("heldAddresses", "protocol", "relay", "hub", "identity", "postQuantum", "left"),
+        "podsTrouble",
     }
 )
 
@@ -205,6 +206,7 @@ def read_report(fields: Fields) -> PeerReport:
         identity=fields.optional("identity", read_fingerprint, None),
         post_quantum=read_key_counts(counts) if (counts := fields.sub_if_any("postQuantum")) else None,
         left=fields.optional("left", read_boolean, False),
+        pods_trouble=fields.optional("podsTrouble", lambda value: read_text(value, MAX_REASON), ""),
     )
 
 
@@ -316,6 +318,7 @@ def report_dict(report: PeerReport) -> dict[str, object]:
         **({"identity": str(report.identity)} if report.identity is not None else {}),
         **({"postQuantum": key_counts_dict(report.post_quantum)} if report.post_quantum is not None else {}),
         **({"left": True} if report.left else {}),
+        **({"podsTrouble": report.pods_trouble} if report.pods_trouble else {}),
     }
 
 

@@ -263,7 +263,7 @@ LENGTHS = {
         },
         resources.MAX_REASON: {
             *("status.links[0].reason", "status.conditions[0].reason", "status.relay.reason"),
-            "status.relay.unrouted",
+            *("status.relay.unrouted", "status.podsTrouble"),
             "status.relay.carrier.reason",
         },
         resources.MAX_MESSAGE: {"status.conditions[0].message"},

@@ -19,6 +19,8 @@ from scope_agent.inputs import DiskState
 from scope_agent.mesh_loop import Gateway as Courier
 from scope_agent.mesh_loop import HttpModule, RemovedFromMesh
 from scope_agent.node import KubeModule, NodeAgent, NodeConfig
+from scope_agent.pods.cni import FILE, PLUGINS
+from scope_agent.pods.shell.cni import CniDirectories
 from scope_agent.run import upstream_of
 from scope_agent.state import Enrolment, StateDir, make_identity
 from scope_agent.wireguard.device import ApplyError
@@ -68,6 +70,7 @@ class Cluster(MemoryRegistry):
         )
         self.offset = 0
         self.lists = self.gets = 0
+        self.pods: list[str] = []
 
     async def get(self, kind: Kind, name: str) -> Resource:
         self.gets += 1
@@ -80,6 +83,11 @@ class Cluster(MemoryRegistry):
 
     def watch(self, kind: Kind, since: Revision) -> Any:
         return super().watch(kind, replace(since, number=since.number - self.offset))
+
+    async def ask(self, method: str, path: str) -> dict[str, Any]:
+        """The one Node that an agent asks for."""
+        assert (method, path) == ("GET", "/api/v1/nodes/n1")
+        return {"spec": {"podCIDRs": self.pods}}
 
     async def close(self) -> None:
         """End every watch."""
@@ -139,6 +147,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shell, "choose_device", FakeDevice)
     monkeypatch.setattr(shell, "SECOND_LIST_AFTER", 0.05)
     monkeypatch.setattr(shell, "RETRY", 0.02)
+    monkeypatch.setattr(shell, "CNI_CHECK", 0.02)
     monkeypatch.setattr(shell, "RESTART", 0.02)
 
 
@@ -148,6 +157,7 @@ class World:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.registry = Cluster()
+        self.cni: CniDirectories | None = None
 
     def state(self, mesh: str) -> StateDir:
         """What the agent keeps of a mesh."""
@@ -209,6 +219,7 @@ class World:
             service_account=self.root,
             gateway=gateway,
             upstream=upstream,
+            cni=self.cni,
         )
         return NodeAgent(config)
 
@@ -448,6 +459,38 @@ def test_an_agent_that_was_killed_before_it_could_say_that_it_left_says_so_when_
         async with world.agent():
             await until_left(world, home.meta.name)
         assert FakeRunner.ran == set()
+
+    on(tmp_path, monkeypatch, body)
+
+
+def test_a_node_gives_its_pods_their_network_before_it_is_a_peer_and_until_every_mesh_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugins = tmp_path / "bin"
+    plugins.mkdir()
+    for name in PLUGINS:
+        (plugins / name).touch()
+    file = tmp_path / FILE
+
+    async def body(world: World) -> None:
+        world.cni = CniDirectories(tmp_path, plugins)
+        async with world.agent() as agent:
+            await until(lambda: "--allocate-node-cidrs" in agent.unplugged)
+            assert not file.exists()
+            world.registry.pods.append("10.244.1.0/24")
+            await until(file.exists)
+            await until(lambda: not agent.unplugged)
+            assert "10.244.1.0/24" in file.read_text()
+            home, work = [(await world.peer(mesh)).meta.name for mesh in ("home", "work")]
+            await until(lambda: {"home", "work"} <= FakeRunner.running.keys())
+            await tell_to_leave(world, home)
+            await until_left(world, home)
+            assert file.exists()
+            await tell_to_leave(world, work)
+            await until_left(world, work)
+            assert not file.exists()
+            await tell_to_leave(world, home, leaving=False)
+            await until(file.exists)
 
     on(tmp_path, monkeypatch, body)
 

@@ -171,6 +171,22 @@ def test_the_elder_keeps_a_route_and_the_younger_is_told() -> None:
     )
 
 
+def test_what_an_agent_says_of_its_pods_is_a_condition_for_as_long_as_it_says_it() -> None:
+    peer = member(1)
+    assert peer.report is not None
+    hindered = replace(peer, report=replace(peer.report, pods_trouble="another network leads there"))
+
+    def told(asked: Peer, *, online: bool = True) -> list[tuple[str, str, str]]:
+        conditions = peer_conditions(
+            asked, mesh=HOME, lacks_address=False, conflict=None, online=online, wall=5.0
+        )
+        return [(each.type, each.status, each.message) for each in conditions if each.type != "Ready"]
+
+    assert told(hindered) == [("PodNetworking", "False", "another network leads there")]
+    assert told(hindered, online=False) == []  # it may be long past
+    assert told(peer) == []
+
+
 @pytest.mark.parametrize(
     ("elder", "younger", "conflicts"),
     [

@@ -54,8 +54,10 @@ def _node(name: str, *, cluster: str, created: float, pods: str, address: str = 
     return replace(peer, spec=spec)
 
 
-def _settle_pods(*peers: Peer, own: Peer) -> Topology:
-    mesh = replace(MESH, spec=replace(MESH.spec, pod_networking=PodNetworking.CROSS_CLUSTER))
+def _settle_pods(
+    *peers: Peer, own: Peer, networking: PodNetworking = PodNetworking.CROSS_CLUSTER
+) -> Topology:
+    mesh = replace(MESH, spec=replace(MESH.spec, pod_networking=networking))
     return peers_for(Snapshot(mesh=mesh, own=own, peers={_key(peer.meta.name): peer for peer in peers}))
 
 
@@ -271,6 +273,16 @@ def test_pods_of_other_clusters_are_reached_through_the_mesh_and_those_of_ones_o
     # What a hub passes on for its neighbour has the sources of that one's pods.
     assert _prefixes(topology, "a2") == {"10.1.2.0/24"}
     assert _prefixes(topology, "b1") == {"10.2.1.0/24"}
+
+
+def test_all_reaches_pods_of_ones_own_cluster_and_says_which_these_are() -> None:
+    own = _node("a1", cluster="a", created=1, pods="10.1.1.0/24")
+    beside = _node("a2", cluster="a", created=2, pods="10.1.2.0/24")
+    far = _node("b1", cluster="b", created=3, pods="10.2.1.0/24")
+    topology = _settle_pods(beside, far, own=own, networking=PodNetworking.ALL)
+    assert topology.pods == {ip_network("10.1.2.0/24"), ip_network("10.2.1.0/24")}
+    assert topology.beside == {ip_network("10.1.2.0/24")}
+    assert _settle_pods(beside, far, own=own).beside == frozenset()
 
 
 def test_an_external_peer_reaches_the_pods_of_every_cluster() -> None:

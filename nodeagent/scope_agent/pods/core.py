@@ -29,11 +29,13 @@ class Pods:
         self._after: float | None = None  # when to try again
         self._error = ""
         self._seen = ""
+        self._unplugged = ""
 
     @property
     def trouble(self) -> str:
         """What stands against it, in words."""
-        return self._error or (self._seen if self._wanted is not None else "")
+        seen = self._error or (self._seen if self._wanted is not None else "")
+        return "; ".join(filter(None, (self._unplugged, seen)))
 
     def configure(self, snapshot: Snapshot, settled: Topology, *, mtu: int | None, is_removed: bool) -> None:
         """Take what is so. `mtu` is of the device as it is, None where nothing can be led into it."""
@@ -47,7 +49,7 @@ class Pods:
         elif mtu is not None:
             offered = frozenset(offered_pods(own.spec, mesh.spec.pod_networking))
             is_nothing = not offered and not settled.pods
-            self._wanted = None if is_nothing else PodNetwork(offered, settled.pods, mtu)
+            self._wanted = None if is_nothing else PodNetwork(offered, settled.pods, mtu, settled.beside)
         else:
             return
         self._is_decided = True
@@ -70,9 +72,9 @@ class Pods:
         """It is not, and is to be tried again."""
         self._is_busy, self._error, self._after = False, error, now + AGAIN
 
-    def seen(self, trouble: str) -> None:
-        """Take what a look at the machine found."""
-        self._seen = trouble
+    def seen(self, trouble: str, *, unplugged: str) -> None:
+        """Take what a look at the machine found; `unplugged`: why pods have no network of ours."""
+        self._seen, self._unplugged = trouble, unplugged
 
     def get_timer(self) -> float | None:
         """When `take_apply` has something again, as time alone goes by."""

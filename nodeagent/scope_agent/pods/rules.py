@@ -29,12 +29,13 @@ _VERSIONS: Final = {4: ("ip", 40), 6: ("ip6", 60)}  # nft's name; bytes of IP an
 class PodNetwork:
     """What is done here for pods: our own have the prefixes `offered`, those elsewhere `reached`.
 
-    `mtu` is the mesh device's.
+    Of these `beside` are of our own cluster, and its own network may lead there. `mtu` is the mesh device's.
     """
 
     offered: frozenset[IPNetwork]
     reached: frozenset[IPNetwork]
     mtu: int
+    beside: frozenset[IPNetwork] = frozenset()
 
 
 def table(device: str) -> str:

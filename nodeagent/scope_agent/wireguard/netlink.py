@@ -43,6 +43,7 @@ _UP = 0x1
 _NO_DUPLICATE_DETECTION, _NO_PREFIX_ROUTE = 0x02, 0x200
 
 _IFLA_NAME, _IFLA_MTU, _IFLA_LINKINFO, _IFLA_INFO_KIND, _IFLA_EXT_MASK = 3, 4, 18, 1, 29
+_IFLA_MASTER = 10
 _SKIP_STATISTICS = 1 << 3
 _IFA_ADDRESS, _IFA_LOCAL, _IFA_FLAGS = 1, 2, 8
 _TO_TABLE = 1
@@ -81,13 +82,17 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A network interface. `kind` is what made it: "wireguard", "tun", or "" for hardware."""
+    """A network interface. `kind` is what made it: "wireguard", "tun", or "" for hardware.
+
+    `master` is the index of the bridge or bond that it is a port of, 0 of none.
+    """
 
     index: int
     name: str
     kind: str
     mtu: int
     up: bool
+    master: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +102,15 @@ class Route:
     prefix: IPNetwork
     index: int | None
     metric: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignRoute:
+    """A route that somebody else made: into the interface `index`, 0 where it has several ways."""
+
+    prefix: IPNetwork
+    index: int
+    protocol: int
 
 
 def replies(data: bytes) -> Iterator[Reply]:
@@ -174,6 +188,7 @@ def parse_link(reply: Reply) -> Link:
         kind=_string(info.get(_IFLA_INFO_KIND, b"")),
         mtu=_number("=I", found.get(_IFLA_MTU)),
         up=bool(flags & _UP),
+        master=_number("=I", found.get(_IFLA_MASTER)),
     )
 
 
@@ -250,6 +265,24 @@ def parse_route(reply: Reply, table: int = TABLE_MAIN) -> Route | None:
     raw = found.get(_RTA_DESTINATION, bytes(4 if family == AF_INET else 16))
     index = _number("=I", found.get(_RTA_OUTPUT)) if kind == _UNICAST else None
     return Route(_network(raw, length), index, _number("=I", found.get(_RTA_PRIORITY)))
+
+
+def get_all_routes(family: int) -> Request:
+    """Ask for the routes of one family in the main table, whoever made them."""
+    body = struct.pack("=BBBBBBBBI", family, 0, 0, 0, TABLE_MAIN, 0, 0, 0, 0)
+    return Request(GET_ROUTE, REQUEST | DUMP, body)
+
+
+def parse_any_route(reply: Reply) -> ForeignRoute | None:
+    """Read one unicast route of the main table; None for another, and for those that Scope made."""
+    family, length, _, _, said, protocol, _, kind = _unpack("=BBBBBBBB", reply.body)
+    found = dict(attributes(reply.body[12:]))
+    if protocol == PROTOCOL or _number("=I", found.get(_RTA_TABLE), said) != TABLE_MAIN:
+        return None
+    if kind != _UNICAST or family not in {AF_INET, AF_INET6}:
+        return None
+    raw = found.get(_RTA_DESTINATION, bytes(4 if family == AF_INET else 16))
+    return ForeignRoute(_network(raw, length), _number("=I", found.get(_RTA_OUTPUT)), protocol)
 
 
 def add_rule(family: int, *, table: int, priority: int) -> Request:

@@ -32,6 +32,7 @@ HUBS_AVAILABLE = "HubsAvailable"
 RELAY_FAILED = "RelayFailed"  # False: it did, of a peer that is no hub any more; told to whoever chooses hubs
 POST_QUANTUM = "PostQuantum"  # of a mesh
 POST_QUANTUM_FAILED = "PostQuantumFailed"  # of a peer
+POD_NETWORKING = "PodNetworking"  # False: not as the mesh asks for it, as the peer's agent says
 REMOVED = "Removed"  # its `changed` is the time of the removal
 
 REMEMBERED = 86400.0  # seconds after which a former hub that did not forward may be chosen again
@@ -197,6 +198,9 @@ def peer_conditions(
     told.extend(_relay_failed(peer, role=role, wall=wall))
     if mesh is not None and online and (failed := keys_failed(mesh, (peer,))):
         told.append(_problem(earlier, POST_QUANTUM_FAILED, _keys_failed(mesh, failed), wall))
+    if online and peer.report is not None and (trouble := peer.report.pods_trouble):
+        hindered = Condition(POD_NETWORKING, "False", "Hindered", trouble, wall)
+        told.append(_since(earlier, hindered, wall))
     return tuple(told)
 
 

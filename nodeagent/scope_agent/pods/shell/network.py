@@ -12,11 +12,12 @@ import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from scope.model import ConfigError, IPNetwork
+from scope_agent.pods.owners import OwnedRoute, owners, tell
 from scope_agent.pods.rules import PodNetwork, delete, load, table
 from scope_agent.wireguard import netlink
 from scope_agent.wireguard.device import ApplyError
@@ -46,15 +47,17 @@ class PodRoutes:
         self._device = device
         self._metric = netlink.guard_metric(device)
         self._network: PodNetwork | None = None
+        self._led: PodNetwork | None = None  # the same, without what others lead to
         self._shown: str | None = None  # the packet filter's table, as `nft` shows it
         self._generation: int | None = None  # of the ruleset, when that was last known to be whole
 
     def apply(self, network: PodNetwork) -> None:
         """Have this, and nothing else. Raises ApplyError, ConfigError."""
         self._network = network
-        self._filter(network)
         with self._kernel() as kernel:
-            self._lead(kernel, network.reached)
+            led, _ = self._left_to_us(kernel, network)
+            self._filter(led)
+            self._lead(kernel, led.reached)
 
     def check(self) -> str:
         """Put back what others took away. What stands against it, in words; "" for nothing.
@@ -64,14 +67,18 @@ class PodRoutes:
         network, generation = self._network, read_generation()
         if network is None:
             return ""
-        if generation is None or generation != self._generation:
-            if self._show() != self._shown:
-                self._filter(network)
-            else:
-                self._generation = generation
         with self._kernel() as kernel:
-            self._lead(kernel, network.reached)
-        return _not_forwarding({prefix.version for prefix in network.offered})
+            led, owned = self._left_to_us(kernel, network)
+            if led != self._led:
+                self._filter(led)
+            elif generation is None or generation != self._generation:
+                if self._show() != self._shown:
+                    self._filter(led)
+                else:
+                    self._generation = generation
+            self._lead(kernel, led.reached)
+        troubles = (_not_forwarding({prefix.version for prefix in network.offered}), owned)
+        return "; ".join(filter(None, troubles))
 
     def remove(self) -> None:
         """Leave nothing behind. Raises ApplyError, ConfigError."""
@@ -91,6 +98,7 @@ class PodRoutes:
     def _filter(self, network: PodNetwork) -> None:
         try:
             run_nft(load(self._device, network))
+            self._led = network
             self._generation = None
             self._shown = self._show()
         except NftError as error:
@@ -129,6 +137,25 @@ class PodRoutes:
             for prefix in sorted(ours.guards - here, key=_order):
                 kernel.ask(netlink.remove_guard(prefix, self._metric, TABLE))
             self._rule(kernel, family, is_wanted=bool(here or others))
+
+    def _left_to_us(self, kernel: NetlinkSocket, network: PodNetwork) -> tuple[PodNetwork, str]:
+        """What of it nobody else leads to, and who does lead to the rest, in words."""
+        if not network.beside:
+            return network, ""
+        names = {
+            link.index: link.name
+            for reply in kernel.ask(netlink.get_links())
+            if reply.kind == netlink.NEW_LINK
+            for link in (netlink.parse_link(reply),)
+        }
+        routes = [
+            OwnedRoute(route.prefix, names.get(route.index, ""), route.protocol)
+            for family in _FAMILIES.values()
+            for reply in kernel.ask(netlink.get_all_routes(family))
+            if reply.kind == netlink.NEW_ROUTE and (route := netlink.parse_any_route(reply)) is not None
+        ]
+        owned = owners(network.beside, routes)
+        return replace(network, reached=network.reached - owned.keys()), tell(owned)
 
     def _index(self, kernel: NetlinkSocket) -> int | None:
         try:
