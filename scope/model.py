@@ -354,6 +354,25 @@ class PodSource(enum.StrEnum):
     STATIC = "Static"  # the user
 
 
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """Addresses of pods that others see as different ones: each of `inside` at the same place of `outside`.
+
+    Both are of one family and length.
+    """
+
+    inside: IPNetwork  # in its own cluster
+    outside: IPNetwork  # elsewhere
+
+
+@dataclass(frozen=True, slots=True)
+class MeshCluster:
+    """What the user asks of one cluster of a mesh."""
+
+    name: str
+    translate: tuple[Translation, ...] = ()  # of two that hold for a prefix the longer one counts
+
+
 class PostQuantumMode(enum.StrEnum):
     """Whether pairs agree on post-quantum pre-shared keys."""
 
@@ -413,6 +432,7 @@ class MeshSpec:
     pod_networking: PodNetworking = PodNetworking.OFF
     post_quantum: PostQuantum = PostQuantum()
     existing_interface: str = ""
+    clusters: tuple[MeshCluster, ...] = ()  # each name once; not every one need be named
 
 
 @dataclass(frozen=True, slots=True)
@@ -556,6 +576,7 @@ class PodPrefix:
 
     prefix: IPNetwork
     source: PodSource
+    seen_as: IPNetwork | None = None  # by those of other clusters; None: as it is
 
 
 @dataclass(frozen=True, slots=True)

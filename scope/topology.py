@@ -11,7 +11,8 @@ routed off its own network.
 Prefixes of pods are settled along with the rest where the mesh's pod networking asks for them; those that
 Nodes of the viewer's cluster claim are theirs for the viewer, whoever was first: its own cluster's network
 leads there, or the mesh where it is asked for `All` and that network does not. Which of them lead into the
-mesh (`Topology.pods`) is another question than whose they are.
+mesh (`Topology.pods`) is another question than whose they are. What is translated
+is claimed as others see it; what pods really have counts in their own cluster only.
 
 In a tree what was settled is reached by others than those who hold it. A hub reaches an edge that is attached
 to another hub by that hub (`rehomed`), an edge reaches everything by the hub that it is attached to
@@ -90,8 +91,17 @@ def offered(spec: PeerSpec, pods: PodNetworking) -> tuple[IPNetwork, ...]:
 
 
 def offered_pods(spec: PeerSpec, pods: PodNetworking) -> tuple[IPNetwork, ...]:
-    """Where its pods are, as far as that is for others."""
-    return () if pods is PodNetworking.OFF else tuple(each.prefix for each in spec.pod_prefixes)
+    """Where its pods are, as others see them, as far as that is for others."""
+    if pods is PodNetworking.OFF:
+        return ()
+    return tuple(each.prefix if each.seen_as is None else each.seen_as for each in spec.pod_prefixes)
+
+
+def hidden_pods(spec: PeerSpec, pods: PodNetworking) -> tuple[IPNetwork, ...]:
+    """What its pods have in its own cluster, where others see them as something else."""
+    if pods is PodNetworking.OFF:
+        return ()
+    return tuple(each.prefix for each in spec.pod_prefixes if each.seen_as is not None)
 
 
 def settle(
@@ -108,9 +118,10 @@ def settle(
     held = _Held()
     in_order = sorted(peers, key=lambda key: (peers[key].meta.created, peers[key].meta.uid, key))
     if viewer is not None:
-        held.reserve(viewer, _claims(viewer, pods), space)
+        held.reserve(viewer, (*_claims(viewer, pods), *_hidden(viewer, pods)), space)
         for beside in (peers[key] for key in in_order if _are_of_one_cluster(peers[key], viewer)):
-            held.reserve(beside, (claim for claim in _claims(beside, pods) if claim.is_pods), space)
+            claims = (claim for claim in _claims(beside, pods) if claim.is_pods)
+            held.reserve(beside, (*claims, *_hidden(beside, pods)), space)
     allowed: dict[PublicKey, frozenset[IPNetwork]] = {}
     refused: list[RefusedClaim] = []
     routes: set[IPNetwork] = set()
@@ -120,7 +131,8 @@ def settle(
         peer = peers[key]
         is_beside = viewer is not None and _are_of_one_cluster(peer, viewer)
         taken: list[IPNetwork] = []
-        for claim in _claims(peer, pods):
+        inside = _hidden(peer, pods) if is_beside and pods is PodNetworking.ALL else ()
+        for claim in (*_claims(peer, pods), *inside):
             refusal = _misplaced(claim, peer, space.get(claim.prefix.version)) or held.take(
                 claim, peer, viewer
             )
@@ -128,8 +140,10 @@ def settle(
                 refused.append(refusal)
                 continue
             taken.append(claim.prefix)
-            if claim.is_pods:
-                (near if is_beside else far).add(claim.prefix)
+            if claim.is_pods and not is_beside:
+                far.add(claim.prefix)
+            elif claim.is_pods:
+                near.update(_as_in_its_cluster(peer, claim.prefix))
             elif claim.is_route:
                 routes.add(claim.prefix)
         allowed[key] = frozenset(taken)
@@ -209,6 +223,17 @@ def _claims(peer: Peer, pods: PodNetworking) -> Iterable[_Claim]:
             for prefix in offered_pods(peer.spec, pods)
         ]
     yield from sorted(routes, key=lambda claim: (claim.prefix.version, claim.first, -claim.last))
+
+
+def _as_in_its_cluster(peer: Peer, claimed: IPNetwork) -> tuple[IPNetwork, ...]:
+    """Nothing for what only other clusters know: those of its own reach it by what it really has."""
+    return () if any(each.seen_as == claimed for each in peer.spec.pod_prefixes) else (claimed,)
+
+
+def _hidden(peer: Peer, pods: PodNetworking) -> Iterable[_Claim]:
+    """What nobody else may have for those of the peer's own cluster, as pods have it there."""
+    for prefix in hidden_pods(peer.spec, pods):
+        yield _Claim(prefix, *_bounds(prefix), is_route=True, is_pods=True)
 
 
 def _misplaced(claim: _Claim, peer: Peer, space: tuple[int, int] | None) -> RefusedClaim | None:

@@ -146,6 +146,11 @@ def right() -> Iterator[Case]:
     long = "a" * 61
     key = f"{long}.{long}.{long}.{long}/{'K' * 63}"
     yield Case("a long key of a label", mesh(nodeSelector={"matchLabels": {key: "v" * 63}}))
+    for source, to in (("10.0.0.0/8", "100.0.0.0/8"), ("fd00:1::/56", "fd00:2::/56")):
+        translate = [{"from": source, "to": to}]
+        yield Case(f"pods of {source} seen as {to}", mesh(clusters=[{"name": "a", "translate": translate}]))
+        yield Case(f"{source} seen as {to}", peer(podPrefixes=[_pods(source, seenAs=to)]))
+    yield Case("clusters of which nothing is asked", mesh(clusters=[{"name": "a"}, {"name": "b"}]))
     yield from _right_hubs()
 
     yield Case("the shortest peer", peer())
@@ -189,6 +194,10 @@ def right() -> Iterator[Case]:
     yield Case("seen in the last second", peer(status={"lastSeen": "9999-12-31T23:59:59Z"}))
 
 
+def _pods(prefix: str, **parts: str) -> Document:
+    return {"prefix": prefix, "source": "Static", **parts}
+
+
 def _right_hubs() -> Iterator[Case]:
     def hubs(**parts: Any) -> Document:
         return mesh(hubs=parts)
@@ -230,6 +239,7 @@ def everything_of_a_mesh() -> Document:
         nodeSelector={"matchLabels": {"scope": "on"}, "matchExpressions": [requirement]},
         birthday=True,
         podNetworking="All",
+        clusters=[{"name": "ber", "translate": [{"from": "10.244.0.0/16", "to": "10.192.0.0/16"}]}],
         hubs={
             "mode": "Auto",
             "names": ["home.external.nas"],
@@ -267,7 +277,7 @@ def everything_of_a_peer() -> Document:
         role="Edge",
         routes=["10.9.0.0/24", "fd00:9::/64"],
         podPrefixes=[
-            {"prefix": "10.244.1.0/24", "source": "Node"},
+            {"prefix": "10.244.1.0/24", "source": "Node", "seenAs": "10.192.1.0/24"},
             {"prefix": "fd00:1::/64", "source": "Static"},
         ],
         endpoints=["192.0.2.1:51820"],
@@ -601,6 +611,23 @@ def _wrong_peers() -> Iterator[Case]:
         yield Case(f"route {route}", peer(routes=["10.9.0.0/16", route]), "spec.routes[1]")
     for prefix in ({"prefix": "10.0.0.0/8", "source": "Guess"}, {"prefix": "0.0.0.0/0", "source": "Node"}):
         yield Case(f"pods {prefix}", peer(podPrefixes=[prefix]), "spec.podPrefixes[0]")
+    for source, to in (
+        ("10.1.0.0/16", "10.2.0.0/17"),
+        ("10.1.0.0/16", "fd00::/16"),
+        ("fd00::/64", "fd00:1::/56"),
+    ):
+        translate = [{"from": source, "to": to}]
+        clusters = mesh(clusters=[{"name": "a", "translate": translate}])
+        yield Case(f"pods of {source} seen as {to}", clusters, "spec.clusters[0].translate[0].to")
+        prefixes = peer(podPrefixes=[_pods(source, seenAs=to)])
+        yield Case(f"{source} seen as {to}", prefixes, "spec.podPrefixes[0].seenAs")
+    for to in ("0.0.0.0/0", "10.2.0.1/16", "lan"):
+        translate = [{"from": "10.1.0.0/16", "to": to}]
+        clusters = mesh(clusters=[{"name": "a", "translate": translate}])
+        yield Case(f"pods of a /16 seen as {to}", clusters, "spec.clusters[0].translate[0].to")
+    for names in (["A"], ["external"], ["a", "a"]):
+        clusters = mesh(clusters=[{"name": name} for name in names])
+        yield Case(f"clusters called {names}", clusters, "spec.clusters")
     yield Case("65 routes", peer(routes=[f"10.{n}.0.0/16" for n in range(65)]), "spec.routes")
     yield Case("a route that is no list", peer(routes="10.0.0.0/8"), "spec.routes")
     for endpoint in (

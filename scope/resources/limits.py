@@ -16,6 +16,7 @@ MAX_ADDRESSES = 4  # one of each family, and as many while a mesh moves to new p
 MAX_REFLECTORS = 16  # a mapping class needs two; more than a few add nothing
 MAX_CONDITIONS = 16  # one of each type; the design names five
 MAX_CLUSTERS = 64  # in one mesh; each is a line of its status, one that joined some kilobytes
+MAX_TRANSLATIONS = 8  # of one cluster: two families, and room for clusters that grew by further prefixes
 MAX_TOKEN_KEYS = 4  # of one cluster: the one in use, the one before it, and room for another change of keys
 MAX_KEY_ID = 128  # API servers name a key by 43 characters
 MAX_ISSUER = 512  # a URL

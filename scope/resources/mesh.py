@@ -47,6 +47,7 @@ from scope.resources.limits import (
     MIN_PROBE,
 )
 from scope.resources.meta import conditions_dict, read_conditions, read_meta
+from scope.resources.pods import mesh_cluster_dict, read_mesh_cluster
 from scope.resources.problems import Problem
 from scope.resources.selector import read_selector, selector_dict
 from scope.resources.times import format_duration
@@ -125,6 +126,12 @@ def _read_mesh_spec(fields: Fields) -> MeshSpec:
         ),
         post_quantum=read_post_quantum(fields.sub("postQuantum")),
         existing_interface=interface,
+        clusters=each_once(
+            fields,
+            "clusters",
+            fields.parts("clusters", read_mesh_cluster, limit=MAX_CLUSTERS),
+            key=lambda cluster: cluster.name,
+        ),
     )
     if "existingInterface" in fields.present():
         _refuse_what_needs_a_device(fields, spec)
@@ -253,6 +260,7 @@ def mesh_spec_dict(spec: MeshSpec) -> dict[str, object]:
         "podNetworking": str(spec.pod_networking),
         **({"nodeSelector": selector} if (selector := selector_dict(spec.node_selector)) else {}),
         **({"hubs": hubs_dict(spec.hubs)} if spec.hubs != Hubs() else {}),
+        **({"clusters": [*map(mesh_cluster_dict, spec.clusters)]} if spec.clusters else {}),
         **(
             {"postQuantum": post_quantum_dict(spec.post_quantum)}
             if spec.post_quantum != PostQuantum()

@@ -20,8 +20,6 @@ from scope.model import (
     PeerKeys,
     PeerReport,
     PeerSpec,
-    PodPrefix,
-    PodSource,
     RelayReport,
     Resource,
     Role,
@@ -30,7 +28,6 @@ from scope.model import (
 )
 from scope.resources.addresses import (
     NO_ENDPOINT,
-    NO_PREFIX,
     read_address,
     read_endpoint,
     read_interface,
@@ -47,6 +44,7 @@ from scope.resources.keys import (
 )
 from scope.resources.limits import MAX_ADDRESSES, MAX_CANDIDATES, MAX_LINKS, MAX_REASON, MAX_ROUTES
 from scope.resources.meta import conditions_dict, read_conditions, read_meta
+from scope.resources.pods import pod_prefix_dict, read_pod_prefix
 from scope.resources.problems import Problem, show
 from scope.resources.service import changed_identity
 from scope.resources.times import format_time
@@ -162,7 +160,7 @@ def _read_peer_spec(fields: Fields) -> PeerSpec:
         mesh=fields.required("mesh", read_label, ""),
         role=fields.optional("role", lambda value: read_choice(Role, value), Role.AUTO),
         routes=fields.items("routes", read_route, limit=MAX_ROUTES),
-        pod_prefixes=fields.parts("podPrefixes", _read_pod_prefix, limit=MAX_ROUTES),
+        pod_prefixes=fields.parts("podPrefixes", read_pod_prefix, limit=MAX_ROUTES),
         endpoints=fields.items("endpoints", read_static_endpoint, limit=MAX_CANDIDATES),
         cluster=fields.optional("cluster", read_cluster_name, ""),
         node_name=fields.optional("nodeName", read_subdomain, ""),
@@ -172,13 +170,6 @@ def _read_peer_spec(fields: Fields) -> PeerSpec:
 
 
 _NODE_FIELDS = frozenset({"cluster", "nodeName", "nodeUID"})
-
-
-def _read_pod_prefix(fields: Fields) -> PodPrefix:
-    return PodPrefix(
-        prefix=fields.required("prefix", read_route, NO_PREFIX),
-        source=fields.required("source", lambda value: read_choice(PodSource, value), PodSource.STATIC),
-    )
 
 
 def read_report(fields: Fields) -> PeerReport:
@@ -282,17 +273,13 @@ def peer_spec_dict(spec: PeerSpec) -> dict[str, object]:
         "mesh": spec.mesh,
         "role": str(spec.role),
         **unless_empty("routes", spec.routes),
-        **({"podPrefixes": prefixes} if (prefixes := _pod_prefixes(spec)) else {}),
+        **({"podPrefixes": prefixes} if (prefixes := [*map(pod_prefix_dict, spec.pod_prefixes)]) else {}),
         **unless_empty("endpoints", spec.endpoints),
         **({"cluster": spec.cluster} if spec.cluster else {}),
         **({"nodeName": spec.node_name} if spec.node_name else {}),
         **({"nodeUID": spec.node_uid} if spec.node_uid else {}),
         **({"leaving": True} if spec.leaving else {}),
     }
-
-
-def _pod_prefixes(spec: PeerSpec) -> list[dict[str, str]]:
-    return [{"prefix": str(each.prefix), "source": str(each.source)} for each in spec.pod_prefixes]
 
 
 def report_dict(report: PeerReport) -> dict[str, object]:

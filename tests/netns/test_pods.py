@@ -26,6 +26,7 @@ MESH = "pods"
 WITHIN_S = 90.0  # far above what is seen
 PORT = 8080
 SIZE = 64 << 10
+SEEN_AS = ("10.77.1.0/24", "fd00:77:1::/64")
 # What a cluster's network has for the pods of one Node.
 CLUSTER_RULES = """
 table {family} cluster {{
@@ -134,10 +135,14 @@ class Clusters:
         return "\n".join(f"{each.member.name}: {each.traces()}\n{log}" for each, log in logs)
 
     def offer(self, node: Node, prefixes: tuple[str, ...]) -> None:
-        """Have the registry say that pods of a machine have these."""
+        """Have the registry say that pods of a machine have these; behind `=` stands what each is seen as."""
         name = f"{MESH}.external.{node.member.name}"
         document = json.loads(self.registry.scopectl("get", "peers", name, "-o", "json"))
-        document["spec"]["podPrefixes"] = [{"prefix": each, "source": "Static"} for each in prefixes]
+        parts = (each.partition("=") for each in prefixes)
+        document["spec"]["podPrefixes"] = [
+            {"prefix": prefix, "source": "Static", **({"seenAs": seen} if seen else {})}
+            for prefix, _, seen in parts
+        ]
         self.registry.apply(json.dumps(document))
 
 
@@ -219,6 +224,17 @@ def test_what_somebody_takes_away_is_put_back(clusters: Clusters) -> None:
     for rule in ("-4", "-6"):
         node.machine.run(["ip", rule, "rule", "del", "lookup", "83"])
     clusters.until(lambda: "scope_pods_scope0" in node.traces()["filters"], "the rules")
+    clusters.until(lambda: _pings(node, other.address(4)) and _pings(node, other.address(6)), "pings")
+
+
+def test_pods_answer_by_what_their_prefixes_are_seen_as(clusters: Clusters) -> None:
+    node, other = clusters.nodes
+    prefixes = tuple(f"{each}={seen}" for each, seen in zip(other.prefixes, SEEN_AS, strict=True))
+    clusters.offer(other, prefixes)
+    for address in ("10.77.1.5", "fd00:77:1::5"):
+        clusters.until(lambda: _pings(node, address), f"a ping to {address}")  # noqa: B023 - called here
+    clusters.until(lambda: other.prefixes[0] not in node.traces()["routes4"], "the end of the other route")
+    clusters.offer(other, other.prefixes)
     clusters.until(lambda: _pings(node, other.address(4)) and _pings(node, other.address(6)), "pings")
 
 

@@ -222,7 +222,10 @@ SELECTORS = ("spec.nodeSelector", "spec.hubs.selector")
 # Each bound of a text, by the constant of the parser that it is.
 LENGTHS = {
     Kind.MESH: {
-        resources.MAX_CIDR: {"spec.addressing.ipv4", "spec.addressing.ipv6"},
+        resources.MAX_CIDR: {
+            *("spec.addressing.ipv4", "spec.addressing.ipv6"),
+            *(f"spec.clusters[0].translate[0].{name}" for name in ("from", "to")),
+        },
         resources.MAX_DURATION_TEXT: {
             *(f"spec.timers.{name}" for name in corpus.TIMERS),
             *("spec.peerExpiry", "spec.postQuantum.rotationInterval"),
@@ -231,7 +234,7 @@ LENGTHS = {
         resources.MAX_LABEL: {
             *(f"{selector}.matchExpressions[0].values[0]" for selector in SELECTORS),
             "status.conditions[0].type",
-            "status.clusters[0].name",
+            *("spec.clusters[0].name", "status.clusters[0].name"),
             "status.clusters[0].serviceAccount.namespace",
         },
         resources.MAX_NAME: {
@@ -252,7 +255,7 @@ LENGTHS = {
             *("spec.nodeUID", "status.tombstone.meshUID", "status.tombstone.peerUID", "status.identity"),
         },
         resources.MAX_CIDR: {
-            *("spec.routes[0]", "spec.podPrefixes[0].prefix"),
+            *("spec.routes[0]", "spec.podPrefixes[0].prefix", "spec.podPrefixes[0].seenAs"),
             *("status.addresses[0]", "status.heldAddresses[0]"),
         },
         resources.MAX_ENDPOINT: {
@@ -365,6 +368,8 @@ OTHERWISE_CALLED = {
     "pair": "pairBytesPerSecond",
     "total": "totalBytesPerSecond",
     "changed": "lastTransitionTime",
+    "inside": "from",
+    "outside": "to",
 }
 
 
@@ -384,6 +389,8 @@ def camel(name: str) -> str:
         ((model.Hubs,), Kind.MESH, "spec.hubs"),
         ((model.LabelSelector,), Kind.MESH, "spec.hubs.selector"),
         ((model.RelayLimits,), Kind.MESH, "spec.hubs.limits"),
+        ((model.MeshCluster,), Kind.MESH, "spec.clusters[0]"),
+        ((model.Translation,), Kind.MESH, "spec.clusters[0].translate[0]"),
         ((model.HubChoice,), Kind.MESH, "status.hubs[0]"),
         ((model.MeshStatus,), Kind.MESH, "status"),
         ((model.Reflector,), Kind.MESH, "status.reflectors[0]"),

@@ -37,6 +37,7 @@ from scope.model import (
     Kind,
     LabelSelector,
     Mesh,
+    MeshCluster,
     MeshSpec,
     Meta,
     Peer,
@@ -45,6 +46,7 @@ from scope.model import (
     PodNetworking,
     PodPrefix,
     PodSource,
+    Translation,
 )
 from scope.names import MAX_NAME, peer_name
 from scope.registry.memory import Create, Delete, Store, Update, UpdateStatus
@@ -612,6 +614,35 @@ def test_a_node_that_gets_its_prefix_later_is_followed_and_what_the_user_wrote_s
     world.planner.take(NodePut(world.nodes["n1"]))
     world.settle()
     assert world.pods("n1") == ["10.244.1.0/24 Node", "10.9.0.0/16 Static"]
+
+
+def test_prefixes_of_a_cluster_that_is_translated_say_as_what_others_see_them() -> None:
+    world = World()
+    world.mesh(spec=PODS)
+    world.node_with_pods("n1", "10.244.1.0/24", "10.245.1.0/24")
+    world.start()
+    static = PodPrefix(ip_network("10.244.9.0/24"), PodSource.STATIC, ip_network("10.7.9.0/24"))
+    peer = world.peer("n1")
+    world.store.write(
+        Update(replace(peer, spec=replace(peer.spec, pod_prefixes=(*peer.spec.pod_prefixes, static))))
+    )
+    world.settle()
+    to = Translation(ip_network("10.244.0.0/16"), ip_network("10.192.0.0/16"))
+    other = MeshCluster("elsewhere", (replace(to, inside=ip_network("10.245.0.0/16")),))
+    clusters = (other, MeshCluster(world.cluster.cluster, (to,)))
+    world.store.write(Update(replace(world.get_mesh(), spec=replace(PODS, clusters=clusters))))
+    world.settle()
+    seen = {str(each.prefix): each.seen_as for each in world.peer("n1").spec.pod_prefixes}
+    assert seen == {
+        "10.244.1.0/24": ip_network("10.192.1.0/24"),
+        "10.245.1.0/24": None,
+        "10.244.9.0/24": ip_network("10.7.9.0/24"),
+    }
+    world.node_with_pods("n2", "10.244.2.0/24")
+    world.planner.take(NodePut(world.nodes["n2"]))
+    world.settle()
+    [made] = world.peer("n2").spec.pod_prefixes
+    assert made.seen_as == ip_network("10.192.2.0/24")
 
 
 def test_a_prefix_that_is_issued_anew_moves_at_once_though_its_last_node_is_believed_slowly() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 
 import pytest
 from scope_operator.plan.exports import (
@@ -25,6 +25,7 @@ from scope_operator.plan.imports import (
     HeldService,
     HeldSlice,
     ImportAction,
+    ImportPlan,
     plan_import,
 )
 
@@ -33,12 +34,15 @@ from scope.model import (
     Backend,
     EndpointState,
     Family,
+    MeshCluster,
     Meta,
     Service,
     ServiceEndpoint,
     ServicePort,
     ServiceSpec,
+    Translation,
 )
+from tests.unit.registry_conformance import MESH
 
 HTTP = ServicePort(80, name="http")
 WEB = ServicePort(8080, name="http")
@@ -170,9 +174,17 @@ def held(of: Service, **changes: object) -> HeldService:
     return replace(made, **changes)  # type: ignore[arg-type]
 
 
+def imported(
+    offers: Sequence[Service], there: HeldService | None, slices: Sequence[HeldSlice], *clusters: MeshCluster
+) -> ImportPlan:
+    """What is to be done in a cluster of the mesh."""
+    mesh = replace(MESH, spec=replace(MESH.spec, clusters=clusters))
+    return plan_import(offers, there, slices, meshes={MESH.meta.name: mesh})
+
+
 def slices_of(of: Service) -> list[HeldSlice]:
     """The slices that stand for a record."""
-    made = plan_import([of], held(of), ()).actions
+    made = imported([of], held(of), ()).actions
     return [HeldSlice(each.slice, f"u-{i}", "5", "s1") for i, each in enumerate(created(made))]
 
 
@@ -182,31 +194,42 @@ def created(actions: Sequence[ImportAction]) -> list[CreateSlice]:
 
 def test_an_import_comes_service_first_and_then_its_slices() -> None:
     web = record(pods(1, 2))
-    assert plan_import([web], None, ()).actions == (CreateService(web),)
-    [made] = plan_import([web], held(web), ()).actions
+    assert imported([web], None, ()).actions == (CreateService(web),)
+    [made] = imported([web], held(web), ()).actions
     assert isinstance(made, CreateSlice)
     assert (made.slice.family, made.slice.ports, made.owner) == (Family.IPV4, (WEB,), "s1")
     assert set(made.slice.endpoints) == set(pods(1, 2).endpoints)
     assert made.slice.name.startswith("web-east-")
-    assert plan_import([web], held(web), slices_of(web)).actions == ()
+    assert imported([web], held(web), slices_of(web)).actions == ()
+
+
+def test_pods_of_a_cluster_that_is_translated_are_reached_as_others_see_them() -> None:
+    web = record(pods(1))
+    [was] = pods(1).endpoints
+    inside = ip_network(f"{was.address}/24", strict=False)
+    east = MeshCluster("east", (Translation(inside, ip_network("10.192.7.0/24")),))
+    west = MeshCluster("west", (Translation(inside, ip_network("10.192.8.0/24")),))
+    [made] = created(imported([web], held(web), (), west, east).actions)
+    [seen] = made.slice.endpoints
+    assert seen == replace(was, address=ip_address("10.192.7.0") + (int(was.address) & 0xFF))
 
 
 def test_readiness_changes_a_slice_and_other_ports_replace_it() -> None:
     web = record(pods(1))
     before = slices_of(web)
     drained = record(pods(1, state=DRAINING))
-    assert plan_import([drained], held(web), before).actions == (
+    assert imported([drained], held(web), before).actions == (
         ChangeSlice(before[0], pods(1, state=DRAINING).endpoints),
     )
     moved = record(pods(1, port=replace(WEB, port=9090)))
-    made, gone = plan_import([moved], held(web), before).actions
+    made, gone = imported([moved], held(web), before).actions
     assert isinstance(made, CreateSlice)
     assert gone == DeleteSlice(before[0])
 
 
 def test_ports_of_the_service_follow() -> None:
     other = record(pods(1), service=replace(LOCAL, ports=(replace(HTTP, port=81),)))
-    assert plan_import([other], held(record(pods(1))), slices_of(other)).actions == (
+    assert imported([other], held(record(pods(1))), slices_of(other)).actions == (
         ChangePorts("s1", other.spec.ports),
     )
 
@@ -214,34 +237,34 @@ def test_ports_of_the_service_follow() -> None:
 def test_an_import_goes_with_its_record_slices_first() -> None:
     web = record(pods(1))
     [one] = before = slices_of(web)
-    assert plan_import([], held(web), before).actions == (DeleteSlice(one), DeleteService("s1"))
-    assert plan_import([], None, ()).actions == ()
+    assert imported([], held(web), before).actions == (DeleteSlice(one), DeleteService("s1"))
+    assert imported([], None, ()).actions == ()
 
 
 def test_a_service_of_somebody_else_is_left_alone_and_told() -> None:
     web = record(pods(1))
     foreign = held(web, source="")
-    plan = plan_import([web], foreign, ())
+    plan = imported([web], foreign, ())
     assert plan.actions == ()
     assert plan.complaint is not None
     assert plan.complaint.reason == "NameTaken"
     assert "a Service web-east that is not Scope's is in its place" in plan.complaint.message
     # What we made for it before it was somebody's goes.
-    assert plan_import([web], foreign, slices_of(web)).actions == tuple(map(DeleteSlice, slices_of(web)))
-    assert plan_import([], foreign, ()).complaint is None
+    assert imported([web], foreign, slices_of(web)).actions == tuple(map(DeleteSlice, slices_of(web)))
+    assert imported([], foreign, ()).complaint is None
 
 
 def test_of_two_that_would_have_one_name_the_incumbent_keeps_it() -> None:
     one = record(pods(1), service=replace(LOCAL, name="a-b"), cluster="c")
     other = record(pods(2), service=replace(LOCAL, name="a"), cluster="b-c")
-    first = plan_import([one, other], None, ())
+    first = imported([one, other], None, ())
     assert first.actions == (CreateService(other),)  # by the name of the record
     assert first.complaint is not None
-    kept = plan_import([one, other], held(one), slices_of(one))
+    kept = imported([one, other], held(one), slices_of(one))
     assert kept.actions == ()
     assert kept.complaint is not None
     assert "Service a of cluster b-c cannot be offered here, since a-b of cluster c" in kept.complaint.message
-    assert plan_import([other], held(one), ()).actions == (DeleteService("s1"),)
+    assert imported([other], held(one), ()).actions == (DeleteService("s1"),)
 
 
 @pytest.mark.parametrize(
@@ -252,19 +275,19 @@ def test_of_two_that_would_have_one_name_the_incumbent_keeps_it() -> None:
 def test_what_a_service_cannot_change_makes_it_anew(changes: dict[str, object]) -> None:
     now = record(pods(1), service=replace(LOCAL, **changes))  # type: ignore[arg-type]
     was = record(pods(1))
-    assert plan_import([now], held(was), slices_of(was)).actions[-1] == DeleteService("s1")
+    assert imported([now], held(was), slices_of(was)).actions[-1] == DeleteService("s1")
 
 
 def test_addresses_of_both_families_stand_in_slices_of_their_own() -> None:
     ends = tuple(ServiceEndpoint(ip_address(text)) for text in ("10.244.0.1", "fd00::1"))
     both = record(Backend((WEB,), ends), service=replace(LOCAL, families=(Family.IPV4, Family.IPV6)))
-    made = created(plan_import([both], held(both), ()).actions)
+    made = created(imported([both], held(both), ()).actions)
     assert {each.slice.family: each.slice.endpoints for each in made} == {
         Family.IPV4: ends[:1],
         Family.IPV6: ends[1:],
     }
     # On a cluster with one family the Service has only that one, and is as it should be.
-    assert not plan_import([both], held(both, families=(Family.IPV4,)), slices_of(both)).actions
+    assert not imported([both], held(both, families=(Family.IPV4,)), slices_of(both)).actions
 
 
 def test_one_pod_of_a_thousand_changes_one_slice() -> None:
@@ -274,14 +297,14 @@ def test_one_pod_of_a_thousand_changes_one_slice() -> None:
     assert sum(sizes) == 1000
     assert max(sizes) <= 200
     without = record(pods(*range(1, 500), *range(501, 1001)))
-    [change] = plan_import([without], held(without), before).actions
+    [change] = imported([without], held(without), before).actions
     assert isinstance(change, ChangeSlice)
 
 
 def test_slices_of_an_earlier_service_make_way_before_their_names_are_needed() -> None:
     web = record(pods(1))
     earlier = [replace(each, owner="s0") for each in slices_of(web)]
-    gone, made = plan_import([web], held(web), earlier).actions
+    gone, made = imported([web], held(web), earlier).actions
     assert gone == DeleteSlice(earlier[0])
     assert isinstance(made, CreateSlice)
 
@@ -290,7 +313,7 @@ def test_a_slice_that_another_hand_changed_is_made_again() -> None:
     web = record(pods(1))
     [one] = slices_of(web)
     bent = replace(one, slice=replace(one.slice, ports=()))
-    assert plan_import([web], held(web), [bent]).actions == (DeleteSlice(bent),)
+    assert imported([web], held(web), [bent]).actions == (DeleteSlice(bent),)
 
 
 def test_a_record_names_its_service_with_the_mesh() -> None:

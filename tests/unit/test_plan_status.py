@@ -18,18 +18,23 @@ from scope.model import (
     Link,
     LinkPsk,
     Mesh,
+    MeshCluster,
     MeshCounts,
     Meta,
     PathKind,
     Peer,
     PeerReport,
     PeerSpec,
+    PodNetworking,
+    PodPrefix,
+    PodSource,
     PostQuantum,
     PostQuantumMode,
     PskFailure,
     PublicKey,
     Role,
     Tombstone,
+    Translation,
 )
 from scope.resources import parse, to_dict
 from tests.unit.registry_conformance import MESH, keys
@@ -185,6 +190,69 @@ def test_what_an_agent_says_of_its_pods_is_a_condition_for_as_long_as_it_says_it
     assert told(hindered) == [("PodNetworking", "False", "another network leads there")]
     assert told(hindered, online=False) == []  # it may be long past
     assert told(peer) == []
+
+
+def _node(seed: int, cluster: str, prefix: str, seen_as: str = "") -> Peer:
+    pods = PodPrefix(ip_network(prefix), PodSource.NODE, ip_network(seen_as) if seen_as else None)
+    peer = member(seed)
+    spec = replace(
+        peer.spec, cluster=cluster, node_name=f"n{seed}", node_uid=f"u{seed}", pod_prefixes=(pods,)
+    )
+    return replace(peer, spec=spec)
+
+
+def _told(*nodes: Peer, clusters: tuple[MeshCluster, ...] = ()) -> dict[str, str]:
+    """What the condition of each peer with one says."""
+    mesh = replace(
+        HOME, spec=replace(HOME.spec, pod_networking=PodNetworking.CROSS_CLUSTER, clusters=clusters)
+    )
+    conflicts = route_conflicts(mesh, nodes)
+    told: dict[str, str] = {}
+    for node in nodes:
+        conditions = peer_conditions(
+            node,
+            mesh=mesh,
+            lacks_address=False,
+            conflict=conflicts.get(node.meta.name),
+            online=True,
+            wall=5.0,
+        )
+        for condition in conditions:
+            if condition.type == "RouteConflict":
+                told[node.meta.name] = condition.message
+    return told
+
+
+def test_of_clusters_with_the_same_pods_each_is_told_how_to_be_seen() -> None:
+    nodes = [_node(seed, cluster, f"10.244.{seed % 2}.0/24") for seed, cluster in enumerate("aabbc", start=2)]
+    told = _told(*nodes)
+    cures = {name: message.partition("seenAs): ")[2] for name, message in told.items()}
+    of_a = "of cluster a 10.244.0.0/16 to 10.193.0.0/16"
+    assert cures == {
+        "p4": f"of cluster b 10.244.0.0/16 to 10.192.0.0/16, {of_a}",
+        "p5": f"of cluster b 10.244.0.0/16 to 10.192.0.0/16, {of_a}",
+        "p6": f"of cluster c 10.244.0.0/16 to 10.194.0.0/16, {of_a}",
+    }
+    assert told["p4"].startswith(
+        "route 10.244.0.0/24 of ScopePeer p4 overlaps one of ScopePeer p2, which had it first and keeps it: "
+    )
+
+
+def test_who_is_not_translated_is_told_where_its_pods_are_not_reached() -> None:
+    to = Translation(ip_network("10.244.0.0/16"), ip_network("10.192.0.0/16"))
+    theirs = _node(3, "b", "10.244.1.0/24", seen_as="10.192.1.0/24")
+    told = _told(_node(2, "a", "10.244.1.0/24"), theirs, clusters=(MeshCluster("b", (to,)),))
+    assert told == {
+        "p2": "route 10.244.1.0/24 of ScopePeer p2 is, where ScopePeer p3 is, that of its own cluster's "
+        "pods, which cannot reach these: translate pods (spec.clusters, seenAs): "
+        "of cluster a 10.244.0.0/16 to 10.193.0.0/16"
+    }
+    beside = _node(4, "b", "10.244.1.0/25", seen_as="10.192.1.0/25")
+    assert _told(_node(2, "a", "10.244.0.0/16"), beside).keys() == {"p2"}
+    assert _told(_node(2, "a", "10.244.1.0/26"), beside).keys() == {"p2"}
+    assert _told(_node(2, "b", "10.244.1.0/26"), beside) == {}
+    both = _node(2, "a", "10.244.1.0/24", seen_as="10.193.1.0/24")
+    assert _told(both, theirs) == {}
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,47 @@ def _prefixes(topology: Topology, name: str) -> set[str]:
     return {str(prefix) for prefix in topology.allowed_ips[_key(name)]}
 
 
+def _seen_as(peer: Peer, prefix: str) -> Peer:
+    [pods] = peer.spec.pod_prefixes
+    pods = replace(pods, seen_as=ip_network(prefix))
+    return replace(peer, spec=replace(peer.spec, pod_prefixes=(pods,)))
+
+
+def test_clusters_with_the_same_pods_reach_each_other_by_what_each_is_seen_as() -> None:
+    a, b = (_node(name, cluster=name, created=1, pods="10.244.1.0/24") for name in "ab")
+    a, b = _seen_as(a, "10.201.1.0/24"), _seen_as(b, "10.202.1.0/24")
+    for own, other, seen in ((a, b, "10.202.1.0/24"), (b, a, "10.201.1.0/24")):
+        topology = _settle_pods(other, own=own)
+        assert _prefixes(topology, other.meta.name) == {seen}
+        assert topology.pods == {ip_network(seen)}
+        assert topology.refused == ()
+
+
+def test_pods_of_ones_own_cluster_are_reached_by_what_they_really_have() -> None:
+    own = _seen_as(_node("a", cluster="a", created=2, pods="10.244.1.0/24"), "10.201.1.0/24")
+    beside = _seen_as(_node("a2", cluster="a", created=3, pods="10.244.2.0/24"), "10.201.2.0/24")
+    far = _seen_as(_node("b", cluster="b", created=1, pods="10.244.2.0/24"), "10.202.2.0/24")
+    mesh = replace(MESH, spec=replace(MESH.spec, pod_networking=PodNetworking.ALL))
+    peers = {_key(peer.meta.name): peer for peer in (beside, far)}
+    topology = peers_for(Snapshot(mesh=mesh, own=own, peers=peers))
+    assert _prefixes(topology, "a2") == {"10.201.2.0/24", "10.244.2.0/24"}
+    assert topology.beside == {ip_network("10.244.2.0/24")}
+    assert topology.pods == topology.beside | {ip_network("10.202.2.0/24")}
+    assert topology.refused == ()
+
+
+def test_pods_that_have_what_ones_own_cluster_hides_are_not_believed() -> None:
+    own = _seen_as(_node("a", cluster="a", created=2, pods="10.244.1.0/24"), "10.201.1.0/24")
+    beside = _seen_as(_node("a2", cluster="a", created=3, pods="10.244.2.0/24"), "10.201.2.0/24")
+    others = [_node(f"b{n}", cluster="b", created=1, pods=f"10.244.{n}.0/24") for n in (1, 2, 3)]
+    topology = _settle_pods(*others, beside, own=own)
+    assert topology.pods == {ip_network("10.244.3.0/24")}
+    assert [(each.peer, each.reason, each.holder) for each in topology.refused] == [
+        ("b1", RefusalReason.OURS, "a"),
+        ("b2", RefusalReason.TAKEN, "a2"),
+    ]
+
+
 def test_a_peer_holds_its_addresses_and_routes() -> None:
     topology = _settle(
         _peer("a", created=1, addresses=["100.64.0.1/16", "fd00:1::1/64"], routes=["10.1.0.0/16"]),

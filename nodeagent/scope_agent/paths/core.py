@@ -35,7 +35,7 @@ from scope.model import (
     Snapshot,
     Timers,
 )
-from scope.topology import offered
+from scope.topology import hidden_pods, offered
 from scope.wire import (
     MAX_CANDIDATES,
     CallMeMaybe,
@@ -197,7 +197,11 @@ class Paths:
         `pairs`: the peers that we are to have a path to, by WireGuard key; None: all.
         """
         pods = snapshot.mesh.spec.pod_networking if snapshot.mesh is not None else PodNetworking.OFF
-        routed = frozenset(prefix for peer in snapshot.peers.values() for prefix in offered(peer.spec, pods))
+        routed = frozenset(
+            prefix
+            for peer in snapshot.peers.values()
+            for prefix in (*offered(peer.spec, pods), *hidden_pods(peer.spec, pods))
+        )
         if pairs is not None:
             peers = {key: peer for key, peer in snapshot.peers.items() if key in pairs}
             snapshot = replace(snapshot, peers=peers)

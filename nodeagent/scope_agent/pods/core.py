@@ -9,8 +9,8 @@ from __future__ import annotations
 from operator import is_
 from typing import Final
 
-from scope.model import PodNetworking, Snapshot
-from scope.topology import Topology, offered_pods
+from scope.model import PeerSpec, PodNetworking, Snapshot, Translation
+from scope.topology import Topology
 from scope_agent.pods.rules import PodNetwork
 
 AGAIN: Final = 5.0  # seconds after an application that failed
@@ -47,9 +47,10 @@ class Pods:
         if is_off:
             self._wanted = None
         elif mtu is not None:
-            offered = frozenset(offered_pods(own.spec, mesh.spec.pod_networking))
+            offered = frozenset(each.prefix for each in own.spec.pod_prefixes)
             is_nothing = not offered and not settled.pods
-            self._wanted = None if is_nothing else PodNetwork(offered, settled.pods, mtu, settled.beside)
+            network = PodNetwork(offered, settled.pods, mtu, settled.beside, _translated(own.spec))
+            self._wanted = None if is_nothing else network
         else:
             return
         self._is_decided = True
@@ -79,3 +80,9 @@ class Pods:
     def get_timer(self) -> float | None:
         """When `take_apply` has something again, as time alone goes by."""
         return self._after
+
+
+def _translated(spec: PeerSpec) -> frozenset[Translation]:
+    return frozenset(
+        Translation(each.prefix, each.seen_as) for each in spec.pod_prefixes if each.seen_as is not None
+    )

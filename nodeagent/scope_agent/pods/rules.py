@@ -7,20 +7,35 @@ directions, as some masquerade what comes from outside, too.
 
 Pods believe in the MTU of their cluster. What they say of it as a TCP connection begins is cut to what fits
 into the mesh: not every network lets the message through by which they would learn it later.
+
+Pods that others see by other addresses have them on the way: what comes from the mesh is turned to the pod's
+own address before anything else looks at it, and what goes into the mesh is turned back behind all else.
+Packet by packet, as a translation of connections would keep the cluster's own (of Services) from its turn. A
+message of ICMP has the beginning of the packet in it that it is about, with an address to be turned, too.
+`nft` has no words for a change there that keeps the checksum right: it makes chains, which `icmp.py` fills.
 """
 
 from __future__ import annotations
 
+import enum
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 from typing import Final
 
-from scope.model import IPNetwork
+from scope.model import IPNetwork, Translation
 
 _BEFORE_MASQUERADE: Final = 99  # linux/netfilter_ipv4.h: NF_IP_PRI_NAT_SRC is 100
 _MANGLE: Final = -150
+_BEFORE_ALL: Final = -300  # NF_IP_PRI_RAW: connections are known from -200 on
+_AFTER_ALL: Final = 150  # behind NF_IP_PRI_NAT_SRC
+_ICMP_HEADER: Final = 8  # bytes, of either ICMP, before the packet that a message is about
+_ICMP_CHECKSUM: Final = 2
+_ERRORS: Final = {
+    4: "icmp type { destination-unreachable, time-exceeded, parameter-problem }",
+    6: "icmpv6 type { destination-unreachable, packet-too-big, time-exceeded, parameter-problem }",
+}
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_.-]+")
 _VERSIONS: Final = {4: ("ip", 40), 6: ("ip6", 60)}  # nft's name; bytes of IP and TCP before the data
 
@@ -30,12 +45,50 @@ class PodNetwork:
     """What is done here for pods: our own have the prefixes `offered`, those elsewhere `reached`.
 
     Of these `beside` are of our own cluster, and its own network may lead there. `mtu` is the mesh device's.
+    `translated` are those of `offered` that others see as something else; those of `beside` see what is.
     """
 
     offered: frozenset[IPNetwork]
     reached: frozenset[IPNetwork]
     mtu: int
     beside: frozenset[IPNetwork] = frozenset()
+    translated: frozenset[Translation] = frozenset()
+
+
+class Way(enum.Enum):
+    """Of a packet, seen from the Node."""
+
+    IN = "in"  # from the mesh
+    OUT = "out"
+
+
+@dataclass(frozen=True, slots=True)
+class Quoted:
+    """A chain that turns an address of the packet that a message of ICMP is about: the way of the message."""
+
+    chain: str
+    translation: Translation
+    way: Way
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Bytes behind the beginning of a message of ICMP; `checksum` is what changes with them."""
+
+    offset: int
+    size: int
+    checksum: int
+
+
+def quoted_at(quoted: Quoted) -> Place:
+    """The address to be turned: of what the pod sent where the message comes to it, else of what it was sent.
+
+    In IPv4 the header of the packet has a checksum of its own; where that is kept right, the message's stays.
+    """
+    is_source = quoted.way is Way.IN
+    if quoted.translation.inside.version == 4:
+        return Place(_ICMP_HEADER + (12 if is_source else 16), 4, _ICMP_HEADER + 10)
+    return Place(_ICMP_HEADER + (8 if is_source else 24), 16, _ICMP_CHECKSUM)
 
 
 def table(device: str) -> str:
@@ -53,10 +106,20 @@ def load(device: str, network: PodNetwork) -> str:
         if here and there:
             rules.append(("postrouting", _keep(family, here, there)))
             rules.append(("postrouting", _keep(family, there, here)))
+    chains = [f"add chain inet {name} {each.chain}\n" for each in quoted(network)]
+    if network.translated:
+        rules += _translations(device, network)
+        chains += (
+            f"add chain inet {name} coming "
+            f"{{ type filter hook prerouting priority {_BEFORE_ALL}; policy accept; }}\n",
+            f"add chain inet {name} going "
+            f"{{ type filter hook postrouting priority {_AFTER_ALL}; policy accept; }}\n",
+        )
     return "".join(
         (
             delete(device),
             f"add table inet {name}\n",
+            *chains,
             f"add chain inet {name} postrouting "
             f"{{ type nat hook postrouting priority {_BEFORE_MASQUERADE}; policy accept; }}\n",
             f"add chain inet {name} forward "
@@ -64,6 +127,39 @@ def load(device: str, network: PodNetwork) -> str:
             *(f"add rule inet {name} {chain} {rule}\n" for chain, rule in rules),
         )
     )
+
+
+def quoted(network: PodNetwork) -> tuple[Quoted, ...]:
+    """The chains whose rules are not for `nft` to make, two for each translation."""
+    ordered = sorted(
+        network.translated, key=lambda each: (each.inside.version, int(each.inside.network_address))
+    )
+    return tuple(
+        Quoted(f"quoted_{way.value}_{number}", each, way)
+        for number, each in enumerate(ordered)
+        for way in Way
+    )
+
+
+def _translations(device: str, network: PodNetwork) -> Iterable[tuple[str, str]]:
+    """Each as the name of a chain and a rule."""
+    for each in quoted(network):
+        inside, outside = each.translation.inside, each.translation.outside
+        family, _ = _VERSIONS[inside.version]
+        before, after = (outside, inside) if each.way is Way.IN else (inside, outside)
+        beside = _of(inside.version, network.beside)
+        elsewhere = f" {family} daddr != {{ {_joined(beside)} }}" if beside else ""
+        if each.way is Way.IN:
+            chain, match, address = "coming", f'iifname "{device}"', f"{family} daddr"
+        else:
+            chain, match, address = "going", f'oifname "{device}"{elsewhere}', f"{family} saddr"
+        place = quoted_at(each)
+        net, mask = int(before.network_address), int(before.netmask)
+        about = f"@th,{place.offset * 8},{place.size * 8} & {mask:#x} == {net:#x}"
+        yield chain, f"{match} {_ERRORS[inside.version]} {about} jump {each.chain}"
+        host = type(inside.network_address)(int(inside.hostmask))
+        changed = f"{address} & {host} | {after.network_address}"
+        yield chain, f"{match} {address} {before} {address} set {changed}"
 
 
 def delete(device: str) -> str:

@@ -420,7 +420,8 @@ class Services:
             self._missed.pop(key, None)
         if not offers and held is not None and held.source and not self._is_gone(key, held.source):
             return None, _about(key)
-        plan = plan_import(offers, held, read_held_slices(await self._slices(key)))
+        slices = read_held_slices(await self._slices(key))
+        plan = plan_import(offers, held, slices, meshes=self._meshes)
         for action in plan.actions:
             try:
                 await self._do(action, key)

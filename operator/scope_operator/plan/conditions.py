@@ -48,15 +48,29 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class Remedy:
+    """What to put in the place of a prefix: `free`, as long, is nobody's in the mesh; None: there is none.
+
+    Of pods it may stay what it is for its own cluster, or external peer; `whose` names that.
+    """
+
+    prefix: IPNetwork
+    free: IPNetwork | None
+    whose: str
+    are_pods: bool
+
+
+@dataclass(frozen=True, slots=True)
 class RouteConflict:
     """A route of a peer that overlaps one of `holder`, who had it first; `holder` is a peer or a mesh.
 
-    `free` is a prefix of the same length that nobody of the mesh has; None where there is none.
+    `is_shadowed`: the holder's pods have it in their own cluster only, where they cannot reach both.
     """
 
     route: IPNetwork
     holder: str
-    free: IPNetwork | None
+    remedies: tuple[Remedy, ...]
+    is_shadowed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +236,23 @@ def _asks_of_manager(peer: Peer) -> Failure | None:
 
 def _routes_overlap(peer: Peer, conflict: RouteConflict) -> Failure:
     """It names both: an Event, which repeats it, may be read without its object."""
-    free = f", or give one another prefix: {conflict.free} is free" if conflict.free is not None else ""
+    route = f"route {conflict.route} of ScopePeer {peer.meta.name}"
+    translated = [each for each in conflict.remedies if each.are_pods and each.free is not None]
+    plain = [each for each in conflict.remedies if not each.are_pods and each.free is not None]
+    if translated:
+        moves = ", ".join(f"of {each.whose} {each.prefix} to {each.free}" for each in translated)
+        mend = f"translate pods (spec.clusters, seenAs): {moves}"
+    else:
+        mend = "remove one" + (f", or give one another prefix: {plain[0].free} is free" if plain else "")
+    if conflict.is_shadowed:
+        return Failure(
+            "RoutesOverlap",
+            f"{route} is, where {conflict.holder} is, that of its own cluster's pods, which cannot reach "
+            f"these: {mend}",
+        )
     return Failure(
         "RoutesOverlap",
-        f"route {conflict.route} of ScopePeer {peer.meta.name} overlaps one of {conflict.holder}, which had "
-        f"it first and keeps it: remove one{free}",
+        f"{route} overlaps one of {conflict.holder}, which had it first and keeps it: {mend}",
     )
 
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from scope.model import Family, IPAddress, Service, ServiceEndpoint, ServicePort
+from scope.model import Family, IPAddress, Mesh, Service, ServiceEndpoint, ServicePort
 from scope.names import imported_name
+from scope.translation import seen_address, translations_of
 from scope_operator.plan.exports import Complaint
 
 IMPORTED = "scope.ltgc.cc/imported-from"  # label: the cluster
@@ -28,16 +29,10 @@ SOURCE = "scope.ltgc.cc/source"  # annotation: the ScopeService that it was made
 SLICE_SIZE = 100  # endpoints on average, as Kubernetes' own controller has it
 DIGEST_LETTERS = 10  # of a slice's name, which tells its ports, family and share
 
-Translate: TypeAlias = Callable[[IPAddress], IPAddress]
 
-
-def as_seen_here(address: IPAddress, *, exporter: str) -> IPAddress:
-    """A pod's address of cluster `exporter` as this cluster reaches it.
-
-    The one place where a cluster's prefix that is translated takes its other form.
-    """
-    del exporter
-    return address
+def as_seen_here(address: IPAddress, *, exporter: str, mesh: Mesh | None) -> IPAddress:
+    """A pod's address of cluster `exporter` as this cluster reaches it by the mesh."""
+    return address if mesh is None else seen_address(address, translations_of(mesh, exporter))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +126,13 @@ class ImportPlan:
 
 
 def plan_import(
-    offers: Sequence[Service], held: HeldService | None, slices: Sequence[HeldSlice]
+    offers: Sequence[Service],
+    held: HeldService | None,
+    slices: Sequence[HeldSlice],
+    *,
+    meshes: Mapping[str, Mesh],
 ) -> ImportPlan:
-    """What to do about one name in one namespace, for which `offers` ask."""
+    """What to do about one name in one namespace, for which `offers` ask; their `meshes` by name."""
     gone = tuple(DeleteSlice(each) for each in slices)
     if held is not None and not held.source:
         return ImportPlan(gone, _taken(offers[0]) if offers else None)
@@ -150,7 +149,7 @@ def plan_import(
     actions: list[ImportAction] = []
     if set(held.ports) != set(chosen.spec.ports):
         actions.append(ChangePorts(held.uid, chosen.spec.ports))
-    actions.extend(_slice_actions(_slices(chosen), slices, owner=held.uid))
+    actions.extend(_slice_actions(_slices(chosen, meshes.get(chosen.spec.mesh)), slices, owner=held.uid))
     return ImportPlan(tuple(actions), complaint)
 
 
@@ -187,14 +186,16 @@ def _fits(held: HeldService, record: Service) -> bool:
     return len(families) != 1 or held.families == families
 
 
-def _slices(record: Service) -> tuple[Slice, ...]:
+def _slices(record: Service, mesh: Mesh | None) -> tuple[Slice, ...]:
     """The slices that a record asks for."""
     spec = record.spec
     name = imported_name(spec.service, spec.cluster)
     found: list[Slice] = []
     for backend in spec.backends:
         seen = [
-            ServiceEndpoint(as_seen_here(each.address, exporter=spec.cluster), each.state, each.hostname)
+            ServiceEndpoint(
+                as_seen_here(each.address, exporter=spec.cluster, mesh=mesh), each.state, each.hostname
+            )
             for each in backend.endpoints
         ]
         for version, family in ((4, Family.IPV4), (6, Family.IPV6)):

@@ -32,6 +32,7 @@ from scope.model import IPNetwork, Mesh, Meta, Peer, PeerSpec, PodNetworking, Po
 from scope.names import peer_name
 from scope.resources import MAX_ROUTES
 from scope.selectors import selects
+from scope.translation import seen_prefix, translations_of
 from scope_operator.plan.conditions import PortConflict
 
 FEW = 3  # peers that may always go at once: a small cluster is scaled down by so many
@@ -143,6 +144,7 @@ class NodePeers:
             or known.meta.uid != mesh.meta.uid
             or known.spec.node_selector != mesh.spec.node_selector
             or known.spec.pod_networking != mesh.spec.pod_networking
+            or known.spec.clusters != mesh.spec.clusters
             or known.status.clusters != mesh.status.clusters
         ):
             for node in self._nodes:
@@ -236,7 +238,7 @@ class NodePeers:
         if mesh.spec.pod_networking is PodNetworking.OFF:
             theirs: tuple[PodPrefix, ...] = ()
         elif node is not None and node.uid == peer.spec.node_uid:
-            theirs = node.pods
+            theirs = self._pods_of(node, mesh)
         else:
             others = (each for each in peer.spec.pod_prefixes if each.source is not PodSource.STATIC)
             theirs = tuple(each for each in others if not self._pods.get(each.prefix))
@@ -389,7 +391,7 @@ class NodePeers:
             return None
         if self.is_refused(mesh) or not selects(mesh.spec.node_selector, node.labels):
             return None
-        pods = node.pods if mesh.spec.pod_networking is not PodNetworking.OFF else ()
+        pods = self._pods_of(node, mesh) if mesh.spec.pod_networking is not PodNetworking.OFF else ()
         spec = PeerSpec(
             mesh=mesh_name,
             cluster=self.cluster,
@@ -398,6 +400,11 @@ class NodePeers:
             pod_prefixes=pods[:MAX_ROUTES],
         )
         return Peer(Meta(name), spec)
+
+    def _pods_of(self, node: Node, mesh: Mesh) -> tuple[PodPrefix, ...]:
+        """A Node's prefixes, with what others see them as."""
+        translations = translations_of(mesh, self.cluster)
+        return tuple(replace(each, seen_as=seen_prefix(each.prefix, translations)) for each in node.pods)
 
 
 def _stands_for(peer: Peer) -> tuple[str, str, str]:

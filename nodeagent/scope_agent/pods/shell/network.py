@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Final
 
 from scope.model import ConfigError, IPNetwork
+from scope_agent.pods.icmp import quoted_rules
 from scope_agent.pods.owners import OwnedRoute, owners, tell
-from scope_agent.pods.rules import PodNetwork, delete, load, table
+from scope_agent.pods.rules import PodNetwork, delete, load, quoted, table
 from scope_agent.wireguard import netlink
 from scope_agent.wireguard.device import ApplyError
 from scope_agent.wireguard.shell.links import NetlinkSocket, failure
-from scope_agent.wireguard.shell.nft import NftError, ask_nft, read_generation, run_nft
+from scope_agent.wireguard.shell.nft import NftError, ask_nft, load_messages, read_generation, run_nft
 
 TABLE: Final = 83  # as the protocol number of our routes; fits the byte that old kernels have for it
 # Behind what networks of clusters look at first (Cilium has rules at 9 to 111), before those by which some
@@ -98,6 +99,8 @@ class PodRoutes:
     def _filter(self, network: PodNetwork) -> None:
         try:
             run_nft(load(self._device, network))
+            if turned := quoted(network):
+                load_messages(quoted_rules(self._device, turned))
             self._led = network
             self._generation = None
             self._shown = self._show()

@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from scope_agent.wireguard import netlink
 
 PATIENCE_S = 5  # a table of ours takes some 10 ms; what else the device needs may wait for it
 _NETLINK_NETFILTER = 12
@@ -45,6 +48,25 @@ def run_nft(rules: str) -> None:
     refused = _nft(["-f", "-"], rules=rules)[1]
     if refused is not None:
         raise NftError(f"nft says: {refused[:200]}")
+
+
+def load_messages(batch: Sequence[netlink.Request]) -> None:
+    """Load what `nft` has no words for: all of the batch, or nothing. Blocks. Raises NftError."""
+    waiting = {number for number, each in enumerate(batch, start=1) if each.flags & netlink.ACK}
+    try:
+        with socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER
+        ) as kernel:
+            kernel.settimeout(PATIENCE_S)
+            kernel.sendto(b"".join(each.encoded(number) for number, each in enumerate(batch, 1)), (0, 0))
+            while waiting:
+                for reply in netlink.replies(kernel.recv(1 << 16)):
+                    code, text = netlink.error_of(reply)
+                    if code:
+                        raise NftError(f"the kernel refuses a rule: {text or os.strerror(code)}")
+                    waiting.discard(reply.sequence)
+    except (OSError, netlink.NetlinkError) as error:
+        raise NftError(f"the kernel did not take a rule: {error}") from None
 
 
 def ask_nft(arguments: list[str]) -> str | None:
