@@ -120,19 +120,25 @@ def _make_network(cluster: Cluster, other: Cluster) -> PodRoutes:
 
 
 @pytest.fixture(scope="module")
-def clusters() -> Iterator[tuple[Cluster, Cluster]]:
+def clusters(networks: dict[Cluster, PodRoutes]) -> tuple[Cluster, Cluster]:
+    one, other = networks
+    return one, other
+
+
+@pytest.fixture(scope="module")
+def networks() -> Iterator[dict[Cluster, PodRoutes]]:
     with ExitStack() as stack:
         spaces = [stack.enter_context(closing(Namespace())) for _ in range(4)]
         one, other = Cluster(1, spaces[0], spaces[1]), Cluster(2, spaces[2], spaces[3])
         _join(one, other)
         for each in (one, other):
             _make_pod(each)
-        networks = [(one, _make_network(one, other)), (other, _make_network(other, one))]
-        for each, routes in networks:
+        networks = {one: _make_network(one, other), other: _make_network(other, one)}
+        for each, routes in networks.items():
             with each.node.entered():
                 assert routes.check() == ""
-        yield one, other
-        for each, routes in networks:
+        yield networks
+        for each, routes in networks.items():
             with each.node.entered():
                 routes.remove()
                 left = subprocess.run(["nft", "list", "tables"], check=True, capture_output=True, text=True)
@@ -224,3 +230,25 @@ def test_datagrams_and_what_is_said_of_them_come_back(
             with pytest.raises(OSError, match="refused") as error:
                 refused.recv(1)
             assert error.value.errno == errno.ECONNREFUSED
+
+
+def test_a_chain_of_others_that_drops_what_goes_to_pods_is_named(networks: dict[Cluster, PodRoutes]) -> None:
+    """Each change of rules has the next look count what passed, without waiting for its turn."""
+    asker, server = networks
+    routes = networks[server]
+
+    def look(rules: str) -> str:
+        with server.node.entered():
+            subprocess.run(["nft", "-f", "-"], input=rules, text=True, check=True)
+            return routes.check()
+
+    dropping = "table ip filter { chain FORWARD { type filter hook forward priority 0; policy drop; }; }"
+    assert look(dropping) == ""
+    with _socket_in(asker.pod, 4, socket.SOCK_DGRAM) as asking:
+        for _ in range(5):
+            asking.sendto(b"?", (server.pod_seen_as(4), PORT))
+    assert look("table ip beside { }") == (
+        "the foreign chain ip filter FORWARD drops IPv4 to or from pods: "
+        "let it accept what goes to or from scope0"
+    )
+    assert look("delete table ip filter; delete table ip beside") == ""

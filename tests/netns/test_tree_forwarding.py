@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
 
 import pytest
-from scope_agent.tree.losing import ENOUGH
 from scope_agent.tree.rules import forwarded_prefixes
 from scope_agent.tree.shell import forwarding
 from scope_agent.tree.shell.forwarding import TreeForwarding
+from scope_agent.wireguard.losing import ENOUGH
 
 from scope.model import Addressing, Family
 from tests.netns.device_fixture import Namespace

@@ -8,6 +8,9 @@ directions, as some masquerade what comes from outside, too.
 Pods believe in the MTU of their cluster. What they say of it as a TCP connection begins is cut to what fits
 into the mesh: not every network lets the message through by which they would learn it later.
 
+What is forwarded between pods and the mesh is counted before all chains of others and behind them: where it
+comes and does not pass, one of those drops it (`wireguard/losing.py`).
+
 Pods that others see by other addresses have them on the way: what comes from the mesh is turned to the pod's
 own address before anything else looks at it, and what goes into the mesh is turned back behind all else.
 Packet by packet, as a translation of connections would keep the cluster's own (of Services) from its turn. A
@@ -19,12 +22,13 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 from typing import Final
 
-from scope.model import IPNetwork, Translation
+from scope.model import Family, IPNetwork, Translation
+from scope_agent.wireguard.losing import CAME, FIRST, LAST, PASSED
 
 _BEFORE_MASQUERADE: Final = 99  # linux/netfilter_ipv4.h: NF_IP_PRI_NAT_SRC is 100
 _MANGLE: Final = -150
@@ -107,6 +111,13 @@ def load(device: str, network: PodNetwork) -> str:
             rules.append(("postrouting", _keep(family, here, there)))
             rules.append(("postrouting", _keep(family, there, here)))
     chains = [f"add chain inet {name} {each.chain}\n" for each in quoted(network)]
+    chains += (f"add counter inet {name} {each}\n" for each in (*CAME.values(), *PASSED.values()))
+    for chain, priority, counters in (("first", FIRST, CAME), ("last", LAST, PASSED)):
+        chains.append(
+            f"add chain inet {name} {chain} "
+            f"{{ type filter hook forward priority {priority}; policy accept; }}\n"
+        )
+        rules += ((chain, rule) for rule in _counts(device, network.offered, counters))
     if network.translated:
         rules += _translations(device, network)
         chains += (
@@ -174,6 +185,15 @@ def _keep(family: str, sources: Iterable[IPNetwork], destinations: Iterable[IPNe
         f"{family} saddr {{ {_joined(sources)} }} {family} daddr {{ {_joined(destinations)} }} "
         f"snat {family} prefix to {family} saddr map {{ {same} }}"
     )
+
+
+def _counts(device: str, offered: Iterable[IPNetwork], counters: Mapping[Family, str]) -> Iterable[str]:
+    """What comes from the mesh to our own pods, and what these send there."""
+    for version, family in ((4, Family.IPV4), (6, Family.IPV6)):
+        if own := _of(version, offered):
+            name, _ = _VERSIONS[version]
+            for way, end in (("iifname", "daddr"), ("oifname", "saddr")):
+                yield f'{way} "{device}" {name} {end} {{ {_joined(own)} }} counter name "{counters[family]}"'
 
 
 def _clamps(device: str, mtu: int) -> Iterable[str]:

@@ -10,7 +10,7 @@ the sender of. Here it is none, so those redirects stay at home. (WireGuard in t
 in user space a TUN device does not.)
 
 What goes from the mesh into the mesh is counted twice, before all chains of others and behind them: where it
-comes, and does not pass, one of those drops it (`losing.py`).
+comes, and does not pass, one of those drops it (`wireguard/losing.py`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,9 @@ from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 from typing import Final
 
 from scope.model import Addressing, Family, IPNetwork
+from scope_agent.wireguard.losing import CAME, FIRST, LAST, PASSED
 
-CAME: Final = {Family.IPV4: "came4", Family.IPV6: "came6"}  # counters of the table
-PASSED: Final = {Family.IPV4: "passed4", Family.IPV6: "passed6"}
-_FIRST: Final = (
-    -500
-)  # before all that linux/netfilter_ipv4.h has a name for; it decides what others need not see
-_LAST: Final = 2**31 - 1  # NF_IP_PRI_LAST
-_CHAINS: Final = (("forward", "forward", _FIRST), ("passed", "forward", _LAST), ("output", "output", 0))
+_CHAINS: Final = (("forward", "forward", FIRST), ("passed", "forward", LAST), ("output", "output", 0))
 _NAMES: Final = {Family.IPV4: "ip", Family.IPV6: "ip6"}
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_.-]+")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -22,13 +23,16 @@ from scope_agent.pods.owners import OwnedRoute, owners, tell
 from scope_agent.pods.rules import PodNetwork, delete, load, quoted, table
 from scope_agent.wireguard import netlink
 from scope_agent.wireguard.device import ApplyError
+from scope_agent.wireguard.losing import Losses
 from scope_agent.wireguard.shell.links import NetlinkSocket, failure
 from scope_agent.wireguard.shell.nft import NftError, ask_nft, load_messages, read_generation, run_nft
+from scope_agent.wireguard.shell.passage import list_foreign_chains, read_passages
 
 TABLE: Final = 83  # as the protocol number of our routes; fits the byte that old kernels have for it
 # Behind what networks of clusters look at first (Cilium has rules at 9 to 111), before those by which some
 # send whatever a pod says out of an interface of its own (from 512 on in AWS), and before the main table.
 PRIORITY: Final = 483
+COUNT_AGAIN: Final = 10.0  # seconds: `nft` takes some milliseconds; while something is lost, at each look
 _FAMILIES: Final = {4: netlink.AF_INET, 6: netlink.AF_INET6}
 _SETTINGS: Final = {4: "net.ipv4.ip_forward", 6: "net.ipv6.conf.all.forwarding"}
 
@@ -51,6 +55,8 @@ class PodRoutes:
         self._led: PodNetwork | None = None  # the same, without what others lead to
         self._shown: str | None = None  # the packet filter's table, as `nft` shows it
         self._generation: int | None = None  # of the ruleset, when that was last known to be whole
+        self._losses = Losses()
+        self._count_at = 0.0
 
     def apply(self, network: PodNetwork) -> None:
         """Have this, and nothing else. Raises ApplyError, ConfigError."""
@@ -68,22 +74,26 @@ class PodRoutes:
         network, generation = self._network, read_generation()
         if network is None:
             return ""
+        has_moved = generation is None or generation != self._generation
         with self._kernel() as kernel:
             led, owned = self._left_to_us(kernel, network)
             if led != self._led:
                 self._filter(led)
-            elif generation is None or generation != self._generation:
+            elif has_moved:
                 if self._show() != self._shown:
                     self._filter(led)
                 else:
                     self._generation = generation
             self._lead(kernel, led.reached)
-        troubles = (_not_forwarding({prefix.version for prefix in network.offered}), owned)
+        if has_moved or self._losses.is_losing or time.monotonic() >= self._count_at:
+            self._count(has_moved=has_moved)
+        lost = self._losses.why("to or from pods", f"what goes to or from {self._device}")
+        troubles = (_not_forwarding({prefix.version for prefix in network.offered}), lost, owned)
         return "; ".join(filter(None, troubles))
 
     def remove(self) -> None:
         """Leave nothing behind. Raises ApplyError, ConfigError."""
-        self._network = None
+        self._network, self._losses = None, Losses()
         with self._kernel() as kernel:
             self._lead(kernel, frozenset())
         if shutil.which("nft") is None:  # nobody loaded anything
@@ -103,9 +113,21 @@ class PodRoutes:
                 load_messages(quoted_rules(self._device, turned))
             self._led = network
             self._generation = None
+            self._losses.begin()
             self._shown = self._show()
         except NftError as error:
             raise ApplyError(f"pods cannot keep their addresses into the mesh: {error}") from None
+
+    def _count(self, *, has_moved: bool) -> None:
+        """See what passes the chains of others. Raises ApplyError."""
+        now = time.monotonic()
+        self._count_at = now + COUNT_AGAIN
+        try:
+            self._losses.count(read_passages(table(self._device)), has_moved=has_moved, now=now)
+            if self._losses.is_losing:
+                self._losses.blame(list_foreign_chains())
+        except NftError as error:
+            raise ApplyError(str(error)) from None
 
     def _show(self) -> str | None:
         return ask_nft(["--stateless", "list", "table", "inet", table(self._device)])

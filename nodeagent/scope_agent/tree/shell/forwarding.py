@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Final
 
 from scope.model import Family
-from scope_agent.tree.losing import ForeignChain, Losses, Passage
-from scope_agent.tree.rules import CAME, PASSED, ForwardedPrefixes, delete, load, table
+from scope_agent.tree.rules import ForwardedPrefixes, delete, load, table
 from scope_agent.wireguard.device import ApplyError
-from scope_agent.wireguard.shell.nft import (
-    ForwardChain,
-    NftError,
-    ask_nft,
-    list_forward_chains,
-    read_generation,
-    run_nft,
-)
+from scope_agent.wireguard.losing import Losses
+from scope_agent.wireguard.shell.nft import NftError, ask_nft, read_generation, run_nft
+from scope_agent.wireguard.shell.passage import list_foreign_chains, read_passages
 
 COUNT_AGAIN: Final = 10.0  # seconds: `nft` takes some milliseconds; while something is lost, at each look
-_OURS: Final = "scope_"  # tables of every mesh of this machine
-_FAMILIES: Final[Mapping[str, frozenset[Family]]] = {
-    "ip": frozenset({Family.IPV4}),
-    "ip6": frozenset({Family.IPV6}),
-    "inet": frozenset(Family),
-}
 _SETTINGS = {Family.IPV4: "net.ipv4.ip_forward", Family.IPV6: "net.ipv6.conf.all.forwarding"}
 
 
@@ -74,7 +61,7 @@ class TreeForwarding:
                 self._count(has_moved=has_moved)
         except NftError as error:
             raise ApplyError(str(error)) from None
-        return self._losses.why(self._device)
+        return self._losses.why("between edges", f"what goes from {self._device} to {self._device}")
 
     def remove(self) -> None:
         """Leave nothing behind. Raises ApplyError."""
@@ -99,24 +86,10 @@ class TreeForwarding:
         """See what passes. Raises NftError."""
         now = time.monotonic()
         self._count_at = now + COUNT_AGAIN
-        shown = ask_nft(["--json", "list", "counters", "table", "inet", table(self._device)])
-        counters = [entry["counter"] for entry in json.loads(shown or '{"nftables": []}')["nftables"][1:]]
-        packets = {each["name"]: each["packets"] for each in counters}
-        passages = {
-            family: Passage(packets.get(CAME[family], 0), packets.get(PASSED[family], 0)) for family in Family
-        }
-        self._losses.count(passages, has_moved=has_moved, now=now)
+        self._losses.count(read_passages(table(self._device)), has_moved=has_moved, now=now)
         if self._losses.is_losing:
-            self._losses.blame(_foreign(list_forward_chains()))
+            self._losses.blame(list_foreign_chains())
 
     def _show(self) -> str | None:
         """The table as it is, whatever it counted."""
         return ask_nft(["--stateless", "list", "table", "inet", table(self._device)])
-
-
-def _foreign(chains: list[ForwardChain]) -> list[ForeignChain]:
-    return [
-        ForeignChain(str(chain), _FAMILIES[chain.family], chain.drops)
-        for chain in chains
-        if chain.family in _FAMILIES and not chain.table.startswith(_OURS)
-    ]

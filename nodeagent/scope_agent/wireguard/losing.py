@@ -1,9 +1,9 @@
-"""Whether others' rules lose what a hub of a tree forwards from edge to edge. Pure.
+"""Whether others' rules lose what this machine forwards for a mesh. Pure.
 
 Our rules can let a packet go on, but a chain of another program that drops it has the last word. To look at
 the rules would not do: which of them a packet meets a whole packet filter would have to tell, and `nft` does
-not show those of the older `iptables`. So what goes from the mesh into the mesh is counted, before all other
-chains and behind them. Where three packets came and none got through, something between drops them; where one
+not show those of the older `iptables`. So what is forwarded is counted, before all other chains and behind
+them. Where three packets came and none got through, something between drops them; where one
 got through, somebody wants the others dropped.
 
 One that got through speaks for the rules as they are: it counts until somebody changes rules, and for ten
@@ -18,6 +18,10 @@ from typing import Final
 
 from scope.model import Family
 
+CAME: Final = {Family.IPV4: "came4", Family.IPV6: "came6"}  # counters of a table
+PASSED: Final = {Family.IPV4: "passed4", Family.IPV6: "passed6"}
+FIRST: Final = -500  # of chains: before all that linux/netfilter_ipv4.h has a name for
+LAST: Final = 2**31 - 1  # NF_IP_PRI_LAST
 ENOUGH: Final = 3  # packets: one alone may have come between two counters
 BELIEVED: Final = 600.0  # seconds
 _MAX_NAMED: Final = 42  # characters: with it the whole reason fits into a status
@@ -25,7 +29,7 @@ _MAX_NAMED: Final = 42  # characters: with it the whole reason fits into a statu
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """IP packets from the mesh into the mesh: before other chains, and behind them."""
+    """IP packets that are forwarded for the mesh: before other chains, and behind them."""
 
     came: int = 0
     passed: int = 0
@@ -82,8 +86,11 @@ class Losses:
             else:
                 self._lost[family] = names
 
-    def why(self, device: str) -> str:
-        """Why nothing passes, and what to do, in words; "" where nothing is known to be lost."""
+    def why(self, lost: str, wanted: str) -> str:
+        """Why nothing passes, and what to do, in words; "" where nothing is known to be lost.
+
+        `lost` and `wanted` say what is lost, and what is to be let through.
+        """
         if not self._lost:
             return ""
         families = " and ".join(sorted(self._lost))
@@ -91,4 +98,4 @@ class Losses:
         if len(names) > _MAX_NAMED:
             names = names[: _MAX_NAMED - 1] + "…"
         by = f"the foreign chain {names}" if names else "a firewall that `nft` does not show (iptables?)"
-        return f"{by} drops {families} between edges: let it accept what goes from {device} to {device}"
+        return f"{by} drops {families} {lost}: let it accept {wanted}"
