@@ -422,7 +422,7 @@ def _wrong_meshes() -> Iterator[Case]:
     for field, value in (
         *(("addressing", {"ipv4": "10.9.0.0/16"}), ("topology", "Tree"), ("prefer", "IPv4")),
         *(("listenPort", 51820), ("mtu", 1420), ("birthday", True), ("hubs", {})),
-        ("podNetworking", "CrossCluster"),
+        *(("podNetworking", "CrossCluster"), ("clusters", [{"name": "a"}])),
         *(("postQuantum", None), ("postQuantum", {"mode": "Required"}), ("postQuantum", {"mode": "Off"})),
     ):
         yield Case(f"an interface with {field} {value}", managed(**{field: value}), f"spec.{field}")

@@ -150,6 +150,7 @@ def _refuse_what_needs_a_device(fields: Fields, spec: MeshSpec) -> None:
         ("mtu", spec.mtu is not None),
         ("birthday", spec.birthday),
         ("podNetworking", spec.pod_networking is not PodNetworking.OFF),
+        ("clusters", "clusters" in fields.present()),
         ("hubs", "hubs" in fields.present()),
     ):
         if is_asked and not fields.refused(name):
